@@ -1,0 +1,144 @@
+"""The plumbing both command lines share: one output object, and one place that turns exceptions into a sentence."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from plans.errors import ExitCode, LlamaplanError, MachineError, printable
+from plans.strict import dump_json
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console as RichConsole
+
+
+@dataclass(slots=True)
+class Output:
+    """Where a command writes: data to stdout, everything else to stderr.
+
+    Args:
+        json: print one JSON document instead of tables and text.
+        quiet: no progress, notes or hints (warnings and errors stay).
+    """
+
+    json: bool = False
+    quiet: bool = False
+    _consoles: "dict[bool, RichConsole]" = field(default_factory=dict)
+
+    def _console(self, *, to_stderr: bool) -> "RichConsole":
+        from rich.console import Console
+
+        if to_stderr not in self._consoles:
+            self._consoles[to_stderr] = Console(stderr=to_stderr, highlight=False, soft_wrap=False)
+        return self._consoles[to_stderr]
+
+    @property
+    def progress_console(self) -> "RichConsole":
+        """The stderr console, for progress bars; `is_terminal` says whether anybody sees it."""
+        return self._console(to_stderr=True)
+
+    def show(self, renderable: object) -> None:
+        """Print a table or text for people on stdout; nothing with --json."""
+        if not self.json:
+            self._console(to_stderr=False).print(renderable, soft_wrap=isinstance(renderable, str))
+
+    def data(self, value: object) -> None:
+        """Print a JSON document on stdout; nothing without --json."""
+        if self.json:
+            sys.stdout.write(dump_json(value))
+
+    def note(self, text: str) -> None:
+        """Print a remark on stderr."""
+        if not self.quiet:
+            self._console(to_stderr=True).print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr."""
+        self._console(to_stderr=True).print(f"warning: {printable(text, limit=2000)}", markup=False, soft_wrap=True)
+
+    def next_step(self, command: str) -> None:
+        """End a command by naming the next one."""
+        self.note(f"next: {command}")
+
+
+def run_command(app: "typer.Typer", *, name: str) -> NoReturn:
+    """Run a typer app and leave with the documented exit code; the only place where exceptions become text."""
+    signal.signal(signal.SIGTERM, _on_signal)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, _on_signal)
+    is_debug = "--debug" in sys.argv
+    if is_debug:
+        sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    code = _guarded(lambda: app(standalone_mode=False, prog_name=name), name=name, is_debug=is_debug)
+    _flush_and_leave(code)
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived; unwinds like Ctrl-C so that staging folders and children are cleaned up."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__(number)
+
+
+def _on_signal(number: int, _frame: FrameType | None) -> None:
+    raise Terminated(number)
+
+
+def _guarded(call: Callable[[], Any], *, name: str, is_debug: bool) -> int:
+    from click.exceptions import Abort, ClickException, Exit
+
+    try:
+        result = call()
+        return result if isinstance(result, int) else ExitCode.OK
+    except LlamaplanError as error:
+        if is_debug:
+            raise
+        return _say(f"error[{error.code}]: {error.line()}", error.exit_code)
+    except ClickException as error:
+        hint = f"; see '{name} --help'"
+        return _say(f"error[E-USAGE]: {printable(error.format_message(), limit=2000)}{hint}", error.exit_code)
+    except Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, Abort):
+        return _say("interrupted", ExitCode.INTERRUPTED)
+    except Terminated as error:
+        return _say("terminated", error.exit_code)
+    except BrokenPipeError:
+        return ExitCode.BROKEN_PIPE
+    except MemoryError:
+        return _say("error[E-MEMORY]: this machine is out of memory", ExitCode.ENVIRONMENT)
+    except OSError as error:
+        if is_debug:
+            raise
+        fault = MachineError(f"{error.strerror or error} (errno {error.errno})", where=error.filename or "")
+        return _say(f"error[{fault.code}]: {fault.line()}", fault.exit_code)
+    except Exception as error:
+        if is_debug:
+            raise
+        return _say(
+            f"error[E-BUG]: {type(error).__name__}: {printable(error, limit=500)}; this is a bug of ours; "
+            "run again with --debug and report the traceback",
+            ExitCode.BUG,
+        )
+
+
+def _say(line: str, code: int) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(line + "\n")
+    return code
+
+
+def _flush_and_leave(code: int) -> NoReturn:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain again at exit: point stdout at nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or ExitCode.BROKEN_PIPE
+    sys.exit(code)

@@ -1,0 +1,115 @@
+"""The plan: stages in chain order, what was predicted for them, and what was proved."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from plans.cluster import Cluster, Name, Seconds
+from plans.files import sha256_hex
+from plans.profile import Count, ModelProfile
+from plans.strict import StrictModel
+from plans.workload import Workload
+
+Strategy = Literal["uniform", "memory", "compute", "mixed", "custom"]
+Objective = Literal["latency", "request", "throughput"]
+Execution = Literal["one_process", "process_per_stage"]
+SolveStatus = Literal["optimal", "feasible", "infeasible", "time_limit", "given"]
+Share = Annotated[float, Field(ge=0)]
+
+
+class Stage(StrictModel):
+    """A contiguous run of units on one device; layers are the half-open range [start_layer, end_layer)."""
+
+    device: Name
+    start_layer: Count
+    end_layer: Count
+    has_embedding: bool
+    has_head: bool
+    weight_bytes: Count
+    kv_cache_bytes: Count
+    activation_bytes: Count
+    overhead_bytes: Count
+    budget_bytes: Count
+    decode_seconds: Seconds
+    prefill_seconds: Seconds
+    hop_seconds: Seconds
+    """Time to move one decode step's hidden states to the next stage; 0 for the last stage."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.end_layer - self.start_layer
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything the stage needs on its device."""
+        return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes + self.overhead_bytes
+
+
+class Prediction(StrictModel):
+    """What the cost model predicts for the whole chain."""
+
+    time_to_first_token_seconds: Seconds
+    seconds_per_token: Seconds
+    return_hop_seconds: Seconds
+    tokens_per_second: Share
+    pipelined_tokens_per_second: Share
+    max_memory_share: Share
+    """The largest used/budget over the stages."""
+
+
+class TradeOff(StrictModel):
+    """What `mixed` weighed: the best each goal could do alone, and how far the plan is from it (0.1 = 10 % worse)."""
+
+    best_time_seconds: Seconds
+    best_memory_share: Share
+    time_given_up: float
+    memory_share_given_up: float
+
+
+class Proof(StrictModel):
+    """What is known about the objective value."""
+
+    status: SolveStatus
+    objective: float
+    """Seconds for `compute`, a share for `memory`, the weighted sum for `mixed`, seconds per token otherwise."""
+    bound: float
+    """No plan can be below this."""
+    gap: Annotated[float, Field(ge=0)]
+    solver: str
+    solver_version: str
+    certified_by: str | None
+    """The independent method that proved the optimum again, or null."""
+
+
+class Plan(StrictModel):
+    """What `llamaplan solve` writes; it holds everything needed to recompute its own numbers."""
+
+    schema_version: Literal[1] = 1
+    strategy: Strategy
+    objective: Objective
+    mixed_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    execution: Execution = "one_process"
+    workload: Workload
+    cluster: Cluster
+    profile: ModelProfile
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    prediction: Prediction
+    trade_off: TradeOff | None = None
+    proof: Proof
+
+    @model_validator(mode="after")
+    def _mixed_has_a_weight(self) -> "Plan":
+        if (self.strategy == "mixed") != (self.mixed_weight is not None):
+            raise ValueError("mixed_weight belongs to the strategy mixed, and only to it")
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the plan's canonical bytes."""
+        return sha256_hex(self.to_json().encode())
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Number of layers per stage, in chain order."""
+        return tuple(stage.num_layers for stage in self.stages)

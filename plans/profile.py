@@ -1,0 +1,114 @@
+"""The model profile: what every unit of a model costs, whatever device it will run on."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from plans.strict import StrictModel
+
+SCHEMA_VERSION = 1
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DtypeName = Literal["fp32", "fp16", "bf16"]
+UnitKind = Literal["embedding", "layer", "head"]
+
+
+class ShardIdentity(StrictModel):
+    """One safetensors file the profile was read from."""
+
+    name: str
+    size_bytes: Count
+    header_sha256: Sha256
+
+
+class ModelIdentity(StrictModel):
+    """Which model it is, and the `config.json` fields that costs depend on."""
+
+    name: str
+    model_type: str
+    architecture: str
+    config_sha256: Sha256
+    source: Literal["headers", "config"]
+    """Whether sizes come from safetensors headers or only from the formula over the configuration."""
+    shards: tuple[ShardIdentity, ...]
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    vocab_size: Count
+    max_position_embeddings: Count
+    num_experts: Count
+    num_experts_per_tok: Count
+    stored_dtype: str
+    """The dtype the weights are stored in ("mixed" if several)."""
+    quantization: str | None
+
+
+class UnitProfile(StrictModel):
+    """Costs of one unit: the embedding, one decoder layer, or final norm + lm_head."""
+
+    kind: UnitKind
+    index: Count
+    """Layer number for layers, 0 for the others."""
+    parameters: Count
+    stored_weight_bytes: Count
+    weight_bytes: Count
+    """Bytes at the chosen dtype. A tied head counts its table here too; a stage that holds both ends counts it once."""
+    decode_read_bytes: Count
+    """Weight bytes read per decode step (for the embedding: per sequence, one row)."""
+    kv_bytes_per_token: Count
+    kv_window_tokens: Count | None
+    """How many past tokens the layer keeps; null for all of them."""
+    flops_per_token: Count
+    attention_flops_per_token_per_context: Count
+    """FLOPs per token for each token of context it attends to."""
+    shapes_sha256: Sha256
+    """Hash over the unit's sorted (name, dtype, shape) rows."""
+
+
+class Difference(StrictModel):
+    """Something the headers hold that the formula over the configuration does not expect, or the reverse."""
+
+    name: str
+    size_bytes: Count
+    note: str
+
+
+class ModelProfile(StrictModel):
+    """What `llamaplan analyze` writes."""
+
+    schema_version: Literal[1] = 1
+    model: ModelIdentity
+    dtype: DtypeName
+    kv_cache_dtype: DtypeName
+    tied: bool
+    units: tuple[UnitProfile, ...]
+    total_parameters: Count
+    total_weight_bytes: Count
+    """Bytes of all weights at the chosen dtype, a tied table once."""
+    differences: tuple[Difference, ...]
+
+    @model_validator(mode="after")
+    def _is_a_chain(self) -> "ModelProfile":
+        layers = self.model.num_hidden_layers
+        expected = [("embedding", 0), *(("layer", i) for i in range(layers)), ("head", 0)]
+        if [(unit.kind, unit.index) for unit in self.units] != expected:
+            raise ValueError(f"units must be the embedding, layers 0 to {layers - 1} and the head, in this order")
+        return self
+
+    @property
+    def layers(self) -> tuple[UnitProfile, ...]:
+        """The decoder layers."""
+        return self.units[1:-1]
+
+    @property
+    def embedding(self) -> UnitProfile:
+        """The embedding unit."""
+        return self.units[0]
+
+    @property
+    def head(self) -> UnitProfile:
+        """The final norm + lm_head unit."""
+        return self.units[-1]

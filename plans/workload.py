@@ -1,0 +1,45 @@
+"""What is asked of the model: how many tokens, how many sequences, in which dtypes."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from plans.profile import DtypeName
+from plans.strict import StrictModel
+
+Tokens = Annotated[int, Field(ge=1, le=2**31)]
+
+
+class Workload(StrictModel):
+    """One kind of request. `context_tokens` sizes the KV cache; it holds at least prompt + new tokens."""
+
+    prompt_tokens: Tokens = 128
+    new_tokens: Annotated[int, Field(ge=0, le=2**31)] = 128
+    context_tokens: Tokens
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 1
+    requests_in_flight: Annotated[int, Field(ge=1, le=65536)] = 1
+    prefill_chunk_tokens: Tokens
+    """Prompt tokens per prefill step; the whole prompt if not smaller."""
+    dtype: DtypeName
+    kv_cache_dtype: DtypeName
+
+    @model_validator(mode="after")
+    def _fits_the_context(self) -> "Workload":
+        needed = self.prompt_tokens + self.new_tokens
+        if needed > self.context_tokens:
+            raise ValueError(
+                f"prompt_tokens {self.prompt_tokens} + new_tokens {self.new_tokens} = {needed} "
+                f"exceed context_tokens {self.context_tokens}"
+            )
+        return self
+
+    @property
+    def decode_context_tokens(self) -> int:
+        """The context at which decode is costed: prompt + half of the new tokens."""
+        return self.prompt_tokens + self.new_tokens // 2
+
+    @property
+    def prefill_chunks(self) -> tuple[tuple[int, int], ...]:
+        """(tokens, past tokens) of every prefill step of the prompt."""
+        size = min(self.prefill_chunk_tokens, self.prompt_tokens)
+        return tuple((min(size, self.prompt_tokens - past), past) for past in range(0, self.prompt_tokens, size))
