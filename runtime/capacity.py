@@ -1,0 +1,69 @@
+"""Is there room? What a run needs on each device, against what is free there, compared before anything is loaded."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from plans.checkpoint import Checkpoint, unit_tables
+from plans.config import DTYPE_SIZES
+from plans.errors import MachineError
+from plans.sizes import format_bytes
+from runtime.ranges import StageSpec, describe_stage, owns_unit
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes one stage needs."""
+
+    weight_bytes: int
+    kv_cache_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and cache together."""
+        return self.weight_bytes + self.kv_cache_bytes
+
+
+def stage_need(checkpoint: Checkpoint, spec: StageSpec, *, dtype: str, context_tokens: int, batch_size: int) -> Need:
+    """Return what a stage needs for its weights at `dtype` and for a full KV cache."""
+    config = checkpoint.config
+    owned = [table for table in unit_tables(checkpoint) if owns_unit(spec, table.key)]
+    tensors = {name: stored for table in owned for name, stored in table.tensors.items()}
+    places = {(stored.file, stored.entry.begin): stored.entry for stored in tensors.values()}  # a tied table once
+    weights = sum(entry.num_elements * DTYPE_SIZES[dtype] for entry in places.values())
+    per_token = 2 * config.num_key_value_heads * config.head_dim * DTYPE_SIZES[dtype]
+    windows = config.sliding_windows[spec.start_layer : spec.end_layer]
+    tokens = sum(min(context_tokens, window or context_tokens) for window in windows)
+    return Need(weights, per_token * tokens * batch_size)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that are free on a device right now."""
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available)
+
+
+def check_room(needs: Sequence[Need], specs: Sequence[StageSpec], devices: Sequence[torch.device]) -> None:
+    """Compare need and free memory, device by device; stages on one device add up.
+
+    Raises:
+        MachineError: with both numbers, and the stages concerned.
+    """
+    total: Counter[torch.device] = Counter()
+    for need, device in zip(needs, devices, strict=True):
+        total[device] += need.total_bytes
+    for device, needed in total.items():
+        free = free_bytes(device)
+        if needed > free:
+            here = "; ".join(describe_stage(s) for s, d in zip(specs, devices, strict=True) if d == device)
+            raise MachineError(
+                f"{here} need {format_bytes(needed)} ({needed} bytes), {format_bytes(free)} ({free} bytes) are free",
+                where=str(device),
+                hint="lower --ctx-size, map a stage elsewhere with --device-map, or plan for less",
+                code="E-MEMORY",
+            )

@@ -1,0 +1,51 @@
+"""Plan device names and torch devices."""
+
+import torch
+
+from plans.errors import MachineError, UsageError
+
+
+def torch_device(name: str) -> torch.device:
+    """Return the torch device for a plan's device name, checking that this machine has it.
+
+    `cpu#0` and `cpu#1` are two budgets on the one CPU; a host prefix (`box1/cuda:0`) is dropped.
+
+    >>> torch_device("cpu#1")
+    device(type='cpu')
+
+    Raises:
+        UsageError: torch does not know such a device.
+        MachineError: the device is not on this machine; the message lists what is.
+    """
+    plain = name.rsplit("/", 1)[-1].split("#", 1)[0]
+    try:
+        device = torch.device(plain)
+    except RuntimeError:
+        raise UsageError(
+            f"{name} is not a device torch knows",
+            expected=", ".join(present_devices()),
+            hint="map the stage to one of them with --device-map",
+            code="E-DEVICE",
+        ) from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    device = torch.device(device.type, device.index or 0)
+    if str(device) not in present_devices():
+        raise MachineError(
+            f"device {name} is not on this machine",
+            expected=", ".join(present_devices()),
+            hint="map the stage to one of them with --device-map",
+            code="E-DEVICE",
+        )
+    return device
+
+
+def present_devices() -> tuple[str, ...]:
+    """Return the names of the devices torch can use here, the CPU first."""
+    return ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything queued on `device`; nothing to do on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

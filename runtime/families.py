@@ -1,0 +1,90 @@
+"""Which model families run as a chain, and how their classes are named.
+
+A family is admitted only when `tests/runtime/test_families.py` shows that its chain is bit-identical to the unsplit
+model. Everything else is refused here, in one place.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from plans.errors import InputError, printable
+
+CAUSAL_LM_CLASSES: Mapping[str, str] = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+"""`model_type` in config.json -> the transformers class whose forward the chain runs."""
+
+PER_LAYER_KEYS = ("layer_types", "no_rope_layers")
+"""Configuration lists with one entry per layer; a stage keeps only its own range of them."""
+
+
+def family_class(model_type: str) -> type[PreTrainedModel]:
+    """Return the transformers class of a supported `model_type`."""
+    family: type[PreTrainedModel] = getattr(transformers, CAUSAL_LM_CLASSES[model_type])
+    return family
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Refuse configurations of families without a parity test; errors as `check_family`."""
+    check_family(config.model_type, is_quantized=getattr(config, "quantization_config", None) is not None)
+
+
+def check_family(model_type: object, *, is_quantized: bool) -> None:
+    """Refuse what has no parity test.
+
+    Raises:
+        InputError: naming the family and the supported ones.
+    """
+    if model_type not in CAUSAL_LM_CLASSES:
+        raise InputError(
+            f"model_type {printable(model_type, limit=40)} is not supported",
+            expected=f"one of {', '.join(CAUSAL_LM_CLASSES)}",
+            hint="analyze and solve still size it",
+            code="E-FAMILY",
+        )
+    if is_quantized:
+        raise InputError(
+            "quantised weights cannot run here",
+            expected="float32, float16 or bfloat16 weights",
+            hint="analyze and solve still size them",
+            code="E-FAMILY",
+        )
+
+
+def parse_model_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """Build the transformers configuration from the parsed `config.json`; never runs code of the checkpoint.
+
+    Both spellings of rotary settings are read: `rope_parameters`, and `rope_theta` with `rope_scaling`.
+
+    Raises:
+        InputError: the family is not supported, or transformers refuses a value.
+    """
+    check_family(raw.get("model_type"), is_quantized=raw.get("quantization_config") is not None)
+    try:
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(dict(raw)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"transformers refuses it: {error}", where="config.json", code="E-CONFIG") from None
+
+
+def build_skeleton(config: PreTrainedConfig, family: type[PreTrainedModel]) -> PreTrainedModel:
+    """Build the whole model without memory (meta device), in evaluation mode, on a private copy of `config`."""
+    with torch.device("meta"):
+        model = family(copy.deepcopy(config))
+    model.eval()  # type: ignore[no-untyped-call]
+    return model

@@ -1,0 +1,227 @@
+"""The commands' own generation loop: `prefill`, then `decode_one_token` until every sequence is finished.
+
+It hands the chain exactly what `generate()` would, through the model's own `prepare_inputs_for_generation`, so logits
+are the same. On top of that it keeps one random generator per sequence, streams text, and measures.
+
+Shapes: B sequences, T tokens so far (padding included), V vocabulary.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from runtime.batch import TokenBatch
+from runtime.chain import Chain
+from runtime.clock import StageTime, stage_clock
+from runtime.limits import Limits, check_prompts
+from runtime.numerics import require_finite
+from runtime.sampling import Sampling, TokenChooser
+from runtime.text import Decode
+from runtime.writer import GeneratedSequence, OnText, SequenceWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What was generated and how long it took. Seconds are wall-clock seconds."""
+
+    sequences: tuple[GeneratedSequence, ...]
+    num_prompt_tokens: int
+    time_to_first_token_seconds: float
+    step_seconds: tuple[float, ...]
+    """One entry per decode step after the first token: forward, choice of the token, and text."""
+    prefill_stages: tuple[StageTime, ...]
+    decode_stages: tuple[StageTime, ...]
+    """Per stage; empty when stage times were not asked for."""
+
+    @property
+    def num_new_tokens(self) -> int:
+        """New tokens of all sequences together."""
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first of each sequence per second of decoding; 0 when there were none."""
+        seconds = sum(self.step_seconds)
+        return (self.num_new_tokens - len(self.sequences)) / seconds if seconds else 0.0
+
+
+@dataclass(slots=True)
+class Decoding:
+    """The state of a running generation: tokens and their cache. Step 0 is the prompt."""
+
+    batch: TokenBatch
+    cache: Cache
+    step: int = 0
+
+
+@dataclass(slots=True)
+class _Timing:
+    time_to_first_token_seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+    prefill_stages: tuple[StageTime, ...] = ()
+    decode_stages: tuple[StageTime, ...] = ()
+
+
+def prefill(chain: Chain, state: Decoding, *, chunk_tokens: int | None = None) -> torch.Tensor:
+    """Read the part of the prompt that is not in the cache yet.
+
+    Returns:
+        fp32 logits [B, V] of the last position, on the CPU.
+    """
+    batch = state.batch
+    past = int(state.cache.get_seq_length())
+    size = chunk_tokens or batch.length
+    for start in range(past, batch.length, size):
+        end = min(start + size, batch.length)
+        logits = _forward(chain, state, start=start, end=end, next_sequence_length=None)
+    return logits
+
+
+def decode_one_token(chain: Chain, state: Decoding) -> torch.Tensor:
+    """Run the newest token of every sequence; returns logits as `prefill` does."""
+    return _forward(chain, state, start=0, end=state.batch.length, next_sequence_length=1)
+
+
+def generate(
+    chain: Chain,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    limits: Limits,
+    decode: Decode | None = None,
+    on_text: OnText | None = None,
+    cache: Cache | None = None,
+    measure_stages: bool = False,
+) -> Generation:
+    """Continue every prompt.
+
+    Args:
+        chain: the model.
+        prompts: token ids; several prompts are padded on the left and run as one batch.
+        sampling: how tokens are chosen.
+        limits: when to stop.
+        decode: token ids -> text; needed for text, streaming and stop strings.
+        on_text: receives text as soon as it is certain, whole characters only.
+        cache: cache that already holds the beginning of the (only) prompt; extended in place.
+        measure_stages: also measure every stage; on accelerators this adds synchronisation.
+
+    Raises:
+        UsageError: an empty prompt, a token id outside the vocabulary, or more tokens than the context holds.
+        NonFiniteError: NaN or infinity in the logits; nothing of that step is printed.
+    """
+    rooms = check_prompts(prompts, limits=limits, vocab_size=chain.config.vocab_size, has_decode=decode is not None)
+    writers = [
+        SequenceWriter(
+            index,
+            prompt_ids=prompt,
+            max_tokens=room,
+            eos_token_ids=limits.eos_token_ids,
+            stop_strings=limits.stop_strings,
+            decode=decode,
+            on_text=on_text,
+        )
+        for index, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
+    ]
+    choosers = [TokenChooser(sampling, sequence_index=index) for index in range(len(prompts))]
+    batch = TokenBatch(prompts, num_new_tokens=max(rooms), pad_token_id=_pad_token_id(chain))
+    state = Decoding(batch, DynamicCache(config=chain.config) if cache is None else cache)
+    timing = _run(chain, state, writers, choosers, limits, measure_stages=measure_stages)
+    return Generation(
+        sequences=tuple(writer.result() for writer in writers),
+        num_prompt_tokens=sum(map(len, prompts)),
+        time_to_first_token_seconds=timing.time_to_first_token_seconds,
+        step_seconds=tuple(timing.step_seconds),
+        prefill_stages=timing.prefill_stages,
+        decode_stages=timing.decode_stages,
+    )
+
+
+def _run(
+    chain: Chain,
+    state: Decoding,
+    writers: Sequence[SequenceWriter],
+    choosers: Sequence[TokenChooser],
+    limits: Limits,
+    *,
+    measure_stages: bool,
+) -> _Timing:
+    timing = _Timing()
+    if all(writer.is_finished for writer in writers):
+        return timing
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        totals = stack.enter_context(stage_clock(chain)) if measure_stages else []
+        started = time.perf_counter()
+        logits = prefill(chain, state, chunk_tokens=limits.prefill_chunk_tokens)
+        _take_tokens(chain, state, logits, writers, choosers)
+        timing.time_to_first_token_seconds = time.perf_counter() - started
+        timing.prefill_stages = tuple(total.copy() for total in totals)
+        while not all(writer.is_finished for writer in writers):
+            started = time.perf_counter()
+            logits = decode_one_token(chain, state)
+            _take_tokens(chain, state, logits, writers, choosers)
+            timing.step_seconds.append(time.perf_counter() - started)
+    timing.decode_stages = tuple(t.since(before) for t, before in zip(totals, timing.prefill_stages, strict=True))
+    return timing
+
+
+def _forward(model: Any, state: Decoding, *, start: int, end: int, next_sequence_length: int | None) -> torch.Tensor:
+    """Run columns [start, end), or with `next_sequence_length` only the last of them, as `generate()` does."""
+    inputs = model.prepare_inputs_for_generation(
+        state.batch.ids(start, end),
+        next_sequence_length=next_sequence_length,
+        past_key_values=state.cache,
+        attention_mask=state.batch.mask(end),
+        position_ids=state.batch.positions(start, end),
+        is_first_iteration=next_sequence_length is None,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    outputs = model(**inputs, return_dict=True)
+    # Phi-3 starts a new cache when its rotary factors switch, so the cache is taken back after every forward.
+    state.cache = outputs.past_key_values
+    logits: torch.Tensor = outputs.logits[:, -1].to(device="cpu", dtype=torch.float32)
+    return logits
+
+
+def _take_tokens(
+    chain: Chain,
+    state: Decoding,
+    logits: torch.Tensor,
+    writers: Sequence[SequenceWriter],
+    choosers: Sequence[TokenChooser],
+) -> None:
+    require_finite(chain, logits, batch=state.batch, step=state.step)
+    tokens = _choose(state.batch, logits, writers, choosers)
+    # A finished sequence keeps its row, filled with padding, until the whole batch is done.
+    for writer, token in zip(writers, tokens, strict=True):
+        if not writer.is_finished:
+            writer.add(token)
+    state.batch.append(tokens)
+    state.step += 1
+
+
+def _choose(
+    batch: TokenBatch,
+    logits: torch.Tensor,
+    writers: Sequence[SequenceWriter],
+    choosers: Sequence[TokenChooser],
+) -> list[int]:
+    if choosers[0].is_plain_argmax:
+        best: list[int] = logits.argmax(dim=-1).tolist()
+        return [batch.pad_token_id if w.is_finished else token for w, token in zip(writers, best, strict=True)]
+    return [
+        batch.pad_token_id if writer.is_finished else chooser.choose(logits[row], token_ids=batch.sequence(row))
+        for row, (writer, chooser) in enumerate(zip(writers, choosers, strict=True))
+    ]
+
+
+def _pad_token_id(chain: Chain) -> int:
+    value = chain.generation_config.pad_token_id
+    return value if isinstance(value, int) else 0

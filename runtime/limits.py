@@ -1,0 +1,65 @@
+"""How long a generation may become, and whether the prompts fit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plans.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """When to stop, and how the prompt is read.
+
+    Attributes:
+        context_tokens: prompt and new tokens of a sequence together never exceed this.
+        max_tokens: new tokens per sequence; None goes on until end-of-sequence or the context's end.
+        eos_token_ids: tokens that end a sequence.
+        stop_strings: strings that end a sequence; they need `decode`.
+        prefill_chunk_tokens: prompt tokens per forward; None reads the prompt at once.
+    """
+
+    context_tokens: int
+    max_tokens: int | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    prefill_chunk_tokens: int | None = None
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], *, limits: Limits, vocab_size: int, has_decode: bool) -> list[int]:
+    """Return how many new tokens each prompt may get.
+
+    Raises:
+        UsageError: no prompt, an empty one, a token id outside the vocabulary, or more tokens than the context holds.
+    """
+    if not prompts:
+        raise UsageError("there is no prompt", expected="at least one", code="E-PROMPT")
+    if limits.stop_strings and not has_decode:
+        raise UsageError("stop strings need a tokenizer", hint="give decode", code="E-STOP")
+    return [_check_prompt(vocab_size, index, prompt, limits) for index, prompt in enumerate(prompts)]
+
+
+def _check_prompt(vocab_size: int, index: int, prompt: Sequence[int], limits: Limits) -> int:
+    where = f"prompt {index}"
+    if not prompt:
+        raise UsageError(
+            "has no tokens", where=where, hint="give some text, or a tokenizer that adds a first token", code="E-PROMPT"
+        )
+    bad = next((token for token in prompt if type(token) is not int or not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise UsageError(
+            f"token id {bad} is not in the vocabulary",
+            where=where,
+            expected=f"integers from 0 to {vocab_size - 1}",
+            code="E-PROMPT",
+        )
+    room = limits.context_tokens - len(prompt)
+    wanted = limits.max_tokens or 0
+    if room < wanted or room < 0:
+        raise UsageError(
+            f"{len(prompt)} prompt tokens and {wanted} new ones are {wanted - room} more than the context holds"
+            f" ({limits.context_tokens})",
+            where=where,
+            hint=f"shorten the prompt, or ask for at most {max(room, 0)} new tokens, or raise --ctx-size",
+            code="E-CONTEXT",
+        )
+    return room if limits.max_tokens is None else limits.max_tokens

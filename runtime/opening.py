@@ -1,0 +1,143 @@
+"""What a command was given - an export, a plan with its checkpoint, or a plain checkpoint - as one thing to run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from plans.bundle import Export, check_fast, check_unchanged, open_export
+from plans.check import read_plan
+from plans.checkpoint import Checkpoint, check_same_shapes, open_checkpoint, require_full
+from plans.errors import InputError, UsageError
+from plans.manifest import MANIFEST_NAME
+from plans.plan import Plan
+from runtime.ranges import StageRange, StageSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Something that can be loaded as a chain.
+
+    Attributes:
+        folder: where weights, configuration and tokenizer lie.
+        checkpoint: the same folder, opened strictly.
+        stages: the cut, in chain order.
+        plan: the plan it was cut by; None for a plain checkpoint.
+        export: the export it is; None when it runs straight from a checkpoint.
+        dtype: dtype the plan or the export was made for; None keeps the checkpoint's.
+        warnings: remarks for a person.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+    stages: tuple[StageSpec, ...]
+    plan: Plan | None
+    export: Export | None
+    dtype: str | None
+    warnings: tuple[str, ...]
+
+
+def open_source(target: Path, *, model: Path | None, expect_id: str | None = None) -> Source:
+    """Open what the command was given.
+
+    Args:
+        target: an export, a plan file, or a checkpoint folder (then everything runs as one stage on the CPU).
+        model: the checkpoint, when `target` is a plan file.
+        expect_id: the export id to insist on.
+
+    Raises:
+        UsageError: a plan without a model, or a model with something that is no plan.
+        InputError, IntegrityError, MachineError: as the strict readers of each kind of file.
+    """
+    if target.is_file() and target.name != "config.json":
+        return _open_plan(target, model)
+    if model is not None:
+        raise UsageError("--model belongs to a plan file", where=target, hint="leave --model out", code="E-USAGE")
+    if (target / MANIFEST_NAME).is_file():
+        return _open_export(target, expect_id)
+    if expect_id is not None:
+        raise UsageError("--expect-id belongs to an export", where=target, code="E-USAGE")
+    return _open_plain(target)
+
+
+def verify_weights(source: Source) -> None:
+    """Compare every stage's bytes with the export's fast checksums; nothing to compare for a plain checkpoint.
+
+    Raises:
+        IntegrityError: a bundle is damaged.
+    """
+    if source.export is not None:
+        for index in source.export.bundles:
+            check_fast(source.export, stage=index)
+
+
+def check_sources_unchanged(source: Source) -> None:
+    """At the end of a run: CPU weights were mapped, so a bundle that changed meanwhile makes the result worthless.
+
+    Raises:
+        IntegrityError: a bundle was changed, replaced or removed.
+    """
+    if source.export is not None:
+        for index in source.export.bundles:
+            check_unchanged(source.export, stage=index)
+
+
+def _open_export(folder: Path, expect_id: str | None) -> Source:
+    export = open_export(folder, expect_id=expect_id)
+    checkpoint = open_checkpoint(folder)
+    return Source(
+        folder=folder,
+        checkpoint=checkpoint,
+        stages=export.plan.stages,
+        plan=export.plan,
+        export=export,
+        dtype=export.manifest.dtype,
+        warnings=export.warnings + checkpoint.warnings,
+    )
+
+
+def _open_plan(path: Path, model: Path | None) -> Source:
+    if path.suffix != ".json":
+        raise InputError("is a file", where=path, expected="an export, a plan (.json) or a checkpoint folder")
+    if model is None:
+        raise UsageError("a plan needs the checkpoint it is for", where=path, hint="add --model CHECKPOINT")
+    plan = read_plan(path)
+    checkpoint = open_checkpoint(model)
+    folder = require_full(checkpoint)
+    check_same_shapes({(unit.kind, unit.index): unit.shapes_sha256 for unit in plan.profile.units}, checkpoint)
+    revision: tuple[str, ...] = ()
+    if plan.profile.model.config_sha256 != checkpoint.config.sha256:
+        revision = ("the plan was made for another revision of this model; the shapes are the same",)
+    return Source(folder, checkpoint, plan.stages, plan, None, plan.workload.dtype, checkpoint.warnings + revision)
+
+
+def _open_plain(folder: Path) -> Source:
+    checkpoint = open_checkpoint(folder)
+    require_full(checkpoint)
+    whole = StageRange("cpu", 0, checkpoint.config.num_hidden_layers, has_embedding=True, has_head=True)
+    return Source(folder, checkpoint, (whole,), None, None, None, checkpoint.warnings)
+
+
+def parse_device_map(values: list[str], *, num_stages: int) -> Mapping[int, str]:
+    """Read `--device-map` values: `STAGE=DEVICE` (stages count from 1), or one `DEVICE` for all stages.
+
+    Returns:
+        Zero-based stage index -> device name.
+
+    Raises:
+        UsageError: not of that form, or a stage that does not exist.
+    """
+    device_map: dict[int, str] = {}
+    for value in [part for text in values for part in text.split(",")]:
+        number, separator, device = value.partition("=")
+        if not separator:
+            device_map |= dict.fromkeys(range(num_stages), number)
+            continue
+        if not number.isdecimal() or not 1 <= int(number) <= num_stages or not device:
+            raise UsageError(
+                f"'{value}' maps no stage",
+                where="--device-map",
+                expected=f"STAGE=DEVICE with a stage from 1 to {num_stages}, or one DEVICE for all",
+                code="E-DEVICE",
+            )
+        device_map[int(number) - 1] = device
+    return device_map
