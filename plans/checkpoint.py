@@ -25,7 +25,7 @@ MAX_TENSORS = 500_000
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-_LAYER = re.compile(r"model\.layers\.(\d{1,5})\.(.+)")
+_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,4})\.(.+)")
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*\.rotary_emb\.cos_cached|.*\.rotary_emb\.sin_cached")
 
 UnitKey = tuple[str, int]
@@ -62,8 +62,8 @@ class UnitTable:
 
     @property
     def shapes_sha256(self) -> str:
-        """Hash of the unit's (name, dtype, shape) rows; what a plan binds to."""
-        return hash_shapes({name: (t.entry.dtype, t.entry.shape) for name, t in self.tensors.items()})
+        """Hash of the unit's (local name, dtype, shape) rows; what a plan binds to. Equal for equal layers."""
+        return hash_shapes({local_name(name): (t.entry.dtype, t.entry.shape) for name, t in self.tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,12 @@ def hash_shapes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
     """Return the sha256 over sorted rows ``name dtype d0,d1,...``."""
     rows = (f"{name} {dtype} {','.join(map(str, shape))}\n" for name, (dtype, shape) in sorted(shapes.items()))
     return hashlib.sha256("".join(rows).encode()).hexdigest()
+
+
+def local_name(name: str) -> str:
+    """Return a layer's tensor name without ``model.layers.N.``; other names unchanged."""
+    match = _LAYER.fullmatch(name)
+    return match.group(2) if match else name
 
 
 def unit_of(name: str) -> UnitKey | None:
@@ -136,6 +142,7 @@ def _open_folder(folder: Path) -> Checkpoint:
             expected=f"{CONFIG_NAME} and {SINGLE_NAME} or {INDEX_NAME}",
             code="E-MISSING",
         )
+    _check_links(folder, names)
     config = read_config(folder / CONFIG_NAME)
     warnings = _custom_code_warnings(config, names)
     if INDEX_NAME in names:
@@ -155,6 +162,40 @@ def _list_folder(folder: Path) -> set[str]:
         raise explain_os_error(error, folder) from None
 
 
+def link_home(folder: Path) -> Path:
+    """Return the folder that links inside a checkpoint may not leave: its own, or the repository of a snapshot."""
+    home = folder.resolve()
+    return home.parent.parent if home.parent.name == "snapshots" else home
+
+
+def _check_links(folder: Path, names: set[str]) -> None:
+    """Refuse links that lead nowhere or out of the folder; a Hugging Face snapshot may link into its own repository."""
+    tree = link_home(folder)
+    for name in sorted(names):
+        path = folder / name
+        if not (name in {CONFIG_NAME, INDEX_NAME} or name.endswith(".safetensors")) or not path.is_symlink():
+            continue
+        if not path.exists():
+            raise _incomplete(folder, f"{printable(name)} is a link to a file that is not there")
+        if not path.resolve().is_relative_to(tree):
+            raise InputError(
+                f"{printable(name)} is a link out of the folder",
+                where=folder,
+                hint="copy the file into the folder",
+                code="E-SYMLINK",
+            )
+
+
+def _incomplete(folder: Path, what: str) -> InputError:
+    return InputError(f"{what}: the download is incomplete", where=folder, hint="finish it first", code="E-INCOMPLETE")
+
+
+def _is_downloading(folder: Path) -> bool:
+    """Whether the Hugging Face cache that holds this snapshot has a blob under way."""
+    home = folder.resolve()
+    return home.parent.name == "snapshots" and any((home.parent.parent / "blobs").glob("*.incomplete"))
+
+
 def _custom_code_warnings(config: ModelConfig, names: set[str]) -> list[str]:
     if config.runs_custom_code or any(name.endswith(".py") for name in names):
         return ["the checkpoint brings Python code of its own; it is ignored and never run"]
@@ -166,13 +207,8 @@ def _single_file(folder: Path, names: set[str]) -> str:
         return SINGLE_NAME
     others = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf")))
     incomplete = sorted(n for n in names if n.endswith((".incomplete", ".part")))
-    if incomplete:
-        raise InputError(
-            f"the download is incomplete ({printable(incomplete[0])})",
-            where=folder,
-            hint="finish the download first",
-            code="E-INCOMPLETE",
-        )
+    if incomplete or _is_downloading(folder):
+        raise _incomplete(folder, f"no {SINGLE_NAME}" + (f", but {printable(incomplete[0])}" if incomplete else ""))
     if others:
         raise InputError(
             f"holds {printable(others[0])}, which is not safetensors",
@@ -210,14 +246,9 @@ def _open_indexed(folder: Path, names: set[str]) -> tuple[tuple[Shard, ...], lis
 
 def _open_shard(folder: Path, name: str, index: Path) -> SafetensorsHeader:
     shard = folder / name
-    if shard.is_symlink() and not shard.exists():
-        raise InputError(
-            f"{name} is a link to a file that is not there",
-            where=folder,
-            hint="the download is incomplete; finish it first",
-            code="E-INCOMPLETE",
-        )
     if not shard.exists():
+        if _is_downloading(folder):
+            raise _incomplete(folder, f"{name} is missing")
         raise InputError(f"lists {name}, which is missing", where=index, hint="fetch it again", code="E-INDEX")
     return read_header(shard)
 
@@ -348,7 +379,15 @@ def check_same_shapes(expected: Mapping[UnitKey, str], checkpoint: Checkpoint) -
     Raises:
         IntegrityError: naming the first unit that differs and both hashes.
     """
-    for table in unit_tables(checkpoint):
+    tables = unit_tables(checkpoint)
+    if len(tables) != len(expected):
+        raise IntegrityError(
+            f"another model: it has {len(tables) - 2} layers, the plan was made for {len(expected) - 2}",
+            where=checkpoint.path,
+            hint="solve again for this model",
+            code="E-MODEL",
+        )
+    for table in tables:
         recorded, found = expected.get(table.key, ""), table.shapes_sha256
         if recorded != found:
             name = table.key[0] if table.key[0] != "layer" else f"layer {table.key[1]}"
@@ -369,6 +408,8 @@ __all__ = [
     "UnitTable",
     "check_same_shapes",
     "hash_shapes",
+    "link_home",
+    "local_name",
     "open_checkpoint",
     "require_full",
     "unexpected_tensors",

@@ -38,6 +38,17 @@ DTYPE_NAMES: Mapping[str, str] = {
 DTYPE_SIZES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 """Bytes per element of the dtypes the runtime computes in."""
 
+FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {"num_key_value_heads": 8, "num_local_experts": 8},
+    "qwen2": {"num_key_value_heads": 32, "attention_bias": True, "use_sliding_window": False},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
+    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True, "use_sliding_window": False},
+}
+"""What transformers' configuration classes assume for a key that is absent (not for one that is null)."""
+
 _LIMITS = {
     "hidden_size": 1 << 20,
     "intermediate_size": 1 << 24,
@@ -102,18 +113,21 @@ def read_config(path: Path) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> ModelConfig:
     """Check a configuration that is already parsed; errors as `read_config`."""
-    fields = _Fields(raw, where)
+    fields = _Fields(_with_family_defaults(raw), where)
     model_type = fields.text("model_type")
     heads = fields.count("num_attention_heads")
     hidden = fields.count("hidden_size")
     kv_heads = fields.count("num_key_value_heads", default=heads)
     layers = fields.count("num_hidden_layers")
-    has_head_dim = raw.get("head_dim") is not None
+    has_head_dim = fields.raw.get("head_dim") is not None
     if not has_head_dim and hidden % heads:
         raise fields.error("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
     if heads % kv_heads:
         raise fields.error("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
     experts = fields.count_of(("num_local_experts", "num_experts"), limit="num_experts", default=0)
+    experts_per_token = fields.count("num_experts_per_tok", default=min(2, experts)) if experts else 0
+    if experts_per_token > experts:
+        raise fields.error("num_experts_per_tok", f"{experts_per_token} is more than the {experts} experts")
     return ModelConfig(
         model_type=model_type,
         architecture=_architecture(fields),
@@ -125,19 +139,27 @@ def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> 
         head_dim=_head_dim(fields, hidden, heads),
         vocab_size=fields.count("vocab_size"),
         max_position_embeddings=fields.count("max_position_embeddings", default=2048),
-        tie_word_embeddings=fields.flag("tie_word_embeddings", default=model_type in {"gemma", "gemma2"}),
-        attention_bias=fields.flag("attention_bias", default=model_type == "qwen2"),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
+        attention_bias=fields.flag("attention_bias", default=False),
         mlp_bias=fields.flag("mlp_bias", default=False),
         dtype=_dtype(fields),
         rope_type=_rope_type(fields),
         sliding_windows=_sliding_windows(fields, layers),
         num_experts=experts,
-        num_experts_per_tok=fields.count("num_experts_per_tok", default=2) if experts else 0,
+        num_experts_per_tok=experts_per_token,
         quantization=_quantization(fields),
         runs_custom_code=bool(raw.get("auto_map")) or raw.get("trust_remote_code") is True,
         sha256=sha256,
         raw=raw,
     )
+
+
+def _with_family_defaults(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    family = raw.get("model_type")
+    defaults = dict(FAMILY_DEFAULTS.get(family, {})) if isinstance(family, str) else {}
+    if "num_experts" in raw:
+        defaults.pop("num_local_experts", None)
+    return defaults | dict(raw)
 
 
 class _Fields:
@@ -257,8 +279,6 @@ def _default_layer_types(raw: Mapping[str, Any], layers: int) -> list[str]:
     if family == "gemma2":
         return [sliding if (i + 1) % 2 else full for i in range(layers)]
     if family in {"qwen2", "qwen3"}:
-        if raw.get("use_sliding_window") is not True:
-            return [full] * layers
         first = raw.get("max_window_layers")
         first = first if type(first) is int else 28
         return [sliding if i >= first else full for i in range(layers)]

@@ -91,7 +91,7 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
 
 
 def _guarded(call: Callable[[], Any], *, name: str, is_debug: bool) -> int:
-    from click.exceptions import Abort, ClickException, Exit
+    from typer import Abort, Exit, TyperException
 
     try:
         result = call()
@@ -100,17 +100,22 @@ def _guarded(call: Callable[[], Any], *, name: str, is_debug: bool) -> int:
         if is_debug:
             raise
         return _say(f"error[{error.code}]: {error.line()}", error.exit_code)
-    except ClickException as error:
-        hint = f"; see '{name} --help'"
-        return _say(f"error[E-USAGE]: {printable(error.format_message(), limit=2000)}{hint}", error.exit_code)
+    except TyperException as error:
+        message = error.format_message()
+        if message.startswith("Usage:"):  # a bare command shows its help
+            return _say(message, ExitCode.USAGE)
+        return _say(f"error[E-USAGE]: {printable(message.rstrip('.'), limit=2000)}; see '{name} --help'", ExitCode.USAGE)
     except Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, Abort):
         return _say("interrupted", ExitCode.INTERRUPTED)
     except Terminated as error:
         return _say("terminated", error.exit_code)
-    except BrokenPipeError:
-        return ExitCode.BROKEN_PIPE
+    except SystemExit as left:
+        # typer turns a closed stdout into exit code 1 before we see it
+        if isinstance(left.__context__, BrokenPipeError):
+            return ExitCode.BROKEN_PIPE
+        raise
     except MemoryError:
         return _say("error[E-MEMORY]: this machine is out of memory", ExitCode.ENVIRONMENT)
     except OSError as error:

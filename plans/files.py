@@ -1,11 +1,12 @@
 """Open untrusted files: plain names only, regular files only, never blocking, never more than a cap."""
 
+import errno
 import hashlib
 import os
 import stat
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from plans.errors import InputError, MachineError, printable
@@ -42,6 +43,8 @@ def explain_os_error(error: OSError, path: object) -> InputError | MachineError:
     """Turn an operating-system error on `path` into ours: missing is bad input, the rest is the machine."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return InputError("no such file", where=path, code="E-MISSING")
+    if error.errno in {errno.ENAMETOOLONG, errno.ELOOP}:
+        return InputError(f"is no usable path: {os.strerror(error.errno)}", where=path, code="E-MISSING")
     return MachineError(f"cannot read: {error.strerror or error} (errno {error.errno})", where=path, code="E-READ")
 
 
@@ -112,3 +115,26 @@ def read_limited(path: Path, *, max_bytes: int) -> bytes:
 def sha256_hex(data: bytes) -> str:
     """Return the lower-case hexadecimal SHA-256 of `data`."""
     return hashlib.sha256(data).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there completely or, on any failure, as it was before.
+
+    Raises:
+        MachineError: the folder is missing or not writable, the disk is full, or `path` is a folder.
+    """
+    beside = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)  # noqa: PTH105 - the name of the call is the point
+    except (OSError, ValueError) as error:
+        reason = f"{error.strerror or error} (errno {error.errno})" if isinstance(error, OSError) else str(error)
+        raise MachineError(f"cannot write: {reason}", where=path, code="E-WRITE") from None
+    finally:
+        with suppress(OSError, ValueError):
+            beside.unlink(missing_ok=True)

@@ -60,9 +60,13 @@ class Manifest(StrictModel):
         names = [check_basename(file.path, where="files") for file in self.files]
         if len({name.casefold() for name in names}) != len(names):
             raise ValueError("two files have the same name")
-        missing = [stage.file for stage in self.stages if stage.file not in names]
-        if missing:
-            raise ValueError(f"the stage file {missing[0]} is not among the files")
+        count = len(self.stages)
+        reserved = {MANIFEST_NAME, *(stage_name(index, count) for index in range(count))} & set(names)
+        if reserved:
+            raise ValueError(f"{min(reserved)} cannot list itself")
+        for index, stage in enumerate(self.stages):
+            if stage.file != weights_name(index, count) or stage.file not in names:
+                raise ValueError(f"stage {index} names {stage.file}; {weights_name(index, count)} must be listed")
         return self
 
     def derived_id(self) -> str:

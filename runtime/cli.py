@@ -253,6 +253,7 @@ def _open(
         from runtime.session import open_session
 
         # Our own sentences say what a person needs; the library's advice about its internals does not help here.
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         if threads is not None:
             torch.set_num_threads(threads)

@@ -1,0 +1,389 @@
+"""Open an export strictly: what `llamaplan export` wrote, checked before a single weight is used.
+
+`open_export` checks everything but the weights' bytes; `check_fast` checks those of one stage by their fast checksum.
+Together they refuse flipped bits, truncation, swapped or renamed stages and files mixed from two exports.
+Nothing is created or changed, so an export may lie on read-only storage.
+"""
+
+import os
+import stat as stat_bits
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from plans.check import read_plan
+from plans.checkpoint import CONFIG_NAME, EMBEDDING, HEAD, UnitKey, hash_shapes, local_name, unit_of
+from plans.config import ModelConfig, read_config
+from plans.digest import FileState, check_xxh3
+from plans.errors import InputError, IntegrityError, LlamaplanError, UsageError, printable
+from plans.files import explain_os_error, read_limited, sha256_hex
+from plans.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    PLAN_NAME,
+    ExportedFile,
+    Manifest,
+    ManifestStage,
+    StageFile,
+    stage_name,
+)
+from plans.plan import Plan
+from plans.safetensors_header import SafetensorsHeader, read_header
+from plans.strict import parse_json, validate_json
+
+MAX_ROOT_FILE_BYTES = 256 << 20
+METADATA_STAGE = "llamaplan_stage"
+METADATA_NUM_STAGES = "llamaplan_num_stages"
+METADATA_PLAN = "llamaplan_plan_sha256"
+
+_STORED_DTYPES: Mapping[str, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_FLOAT_DTYPES = frozenset(_STORED_DTYPES.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """One stage's files, opened and checked (but for the weights' bytes)."""
+
+    stage: int
+    info: StageFile
+    path: Path
+    """The safetensors file."""
+    header: SafetensorsHeader
+    state: FileState
+    """Of the safetensors file when it was opened; `check_unchanged` compares it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """An opened export; `bundles` holds the stages that were asked for, by zero-based index."""
+
+    directory: Path
+    manifest: Manifest
+    plan: Plan
+    config: ModelConfig
+    bundles: Mapping[int, Bundle]
+    warnings: tuple[str, ...]
+
+    @property
+    def export_id(self) -> str:
+        """Identity of the export: equal ids mean equal bytes."""
+        return self.manifest.export_id
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages of the whole export, whichever of them lie here."""
+        return len(self.manifest.stages)
+
+
+def metadata_of(stage: int, *, num_stages: int, plan_sha256: str) -> dict[str, str]:
+    """Return the `__metadata__` of a stage's safetensors file; `format` is what transformers asks for."""
+    return {
+        "format": "pt",
+        METADATA_STAGE: str(stage),
+        METADATA_NUM_STAGES: str(num_stages),
+        METADATA_PLAN: plan_sha256,
+    }
+
+
+def open_export(directory: Path, *, stage: int | Collection[int] | None = None, expect_id: str | None = None) -> Export:
+    """Open an export and check everything but the bytes of its weights.
+
+    Args:
+        directory: the folder `llamaplan export` wrote, or a copy that holds at least the stages asked for.
+        stage: zero-based index, or several, of the stages that must be here; None for all.
+        expect_id: the export id to insist on, when it is known from elsewhere.
+
+    Raises:
+        InputError: not an export, or a manifest that is malformed or of another version.
+        IntegrityError: a file is missing, has another size or content, or belongs to another export.
+        UsageError: no such stage.
+        MachineError: a file cannot be read.
+
+    Example:
+        >>> export = open_export(Path("shards"), stage=0)  # doctest: +SKIP
+        >>> check_fast(export, stage=0)  # doctest: +SKIP
+    """
+    manifest = read_manifest(directory)
+    if expect_id is not None and expect_id != manifest.export_id:
+        raise IntegrityError(
+            f"the export id is {manifest.export_id}, not the {printable(expect_id)} that was asked for",
+            where=directory,
+            code="E-EXPORT-ID",
+        )
+    stages = _selected(stage, manifest)
+    warnings = _stray_files(directory, manifest)
+    weights = {entry.file for entry in manifest.stages}
+    for file in manifest.files:
+        if file.path not in weights:
+            warnings += _check_plain(directory / file.path, file.size)
+            _check_root_file(directory / file.path, file)
+    plan = _read_plan(directory, manifest)
+    bundles = {index: _open_bundle(directory, manifest, plan, index) for index in stages}
+    for bundle in bundles.values():
+        warnings += _mode_warnings(bundle.path, bundle.path.stat())
+    config = read_config(directory / CONFIG_NAME)
+    return Export(directory, manifest, plan, config, bundles, tuple(warnings))
+
+
+def check_fast(export: Export, *, stage: int) -> None:
+    """Compare the bytes of one stage's weights with the fast checksum in the manifest.
+
+    Raises:
+        IntegrityError: the file is damaged, or was changed since `open_export`.
+        MachineError: the file cannot be read; names the offset.
+    """
+    bundle = export.bundles[stage]
+    check_xxh3(bundle.path, expected=bundle.info.weights.xxh3_128)
+    check_unchanged(export, stage=stage)
+
+
+def check_unchanged(export: Export, *, stage: int) -> None:
+    """Compare size, times and inode of a stage's weights with those at opening; for the end of a run.
+
+    Raises:
+        IntegrityError: the file was changed, replaced or removed meanwhile.
+    """
+    bundle = export.bundles[stage]
+    try:
+        now = FileState.of(bundle.path)
+    except OSError as error:
+        raise IntegrityError(f"vanished while in use (errno {error.errno})", where=bundle.path) from None
+    if now != bundle.state:
+        raise IntegrityError(
+            f"was changed while in use ({bundle.state.size} bytes before, {now.size} now)",
+            where=bundle.path,
+            hint="leave an export alone while it runs; run again",
+            code="E-CHANGED",
+        )
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read `manifest.json` strictly and recompute the export id; errors as `open_export`."""
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        raise InputError("no such folder", where=directory, expected="the folder of an export", code="E-MISSING")
+    if not path.is_symlink() and not path.exists():
+        raise InputError(
+            f"no {MANIFEST_NAME}; not a complete export",
+            where=directory,
+            hint="write one with 'llamaplan export PLAN --model MODEL -o DIR'",
+            code="E-MISSING",
+        )
+    _refuse_link(path)
+    data = read_limited(path, max_bytes=MAX_MANIFEST_BYTES)
+    _check_version(data, path)
+    manifest = validate_json(Manifest, data, where=path)
+    derived = manifest.derived_id()
+    if manifest.export_id != derived:
+        raise IntegrityError(
+            f"the export id reads {manifest.export_id}, the content gives {derived}",
+            where=path,
+            hint="the manifest is damaged or was edited; copy it again",
+            code="E-EXPORT-ID",
+        )
+    if manifest.to_json().encode() != data:
+        raise IntegrityError("is not in the form it was written in", where=path, hint="copy it again")
+    return manifest
+
+
+def _check_version(data: bytes, path: Path) -> None:
+    document = parse_json(data, where=path)
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if type(version) is not int or version != 1:
+        raise InputError(
+            f"written for schema_version {printable(version, limit=40)}",
+            where=path,
+            expected="schema_version 1",
+            hint="export again with this version, or use the one that wrote it",
+            code="E-VERSION",
+        )
+
+
+def _selected(stage: int | Collection[int] | None, manifest: Manifest) -> tuple[int, ...]:
+    count = len(manifest.stages)
+    if stage is None:
+        return tuple(range(count))
+    stages = (stage,) if isinstance(stage, int) else tuple(sorted(set(stage)))
+    for index in stages:
+        if not 0 <= index < count:
+            raise UsageError(f"there is no stage {index}", expected=f"0 to {count - 1}")
+    return stages
+
+
+def _stray_files(directory: Path, manifest: Manifest) -> list[str]:
+    count = len(manifest.stages)
+    known = {MANIFEST_NAME, *(file.path for file in manifest.files), *(stage_name(i, count) for i in range(count))}
+    try:
+        strays = sorted(entry.name for entry in directory.iterdir() if entry.name not in known)
+    except OSError as error:
+        raise explain_os_error(error, directory) from None
+    return [f"{printable(name)} in {directory} is not part of the export and is ignored" for name in strays]
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise InputError("is a symbolic link", where=path, expected="a regular file", code="E-LINK")
+
+
+def _check_plain(path: Path, size: int) -> list[str]:
+    """Check that a listed file is there, is a regular file and has its size; return warnings about its mode."""
+    _refuse_link(path)
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        raise IntegrityError(
+            "is missing", where=path, expected=f"{size} bytes", hint="copy it from the export", code="E-MISSING"
+        ) from None
+    except OSError as error:
+        raise explain_os_error(error, path) from None
+    if not stat_bits.S_ISREG(status.st_mode):
+        raise InputError("not a regular file", where=path, code="E-LINK")
+    if status.st_size != size:
+        raise IntegrityError(
+            f"has {status.st_size} bytes, the manifest says {size}",
+            where=path,
+            hint="the copy is incomplete or damaged; copy it again",
+            code="E-TRUNCATED",
+        )
+    return _mode_warnings(path, status)
+
+
+def _mode_warnings(path: Path, status: os.stat_result) -> list[str]:
+    problems = []
+    if status.st_mode & 0o111:
+        problems.append("is executable")
+    if status.st_mode & 0o002:
+        problems.append("can be written by everybody")
+    if status.st_uid not in {0, os.geteuid()}:
+        problems.append(f"belongs to user {status.st_uid}")
+    return [f"{path} {' and '.join(problems)}"] if problems else []
+
+
+def _check_root_file(path: Path, file: ExportedFile) -> None:
+    found = sha256_hex(read_limited(path, max_bytes=MAX_ROOT_FILE_BYTES))
+    if found != file.sha256:
+        raise IntegrityError(
+            f"has sha256 {found}, the manifest says {file.sha256}",
+            where=path,
+            hint="the file is damaged or belongs to another export; copy it again",
+            code="E-DAMAGED",
+        )
+
+
+def _read_plan(directory: Path, manifest: Manifest) -> Plan:
+    path = directory / PLAN_NAME
+    plan = read_plan(path)
+    if plan.sha256 != manifest.plan_sha256:
+        raise IntegrityError(
+            f"has sha256 {plan.sha256}, the manifest was written for {manifest.plan_sha256}",
+            where=path,
+            code="E-DAMAGED",
+        )
+    planned = tuple((s.device, s.start_layer, s.end_layer, s.has_embedding, s.has_head) for s in plan.stages)
+    if planned != tuple((s.device, s.start_layer, s.end_layer, s.has_embedding, s.has_head) for s in manifest.stages):
+        raise IntegrityError("its stages are not those of the manifest", where=path, code="E-DAMAGED")
+    return plan
+
+
+def _open_bundle(directory: Path, manifest: Manifest, plan: Plan, index: int) -> Bundle:
+    info = _read_stage_file(directory, manifest, index)
+    path = directory / info.weights.path
+    _check_plain(path, info.weights.size)
+    state = FileState.of(path)
+    try:
+        header = read_header(path)
+    except InputError as error:
+        # The size is right and the name is listed, so a bad header means damaged bytes.
+        raise IntegrityError(error.what, where=error.where, hint="copy the file again", code="E-DAMAGED") from None
+    _check_metadata(path, header, index, manifest)
+    _check_tensors(path, header, manifest, plan, index)
+    return Bundle(index, info, path, header, state)
+
+
+def _read_stage_file(directory: Path, manifest: Manifest, index: int) -> StageFile:
+    expected = manifest.stage_json(index).encode()
+    path = directory / stage_name(index, len(manifest.stages))
+    _refuse_link(path)
+    if not path.exists():
+        raise IntegrityError("is missing", where=path, hint="copy it from the export", code="E-MISSING")
+    data = read_limited(path, max_bytes=MAX_MANIFEST_BYTES)
+    if data != expected:
+        raise IntegrityError(
+            f"does not belong to export {manifest.export_id}{_foreign_id(data, path, manifest)}",
+            where=path,
+            hint="copy the stage's two files from the same export as the manifest",
+            code="E-STAGE",
+        )
+    return validate_json(StageFile, data, where=path)
+
+
+def _foreign_id(data: bytes, path: Path, manifest: Manifest) -> str:
+    try:
+        other = StageFile.from_json(data, where=path)
+    except LlamaplanError:
+        return " and is damaged"
+    if other.export_id != manifest.export_id:
+        return f" but to {other.export_id}"
+    return f"; it describes stage {other.stage}"
+
+
+def _check_metadata(path: Path, header: SafetensorsHeader, index: int, manifest: Manifest) -> None:
+    expected = metadata_of(index, num_stages=len(manifest.stages), plan_sha256=manifest.plan_sha256)
+    for key, value in expected.items():
+        found = header.metadata.get(key, "nothing")
+        if found != value:
+            raise IntegrityError(
+                f"its metadata says {key} {printable(found, limit=80)}, this place needs {value}",
+                where=path,
+                hint="the stages were swapped, renamed or mixed; copy them again",
+                code="E-STAGE",
+            )
+
+
+def _check_tensors(path: Path, header: SafetensorsHeader, manifest: Manifest, plan: Plan, index: int) -> None:
+    """Every tensor belongs to a unit of the stage, every unit has the tensors the plan was made for."""
+    stage = manifest.stages[index]
+    owned: dict[UnitKey, dict[str, tuple[str, tuple[int, ...]]]] = {key: {} for key in _keys_of(stage)}
+    for name, entry in header.tensors.items():
+        key = unit_of(name)
+        if key not in owned:
+            raise IntegrityError(f"holds {printable(name)}, which is not of stage {index}", where=path, code="E-STAGE")
+        owned[key][local_name(name)] = (entry.dtype, entry.shape)
+        if manifest.dtype in _STORED_DTYPES and entry.dtype in _FLOAT_DTYPES - {_STORED_DTYPES[manifest.dtype]}:
+            raise IntegrityError(
+                f"{name} is {entry.dtype}, the manifest says {manifest.dtype}", where=path, code="E-STAGE"
+            )
+    if stage.has_embedding and stage.has_head and plan.profile.tied and HEAD not in owned["head", 0]:
+        owned["head", 0][HEAD] = owned["embedding", 0].get(EMBEDDING, ("", ()))
+    _check_shapes(path, manifest, plan, owned)
+
+
+def _keys_of(stage: ManifestStage) -> list[UnitKey]:
+    keys: list[UnitKey] = [("embedding", 0)] if stage.has_embedding else []
+    keys += [("layer", i) for i in range(stage.start_layer, stage.end_layer)]
+    return [*keys, ("head", 0)] if stage.has_head else keys
+
+
+def _check_shapes(
+    path: Path,
+    manifest: Manifest,
+    plan: Plan,
+    owned: Mapping[UnitKey, Mapping[str, tuple[str, tuple[int, ...]]]],
+) -> None:
+    stored = plan.profile.model.stored_dtype
+    recorded: dict[UnitKey, str] = {(unit.kind, unit.index): unit.shapes_sha256 for unit in plan.profile.units}
+    if manifest.dtype != stored and not {manifest.dtype, stored} <= set(_STORED_DTYPES):
+        return  # converted from mixed dtypes: the plan's hashes are of dtypes that are no longer there
+    for key, tensors in owned.items():
+        original = {
+            name: (_STORED_DTYPES.get(stored, dtype) if dtype in _FLOAT_DTYPES else dtype, shape)
+            for name, (dtype, shape) in tensors.items()
+        }
+        if hash_shapes(original) != recorded[key]:
+            what = key[0] if key[0] != "layer" else f"layer {key[1]}"
+            raise IntegrityError(
+                f"the tensors of the {what} are not those the plan was made for",
+                where=path,
+                hint="the file belongs to another model; copy it again",
+                code="E-STAGE",
+            )

@@ -1,0 +1,53 @@
+"""What tests of several packages share: the shipped checkpoint, tiny random ones, and a way to run the commands."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Tests run tiny models: one thread is faster than two that wait for each other, and numbers never depend on it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHIPPED = Path(__file__).parent / "checkpoint" / "python-llama"
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Path:
+    """The trained checkpoint that ships with the repo."""
+    return SHIPPED
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+RunCommand = Callable[..., Finished]
+
+
+@pytest.fixture
+def run_command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCommand:
+    """Run `llamaplan` or `llamarun` in this process, exactly as its entry point would."""
+
+    def run(command: str, *arguments: object) -> Finished:
+        from planner.cli import main as llamaplan
+
+        from runtime.cli import main as llamarun
+
+        monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            {"llamaplan": llamaplan, "llamarun": llamarun}[command]()
+        out, err = capfd.readouterr()
+        code = left.value.code
+        return Finished(code if isinstance(code, int) else 0 if code is None else 1, out, err)
+
+    return run

@@ -1,0 +1,191 @@
+"""`llamarun generate` and `check`, run as their users run them."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from exporter import export
+from tests.conftest import RunCommand
+from tests.exporter.export_helpers import make_plan
+
+PROMPT = "def __init__(self, "
+CUTS = ([7], [2, 4, 1], [0, 7, 0])
+
+
+@pytest.fixture(scope="module")
+def shards(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exports of the shipped checkpoint, by their cut."""
+    folder = tmp_path_factory.mktemp("exports")
+    for cut in CUTS:
+        export(make_plan(shipped, cut), model=shipped, output=folder / "-".join(map(str, cut)))
+    return {path.name: path for path in folder.iterdir()}
+
+
+def generate(run: RunCommand, target: object, *arguments: object) -> dict[str, object]:
+    done = run("llamarun", "generate", target, "--device-map", "cpu", "--json", *arguments)
+    assert done.code == 0, done.err
+    return json.loads(done.out)["sequences"][0]
+
+
+def test_sampled_tokens_are_those_of_the_unsplit_model_with_the_same_seed(
+    shipped: Path, shards: dict[str, Path], run_command: RunCommand
+) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(shipped), AutoModelForCausalLM.from_pretrained(shipped)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    torch.manual_seed(7)
+    settings = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
+    expected = model.generate(ids, do_sample=True, max_new_tokens=24, **settings)[0, ids.shape[1] :].tolist()
+    options = ["--temp", 0.9, "--top-k", 40, "--top-p", 0.9, "--repetition-penalty", 1.1, "--seed", 7, "-n", 24]
+    for folder in shards.values():
+        assert generate(run_command, folder, "-p", PROMPT, *options)["token_ids"] == expected
+
+
+def test_the_checkpoint_defaults_apply_until_an_option_replaces_them(shipped: Path, run_command: RunCommand) -> None:
+    defaults = json.loads((shipped / "generation_config.json").read_text())
+    assert defaults["do_sample"] is True
+    sampled = {tuple(generate(run_command, shipped, "-p", PROMPT, "-n", 12, "--seed", s)["token_ids"]) for s in (1, 2)}
+    greedy = {
+        tuple(generate(run_command, shipped, "-p", PROMPT, "-n", 12, "--seed", s, "--temp", 0)["token_ids"])
+        for s in (1, 2)
+    }
+    assert (len(sampled), len(greedy)) == (2, 1)
+
+
+def test_a_plan_with_its_checkpoint_gives_the_tokens_of_the_export(
+    shipped: Path, shards: dict[str, Path], run_command: RunCommand
+) -> None:
+    exported = generate(run_command, shards["2-4-1"], "-p", PROMPT, "-n", 16, "--seed", 3)
+    straight = generate(
+        run_command, shards["2-4-1"] / "plan.json", "--model", shipped, "-p", PROMPT, "-n", 16, "--seed", 3
+    )
+    assert straight == exported
+
+
+def test_text_goes_to_stdout_and_numbers_to_stderr(shards: dict[str, Path], run_command: RunCommand) -> None:
+    options = ["-p", PROMPT, "-n", 8, "--temp", 0, "--device-map", "cpu"]
+    done = run_command("llamarun", "generate", shards["2-4-1"], *options)
+    text = generate(run_command, shards["2-4-1"], "-p", PROMPT, "-n", 8, "--temp", 0)["text"]
+    assert done.out == f"{text}\n"
+    for part in ("time to first token", "tokens/s", "peak memory", "stage 1 on cpu", "stage 3 on cpu", "ms/token"):
+        assert part in done.err
+
+
+def test_quiet_prints_nothing_but_the_text(shards: dict[str, Path], run_command: RunCommand) -> None:
+    done = run_command("llamarun", "generate", shards["7"], "-p", "x", "-n", 2, "--device-map", "cpu", "-q")
+    assert (done.code, done.err) == (0, "")
+
+
+def test_the_run_document_names_every_stage_with_its_seconds(shards: dict[str, Path], run_command: RunCommand) -> None:
+    arguments = ["-p", "x", "-n", 3, "--ignore-eos", "--device-map", "cpu", "--json"]
+    document = json.loads(run_command("llamarun", "generate", shards["2-4-1"], *arguments).out)
+    assert [(s["start_layer"], s["end_layer"]) for s in document["stages"]] == [(0, 2), (2, 6), (6, 7)]
+    assert all(s["decode_compute_seconds"] > 0 for s in document["stages"])
+    assert document["new_tokens"] == 3
+    assert document["peak_memory_bytes"] > 50_000_000
+
+
+def test_the_prompt_may_come_from_stdin_or_a_file(
+    shipped: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ["-n", 6, "--temp", 0]
+    given = generate(run_command, shipped, "-p", PROMPT, *options)
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    assert generate(run_command, shipped, "--file", tmp_path / "prompt.txt", *options) == given
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
+    assert generate(run_command, shipped, "-p", "-", *options) == given
+
+
+def test_a_prompt_that_just_fits_the_context_runs_and_one_token_more_does_not(
+    shipped: Path, run_command: RunCommand
+) -> None:
+    prompt_tokens = len(AutoTokenizer.from_pretrained(shipped)(PROMPT).input_ids)
+    codes = [
+        run_command("llamarun", "generate", shipped, "-p", PROMPT, "-n", 5, "-c", context).code
+        for context in (prompt_tokens + 6, prompt_tokens + 5, prompt_tokens + 4)
+    ]
+    assert codes == [0, 0, 2]
+
+
+def test_an_empty_prompt_starts_from_the_begin_of_sequence_token(shipped: Path, run_command: RunCommand) -> None:
+    assert len(generate(run_command, shipped, "-p", "", "-n", 3, "--temp", 0, "--ignore-eos")["token_ids"]) == 3
+
+
+def test_zero_new_tokens_is_an_answer(shipped: Path, run_command: RunCommand) -> None:
+    assert generate(run_command, shipped, "-p", "x", "-n", 0)["token_ids"] == []
+
+
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it(shipped: Path, run_command: RunCommand) -> None:
+    text = str(generate(run_command, shipped, "-p", PROMPT, "-n", 24, "--temp", 0)["text"])
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    stopped = generate(run_command, shipped, "-p", PROMPT, "-n", 24, "--temp", 0, "--stop", stop)
+    assert stopped["text"] == text[: text.index(stop)]
+    assert stopped["finish_reason"] == "stop_string"
+
+
+def test_special_tokens_in_a_prompt_are_text_unless_asked_for(shipped: Path, run_command: RunCommand) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shipped)
+    arguments = ["-p", tokenizer.eos_token, "-n", 1, "--json"]
+    counts = [
+        json.loads(run_command("llamarun", "generate", shipped, *arguments, *extra).out)["prompt_tokens"]
+        for extra in ([], ["--special"])
+    ]
+    assert counts[1] == 2
+    assert counts[0] > 2
+
+
+def test_the_wrong_export_id_is_refused(shards: dict[str, Path], run_command: RunCommand) -> None:
+    right = json.loads((shards["7"] / "manifest.json").read_text())["export_id"]
+    options = ["-p", "x", "-n", 1, "--device-map", "cpu", "--expect-id"]
+    assert run_command("llamarun", "generate", shards["7"], *options, right).code == 0
+    assert run_command("llamarun", "generate", shards["7"], *options, "0" * 64).code == 5
+
+
+def test_check_says_identical_for_a_split_and_tells_a_different_model(
+    shipped: Path, shards: dict[str, Path], run_command: RunCommand, tmp_path: Path
+) -> None:
+    same = run_command("llamarun", "check", shards["2-4-1"], "--against", shipped, "--device-map", "cpu", "-n", 8)
+    assert same.code == 0, same.err
+    assert same.out.count("identical") == 3
+    other = AutoModelForCausalLM.from_pretrained(shipped)
+    with torch.no_grad():
+        other.model.layers[6].mlp.down_proj.weight[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    different = run_command(
+        "llamarun", "check", shards["2-4-1"], "--against", tmp_path / "other", "--device-map", "cpu", "-n", 8
+    )
+    assert different.code == 5
+    assert "differ" in different.out
+
+
+def test_ctrl_c_keeps_the_text_so_far_and_leaves_with_130(shipped: Path) -> None:
+    command = [sys.executable, "-m", "runtime.cli", "generate", str(shipped), "-p", PROMPT, "-n", "900", "--ignore-eos"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert first + rest
+    assert b"Traceback" not in errors
+
+
+def test_a_reader_that_goes_away_stops_the_run(shipped: Path) -> None:
+    command = [sys.executable, "-m", "runtime.cli", "generate", str(shipped), "-p", PROMPT, "-n", "900", "--ignore-eos"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(timeout=60) == 141, errors
+    assert b"Traceback" not in errors

@@ -1,0 +1,616 @@
+"""The faults table: every bad input a command can meet, what a person sees, and the exit code.
+
+Each row says what is broken, which command meets it, and what must come out: one `error[E-...]` line without a
+traceback, the documented exit code, and nothing left behind or changed. Row ids are those of `docs/faults.md`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import SHIPPED, RunCommand
+
+INPUT, USAGE, INFEASIBLE, INTEGRITY, MACHINE = 3, 2, 4, 5, 6
+
+Prepare = Callable[[Path], list[object]]
+"""Prepare a folder and return the command line that meets the fault; `tmp/model` is a copy of the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    id: str
+    what: str
+    prepare: Prepare
+    code: int
+    says: str
+
+
+ROWS: list[Row] = []
+
+
+def row(row_id: str, what: str, code: int, says: str) -> Callable[[Prepare], Prepare]:
+    """Register a function as a row."""
+
+    def register(prepare: Prepare) -> Prepare:
+        ROWS.append(Row(row_id, what, prepare, code, says))
+        return prepare
+
+    return register
+
+
+def rows(row_id: str, code: int, cases: dict[str, tuple[Prepare, str]]) -> None:
+    """Register several variants of a row."""
+    for what, (prepare, says) in cases.items():
+        ROWS.append(Row(row_id, what, prepare, code, says))
+
+
+# --- helpers that break things -------------------------------------------------------------------------------------
+
+
+def model_in(tmp: Path) -> Path:
+    return tmp / "model"
+
+
+def edit_config(**changes: Any) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        path = model_in(tmp) / "config.json"
+        config = json.loads(path.read_text())
+        config.update(changes)
+        path.write_text(json.dumps(config))
+        return ["llamaplan", "analyze", model_in(tmp)]
+
+    return prepare
+
+
+def write_config(data: bytes) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        (model_in(tmp) / "config.json").write_bytes(data)
+        return ["llamaplan", "analyze", model_in(tmp)]
+
+    return prepare
+
+
+def edit_index(change: Callable[[dict[str, str]], None]) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        path = model_in(tmp) / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+        return ["llamaplan", "analyze", model_in(tmp)]
+
+    return prepare
+
+
+def first_tensor_goes_to(file: str) -> Prepare:
+    def change(weight_map: dict[str, str]) -> None:
+        weight_map[next(iter(weight_map))] = file
+
+    return edit_index(change)
+
+
+def edit_plan(change: Callable[[dict[str, Any]], None], *command: str) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        path = tmp / "plan.json"
+        plan = json.loads(path.read_text())
+        change(plan)
+        path.write_text(json.dumps(plan))
+        return ["llamaplan", *(command or ("show",)), path]
+
+    return prepare
+
+
+def edit_stage(index: int, **changes: Any) -> Prepare:
+    return edit_plan(lambda plan: plan["stages"][index].update(changes))
+
+
+def write_plan(data: bytes) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        (tmp / "plan.json").write_bytes(data)
+        return ["llamaplan", "show", tmp / "plan.json"]
+
+    return prepare
+
+
+def plan_text(tmp: Path) -> str:
+    return (tmp / "plan.json").read_text()
+
+
+def break_bundle(change: Callable[[Path], None]) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        change(tmp / "shards")
+        return ["llamarun", "generate", tmp / "shards", "-p", "x", "-n", "1"]
+
+    return prepare
+
+
+def generate(*arguments: object) -> Prepare:
+    return lambda tmp: ["llamarun", "generate", tmp / "shards", *arguments]
+
+
+def solve(*arguments: object) -> Prepare:
+    return lambda tmp: ["llamaplan", "solve", model_in(tmp), "-o", tmp / "new.json", *arguments]
+
+
+def flip_bit(path: Path, *, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def swap(first: Path, second: Path) -> None:
+    aside = first.with_suffix(".aside")
+    first.rename(aside)
+    second.rename(first)
+    aside.rename(second)
+
+
+# --- C: checkpoint directory ---------------------------------------------------------------------------------------
+
+rows(
+    "C1",
+    INPUT,
+    {
+        "path missing": (lambda tmp: ["llamaplan", "analyze", tmp / "nowhere"], "nowhere"),
+        "path is a file": (lambda tmp: ["llamaplan", "analyze", tmp / "model" / "tokenizer.json"], "tokenizer.json"),
+    },
+)
+
+
+@row("C1", "empty folder", INPUT, "config.json")
+def _(tmp: Path) -> list[object]:
+    (tmp / "empty").mkdir()
+    return ["llamaplan", "analyze", tmp / "empty"]
+
+
+@row("C2", "unreadable file", MACHINE, "errno 13")
+def _(tmp: Path) -> list[object]:
+    if os.geteuid() == 0:
+        pytest.skip("root reads everything; run the suite as another user to meet this row")
+    (model_in(tmp) / "config.json").chmod(0)
+    return ["llamaplan", "analyze", model_in(tmp)]
+
+
+rows(
+    "C3",
+    INPUT,
+    {
+        "config empty": (write_config(b""), "empty"),
+        "config truncated": (write_config(b'{"model_type": "llama",\n "hidden'), ":2:"),
+        "config not UTF-8": (write_config(b'{"a": "\xff"}'), "UTF-8"),
+        "config UTF-16": (write_config('{"a": 1}'.encode("utf-16")), "byte-order mark"),
+        "config with BOM": (write_config(b"\xef\xbb\xbf{}"), "byte-order mark"),
+    },
+)
+rows(
+    "C4",
+    INPUT,
+    {
+        "duplicate key": (write_config(b'{"hidden_size": 1, "hidden_size": 2}'), "hidden_size"),
+        "NaN": (write_config(b'{"rope_theta": NaN}'), "NaN"),
+        "overflow": (write_config(b'{"rope_theta": 1e999}'), "1e999"),
+        "a number of 5000 digits": (write_config(b'{"hidden_size": ' + b"1" * 5000 + b"}"), "too large"),
+        "100,000 levels": (write_config(b"[" * 100_000), "levels"),
+    },
+)
+
+
+@row("C5", "config of 200 MB", INPUT, "209715200")
+def _(tmp: Path) -> list[object]:
+    with (model_in(tmp) / "config.json").open("wb") as file:
+        file.truncate(200 << 20)  # sparse: refused by its size, before anything is read
+    return ["llamaplan", "analyze", model_in(tmp)]
+
+
+for bad in (0, -1, 10**9, 32.0, "32", True, None):
+    rows("C6", INPUT, {f"num_hidden_layers {bad!r}": (edit_config(num_hidden_layers=bad), "num_hidden_layers")})
+rows(
+    "C7",
+    INPUT,
+    {
+        "heads do not divide hidden size": (edit_config(num_attention_heads=7, head_dim=None), "hidden_size 192"),
+        "kv heads do not divide heads": (edit_config(num_key_value_heads=4), "num_attention_heads 6"),
+        "head_dim contradicts the weights": (edit_config(head_dim=33), "shape"),
+    },
+)
+
+
+@row("C8", "family outside the allow-list, given to the runtime", INPUT, "not supported")
+def _(tmp: Path) -> list[object]:
+    edit_config(model_type="gpt2")(tmp)
+    return ["llamarun", "generate", model_in(tmp), "-p", "x", "-n", "1"]
+
+
+@row("C8", "quantised weights, given to the runtime", INPUT, "quantised")
+def _(tmp: Path) -> list[object]:
+    edit_config(quantization_config={"quant_method": "gptq", "bits": 4})(tmp)
+    return ["llamarun", "generate", model_in(tmp), "-p", "x", "-n", "1"]
+
+
+rows(
+    "C10",
+    INPUT,
+    {
+        "unknown rope type": (edit_config(rope_parameters={"rope_type": "spiral"}), "spiral"),
+        "negative factor": (edit_config(rope_parameters={"rope_type": "linear", "factor": -2.0}), "factor"),
+        "missing factor": (edit_config(rope_parameters={"rope_type": "yarn"}), "factor"),
+    },
+)
+for name in ("../x", "/etc/passwd", "a/b", "..\\x", "x\0y", "", "x" * 300, "x.safetensors.", "x ", "cafe\u0301"):
+    rows("C13", INPUT, {f"index names {name[:12]!r}": (first_tensor_goes_to(name), "name")})
+
+
+@row("C14", "shard is a FIFO", INPUT, "not a regular file")
+def _(tmp: Path) -> list[object]:
+    shard = sorted(model_in(tmp).glob("*.safetensors"))[0]
+    shard.unlink()
+    os.mkfifo(shard)
+    return ["llamaplan", "analyze", model_in(tmp)]
+
+
+@row("C14", "shard is a folder", INPUT, "not a regular file")
+def _(tmp: Path) -> list[object]:
+    shard = sorted(model_in(tmp).glob("*.safetensors"))[0]
+    shard.unlink()
+    shard.mkdir()
+    return ["llamaplan", "analyze", model_in(tmp)]
+
+
+@row("C15", "a listed shard is missing", INPUT, "missing")
+def _(tmp: Path) -> list[object]:
+    sorted(model_in(tmp).glob("*.safetensors"))[1].unlink()
+    return ["llamaplan", "analyze", model_in(tmp)]
+
+
+rows(
+    "C15",
+    INPUT,
+    {
+        "a shard holds a tensor the index lacks": (edit_index(lambda m: m.pop("model.norm.weight")), "model.norm"),
+        "the index maps to the wrong shard": (
+            edit_index(lambda m: m.update({"model.norm.weight": m["model.embed_tokens.weight"]})),
+            "model.norm",
+        ),
+    },
+)
+
+
+def without(tmp: Path, *names: str) -> Path:
+    """Write the checkpoint again as one file without some tensors."""
+    from safetensors.torch import load_file, save_file
+
+    model = model_in(tmp)
+    tensors: dict[str, Any] = {}
+    for shard in sorted(model.glob("*.safetensors")):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (model / "model.safetensors.index.json").unlink()
+    kept = {name: tensor for name, tensor in tensors.items() if not any(name.startswith(part) for part in names)}
+    save_file(kept, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@row("C23", "no lm_head in an untied model", INPUT, "lm_head")
+def _(tmp: Path) -> list[object]:
+    return ["llamaplan", "analyze", without(tmp, "lm_head")]
+
+
+@row("C24", "a layer is missing", INPUT, "layer 3")
+def _(tmp: Path) -> list[object]:
+    return ["llamaplan", "analyze", without(tmp, "model.layers.3.")]
+
+
+rows(
+    "C24",
+    INPUT,
+    {
+        "more layers than config says": (edit_config(num_hidden_layers=6), "layer 6"),
+        "a shape contradicts config": (edit_config(intermediate_size=511), "511"),
+    },
+)
+
+# --- X: values on the command line ---------------------------------------------------------------------------------
+
+rows(
+    "X1",
+    USAGE,
+    {
+        "unknown option": (lambda tmp: ["llamaplan", "analyze", tmp / "model", "--fast"], "--fast"),
+        "missing argument": (lambda _: ["llamaplan", "analyze"], "MODEL"),
+        "unknown command": (lambda _: ["llamarun", "dance"], "dance"),
+        "conflicting options": (solve("--device", "cpu=1GiB", "--cluster", "x.json"), "--cluster"),
+        "two prompts": (generate("-p", "x", "--file", "y"), "prompt"),
+        "no prompt": (generate("-n", "1"), "prompt"),
+    },
+)
+for value in ("-1", "1000000000", "3.5", ""):
+    rows("X2", USAGE, {f"--max-tokens {value!r}": (generate("-p", "x", "--max-tokens", value), "--max-tokens")})
+for option, values in {
+    "--temp": ("-1", "nan", "inf"),
+    "--top-p": ("0", "1.1"),
+    "--top-k": ("-1", "1000000"),
+    "--seed": ("-1", str(2**64), "1.5"),
+}.items():
+    for value in values:
+        row_id = "X4" if option == "--seed" else "X3"
+        rows(row_id, USAGE, {f"{option} {value}": (generate("-p", "x", "-n", "1", option, value), option[2:])})
+rows(
+    "X5",
+    INPUT,
+    {"a path of 5000 characters": (lambda tmp: ["llamaplan", "analyze", tmp / ("x" * 5000)], "xxx")},
+)
+rows(
+    "X8",
+    USAGE,
+    {
+        "output is the checkpoint": (
+            lambda tmp: ["llamaplan", "export", tmp / "plan.json", "--model", tmp / "model", "-o", tmp / "model"],
+            "model",
+        ),
+        "output inside the checkpoint": (
+            lambda tmp: ["llamaplan", "export", tmp / "plan.json", "--model", tmp / "model", "-o", tmp / "model/out"],
+            "model",
+        ),
+        "output is the checkpoint's parent": (
+            lambda tmp: ["llamaplan", "export", tmp / "plan.json", "--model", tmp / "model", "-o", tmp],
+            "model",
+        ),
+    },
+)
+
+# --- L: plans and the solver ---------------------------------------------------------------------------------------
+
+rows(
+    "L1",
+    INPUT,
+    {
+        "overlap": (edit_stage(1, start_layer=0), "/stages/1"),
+        "gap": (edit_stage(1, start_layer=4), "/stages/1"),
+        "reversed": (edit_stage(0, end_layer=0, start_layer=2), "/stages/0"),
+        "duplicate stage": (edit_plan(lambda p: p["stages"].insert(1, p["stages"][0])), "/stages/"),
+        "out of range": (edit_stage(2, end_layer=99), "/stages/2"),
+        "device twice": (edit_stage(1, device="cpu#0"), "/stages/1/device"),
+        "no stages": (edit_plan(lambda p: p["stages"].clear()), "/stages"),
+    },
+)
+rows(
+    "L3",
+    INPUT,
+    {
+        f"version {value!r}": (edit_plan(lambda p, value=value: p.update(schema_version=value)), "/schema_version")
+        for value in (0, 2, "1", 1.0, None)
+    },
+)
+rows(
+    "L4",
+    INPUT,
+    {
+        "unknown key": (edit_plan(lambda p: p.update(extra=1)), "/extra"),
+        "missing key": (edit_plan(lambda p: p.pop("workload")), "/workload"),
+        "wrong type": (edit_plan(lambda p: p.update(strategy=3)), "/strategy"),
+        "null": (edit_plan(lambda p: p.update(cluster=None)), "/cluster"),
+    },
+)
+rows(
+    "L5",
+    INPUT,
+    {
+        "duplicate keys": (write_plan(b'{"strategy": "mixed", "strategy": "memory"}'), "strategy"),
+        "NaN": (write_plan(b'{"mixed_weight": NaN}'), "NaN"),
+        "infinity by overflow": (write_plan(b'{"mixed_weight": 1e400}'), "1e400"),
+        "2^63 and beyond": (write_plan(b'{"schema_version": 99999999999999999999999}'), "too large"),
+        "5000 digits": (write_plan(b'{"schema_version": ' + b"9" * 5000 + b"}"), "too large"),
+        "depth": (write_plan(b'{"a":' * 100_000), "levels"),
+        "NUL": (write_plan(b'{"strategy": "a\\u0000b"}'), "NUL"),
+        "lone surrogate": (write_plan(b'{"strategy": "\\ud800"}'), "surrogate"),
+    },
+)
+
+
+@row("L5", "100 MB", INPUT, "104857600")
+def _(tmp: Path) -> list[object]:
+    with (tmp / "plan.json").open("wb") as file:
+        file.truncate(100 << 20)
+    return ["llamaplan", "show", tmp / "plan.json"]
+
+
+rows(
+    "L6",
+    INPUT,
+    {
+        f"start_layer {value!r}": (edit_stage(1, start_layer=value), "/stages/1/start_layer")
+        for value in (-1, 2.0, True, "2")
+    },
+)
+
+
+@row("L2", "plan of another model", INTEGRITY, "another model")
+def _(tmp: Path) -> list[object]:
+    without(tmp, "nothing")
+    model = model_in(tmp)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    narrow = {
+        n: (t[:256].clone() if n.endswith(("gate_proj.weight", "up_proj.weight")) else t) for n, t in tensors.items()
+    }
+    narrow = {n: (t[:, :256].clone() if n.endswith("down_proj.weight") else t) for n, t in narrow.items()}
+    save_file(narrow, model / "model.safetensors", metadata={"format": "pt"})
+    edit_config(intermediate_size=256)(tmp)
+    return ["llamaplan", "export", tmp / "plan.json", "--model", model, "-o", tmp / "out"]
+
+
+@row("L8", "memory claims altered to fit", INTEGRITY, "weight_bytes")
+def _(tmp: Path) -> list[object]:
+    return edit_plan(lambda plan: plan["stages"][0].update(weight_bytes=1))(tmp)
+
+
+rows("L9", INFEASIBLE, {"far too little memory": (solve("--device", "cpu=1MiB"), "cpu")})
+
+# --- E: export -----------------------------------------------------------------------------------------------------
+
+
+def export_to(prepare_target: Callable[[Path], Path], *options: str) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        target = prepare_target(tmp)
+        return ["llamaplan", "export", tmp / "plan.json", "--model", model_in(tmp), "-o", target, *options]
+
+    return prepare
+
+
+def with_files(tmp: Path) -> Path:
+    target = tmp / "out"
+    target.mkdir()
+    (target / "precious.txt").write_text("mine")
+    return target
+
+
+def as_file(tmp: Path) -> Path:
+    (tmp / "out").write_text("mine")
+    return tmp / "out"
+
+
+def as_symlink(tmp: Path) -> Path:
+    (tmp / "elsewhere").mkdir()
+    (tmp / "out").symlink_to(tmp / "elsewhere")
+    return tmp / "out"
+
+
+rows(
+    "E5",
+    MACHINE,
+    {
+        "target is an export already": (export_to(lambda tmp: tmp / "shards"), "--force"),
+        "target holds other files": (export_to(with_files), "out"),
+        "target is a file": (export_to(as_file), "out"),
+        "target is a symlink": (export_to(as_symlink), "out"),
+    },
+)
+rows("E6", MACHINE, {"target's parent is missing": (export_to(lambda tmp: tmp / "no" / "where"), "no")})
+
+# --- B: bundles ----------------------------------------------------------------------------------------------------
+
+WEIGHTS = "model-0000{}-of-00003.safetensors"
+
+rows(
+    "B1",
+    INTEGRITY,
+    {
+        "a bit of the weights": (
+            break_bundle(lambda d: flip_bit(d / WEIGHTS.format(2), offset=(d / WEIGHTS.format(2)).stat().st_size // 2)),
+            "00002",
+        ),
+        "a bit of the tokenizer": (break_bundle(lambda d: flip_bit(d / "tokenizer.json", offset=500)), "tokenizer"),
+    },
+)
+rows(
+    "B2",
+    INTEGRITY,
+    {
+        "truncated": (
+            break_bundle(lambda d: os.truncate(d / WEIGHTS.format(1), (d / WEIGHTS.format(1)).stat().st_size - 1)),
+            "00001",
+        ),
+        "appended": (
+            break_bundle(lambda d: (d / WEIGHTS.format(1)).open("ab").write(b"\0") and None),
+            "00001",
+        ),
+    },
+)
+rows(
+    "B3",
+    INTEGRITY,
+    {
+        "a shard is missing": (break_bundle(lambda d: (d / WEIGHTS.format(3)).unlink()), "00003"),
+        "a stage file is missing": (break_bundle(lambda d: (d / "stage-00002-of-00003.json").unlink()), "stage-00002"),
+    },
+)
+rows(
+    "B4",
+    INTEGRITY,
+    {"two shards swapped": (break_bundle(lambda d: swap(d / WEIGHTS.format(1), d / WEIGHTS.format(2))), "0000")},
+)
+rows(
+    "B5",
+    INTEGRITY,
+    {
+        "stage file of another export": (
+            break_bundle(
+                lambda d: (
+                    (d / "stage-00001-of-00003.json").write_text(
+                        (d / "stage-00001-of-00003.json").read_text().replace('"export_id": "', '"export_id": "0')[:-1]
+                    )
+                    and None
+                )
+            ),
+            "stage-00001",
+        )
+    },
+)
+
+# --- R: runtime ----------------------------------------------------------------------------------------------------
+
+rows(
+    "R1",
+    MACHINE,
+    {"device not on this machine": (generate("-p", "x", "-n", "1", "--device-map", "1=cuda:99"), "cuda:99")},
+)
+rows(
+    "R3",
+    USAGE,
+    {
+        "prompt longer than the context": (generate("-p", "x = 1\n" * 300, "-c", "64"), "64"),
+        "prompt and new tokens exceed it": (generate("-p", "x", "-n", "100", "-c", "64"), "64"),
+    },
+)
+
+
+# --- the test ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoint, a plan for three stages, and its export."""
+    from planner.api import export_plan, solve_model
+
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copytree(SHIPPED, folder / "model")
+    plan = solve_model(folder / "model", devices=["cpu=1GiB"] * 3, layers=[2, 4, 1])
+    (folder / "plan.json").write_text(plan.to_json())
+    export_plan(plan, model=folder / "model", output=folder / "shards")
+    return folder
+
+
+@pytest.fixture
+def workplace(prepared: Path, tmp_path: Path) -> Path:
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        path.relative_to(folder).as_posix(): (path.lstat().st_size, path.lstat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: f"{case.id}: {case.what}")
+def test_a_fault_ends_in_one_clear_sentence_and_leaves_nothing_behind(
+    case: Row, workplace: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, *arguments = case.prepare(workplace)
+    before = snapshot(workplace)
+    done = run_command(str(command), *arguments)
+    errors = [line for line in done.err.splitlines() if line.startswith("error[E-")]
+    assert done.code == case.code, done.err
+    assert len(errors) == 1, done.err
+    assert case.says in errors[0]
+    assert "Traceback" not in done.err
+    assert snapshot(workplace) == before
