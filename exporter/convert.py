@@ -1,0 +1,30 @@
+"""Changes the dtype of stored weights, value by value exactly as `torch.Tensor.to` does; the only user of torch."""
+
+from collections.abc import Mapping
+
+import torch
+
+_TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def convert_chunk(data: memoryview, *, source: str, target: str) -> memoryview:
+    """Return the elements of `data` in another dtype.
+
+    Args:
+        data: whole elements, writable (torch maps it without a copy).
+        source: stored dtype of `data`, any floating-point one.
+        target: wanted dtype: F32, F16 or BF16. Values out of range become infinite, as torch rounds them.
+
+    Example:
+        >>> bytes(convert_chunk(memoryview(bytearray(b"\\x00\\x00\\x80\\x3f")), source="F32", target="BF16")).hex()
+        '803f'
+    """
+    values = torch.frombuffer(data, dtype=_TORCH_DTYPES[source]).to(_TORCH_DTYPES[target])
+    return memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]

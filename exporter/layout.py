@@ -1,0 +1,153 @@
+"""Which tensors go into which stage's file, and where in it: the whole export is known before a byte is copied.
+
+Tensors lie in chain order (unit, then name), larger element sizes first so that every tensor starts aligned. The
+layout depends on the plan and the tensor table alone, not on how the source was sharded.
+"""
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from plans.bundle import metadata_of
+from plans.checkpoint import HEAD, Checkpoint, StoredTensor, UnitKey, unexpected_tensors, unit_tables
+from plans.manifest import weights_name
+from plans.plan import Plan, Stage
+from plans.safetensors_header import DTYPE_BYTES
+
+STORED_DTYPES: Mapping[str, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+"""Our short dtype names to those in safetensors headers."""
+
+CONVERTIBLE_DTYPES = frozenset({*STORED_DTYPES.values(), "F64", "F8_E4M3", "F8_E5M2"})
+"""Stored floating-point dtypes; a plan counts their bytes at its own dtype."""
+
+DATA_ALIGNMENT = 64
+"""The data of a stage file starts on a multiple of this, so that mapped weights lie on cache lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of a stage file: its name and stored dtype there, and where its bytes come from."""
+
+    name: str
+    dtype: str
+    source: StoredTensor
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the bytes change on the way."""
+        return self.dtype != self.source.entry.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the stage file."""
+        return self.source.entry.num_elements * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class StageLayout:
+    """One stage's safetensors file, complete but for the bytes of its tensors."""
+
+    index: int
+    name: str
+    header: bytes
+    """The length prefix and the padded JSON header."""
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the finished file."""
+        return len(self.header) + sum(piece.size_bytes for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All stage files, and what is not carried over."""
+
+    stages: tuple[StageLayout, ...]
+    dtype: str
+    """Dtype of the exported weights: fp32, fp16, bf16, or "mixed"."""
+    left_out: tuple[str, ...]
+    """Stored tensors that no unit owns; they are in no stage file."""
+    has_copied_head: bool
+    """Whether a tied head was cut from its embedding and written as a tensor of its own."""
+
+
+def lay_out(plan: Plan, *, checkpoint: Checkpoint, dtype: str | None) -> Layout:
+    """Return the layout of the export of `plan`.
+
+    Args:
+        plan: a checked plan for this checkpoint.
+        checkpoint: the opened source.
+        dtype: fp32, fp16 or bf16 to convert floating-point weights to; None keeps every byte.
+    """
+    units = {table.key: table.tensors for table in unit_tables(checkpoint)}
+    plan_sha256 = plan.sha256
+    stages = []
+    for index, stage in enumerate(plan.stages):
+        tensors = _tensors_of(stage, units, checkpoint)
+        pieces = tuple(_in_file_order(_pieces(tensors, dtype)))
+        metadata = metadata_of(index, num_stages=len(plan.stages), plan_sha256=plan_sha256)
+        name = weights_name(index, len(plan.stages))
+        stages.append(StageLayout(index, name, encode_header(pieces, metadata=metadata), pieces))
+    return Layout(
+        stages=tuple(stages),
+        dtype=dtype_of(piece.dtype for stage in stages for piece in stage.pieces),
+        left_out=unexpected_tensors(checkpoint),
+        has_copied_head=HEAD not in checkpoint.tensors and any(p.name == HEAD for p in stages[-1].pieces),
+    )
+
+
+def keys_of(stage: Stage) -> tuple[UnitKey, ...]:
+    """Return the units of a stage in chain order."""
+    first: list[UnitKey] = [("embedding", 0)] if stage.has_embedding else []
+    layers: list[UnitKey] = [("layer", i) for i in range(stage.start_layer, stage.end_layer)]
+    last: list[UnitKey] = [("head", 0)] if stage.has_head else []
+    return (*first, *layers, *last)
+
+
+def _tensors_of(
+    stage: Stage, units: Mapping[UnitKey, Mapping[str, StoredTensor]], checkpoint: Checkpoint
+) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for key in keys_of(stage):
+        tensors |= {name: units[key][name] for name in sorted(units[key])}
+    # A tied head needs a copy of the table only where the embedding is not at hand.
+    if stage.has_embedding and stage.has_head and HEAD not in checkpoint.tensors:
+        tensors.pop(HEAD, None)
+    return tensors
+
+
+def _pieces(tensors: Mapping[str, StoredTensor], dtype: str | None) -> list[Piece]:
+    target = STORED_DTYPES[dtype] if dtype else None
+    return [
+        Piece(name, target if target and stored.entry.dtype in CONVERTIBLE_DTYPES else stored.entry.dtype, stored)
+        for name, stored in tensors.items()
+    ]
+
+
+def _in_file_order(pieces: list[Piece]) -> list[Piece]:
+    return sorted(pieces, key=lambda piece: -DTYPE_BYTES[piece.dtype])  # stable: chain order within one size
+
+
+def encode_header(pieces: Collection[Piece], *, metadata: Mapping[str, str]) -> bytes:
+    """Return the length prefix and the canonical JSON header, padded with spaces to `DATA_ALIGNMENT`."""
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for piece in pieces:
+        end = position + piece.size_bytes
+        table[piece.name] = {
+            "data_offsets": [position, end],
+            "dtype": piece.dtype,
+            "shape": list(piece.source.entry.shape),
+        }
+        position = end
+    text = json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+    padded = text + b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
+    return len(padded).to_bytes(8, "little") + padded
+
+
+def dtype_of(stored: Iterable[str]) -> str:
+    """Return the short name of the one floating-point dtype among `stored`, or "mixed"."""
+    names = {label: short for short, label in STORED_DTYPES.items()}
+    floats = set(stored) & CONVERTIBLE_DTYPES
+    return names.get(floats.pop(), "mixed") if len(floats) == 1 else "mixed"

@@ -1,0 +1,121 @@
+"""The small files around the weights: configuration, tokenizer, chat template, licence, index."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.layout import Layout
+from plans.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, link_home
+from plans.errors import InputError, IntegrityError
+from plans.files import read_limited, sha256_hex
+from plans.manifest import PLAN_NAME, SourceFile
+from plans.plan import Plan
+from plans.strict import dump_json
+
+MAX_FILE_BYTES = 256 << 20
+
+COPIED_NAMES = (
+    CONFIG_NAME,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "quantize_config.json",
+    "hf_quant_config.json",
+    "README.md",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
+)
+"""What an engine, a tokenizer or a licence asks for; nothing else is copied, and never code."""
+
+TEMPLATE_FOLDER = "additional_chat_templates"
+_CONFIG_DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class RootFiles:
+    """Names and contents to write, and the source files they were read from."""
+
+    contents: Mapping[str, bytes]
+    source: tuple[SourceFile, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(map(len, self.contents.values()))
+
+
+def collect(checkpoint: Checkpoint, *, directory: Path, layout: Layout, plan: Plan) -> RootFiles:
+    """Read the root files of a checkpoint and derive those that the export has of its own.
+
+    Raises:
+        InputError: one of them is not a regular file or too large.
+        IntegrityError: `config.json` was changed since the checkpoint was opened.
+        MachineError: not readable.
+    """
+    read = {name: _read(directory, name) for name in COPIED_NAMES if os.path.lexists(directory / name)}
+    found = sha256_hex(read[CONFIG_NAME])
+    if found != checkpoint.config.sha256:
+        raise IntegrityError(
+            f"was changed during the export: sha256 {checkpoint.config.sha256} before, {found} now",
+            where=directory / CONFIG_NAME,
+            hint="export again",
+            code="E-CHANGED",
+        )
+    source = tuple(SourceFile(name=name, size=len(data), sha256=sha256_hex(data)) for name, data in read.items())
+    contents = dict(read)
+    if any(piece.is_converted for stage in layout.stages for piece in stage.pieces):
+        contents[CONFIG_NAME] = config_with_dtype(checkpoint.config.raw, layout.dtype)
+    contents[INDEX_NAME] = index_json(layout).encode()
+    contents[PLAN_NAME] = plan.to_json().encode()
+    return RootFiles(contents, source, _warnings(checkpoint, directory, layout))
+
+
+def _read(directory: Path, name: str) -> bytes:
+    path = directory / name
+    if path.is_symlink() and not path.resolve().is_relative_to(link_home(directory)):
+        raise InputError(
+            f"{name} is a link out of the folder", where=directory, hint="copy the file into it", code="E-SYMLINK"
+        )
+    return read_limited(path, max_bytes=MAX_FILE_BYTES)
+
+
+def config_with_dtype(raw: Mapping[str, Any], dtype: str) -> bytes:
+    """Return `config.json` with its dtype changed, in the spelling it already uses; keys keep their order."""
+    changed = dict(raw)
+    keys = [key for key in ("dtype", "torch_dtype") if key in raw] or ["dtype"]
+    for key in keys:
+        changed[key] = _CONFIG_DTYPES[dtype]
+    return (json.dumps(changed, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def index_json(layout: Layout) -> str:
+    """Return `model.safetensors.index.json`: which file holds which tensor."""
+    weight_map = {piece.name: stage.name for stage in layout.stages for piece in stage.pieces}
+    total = sum(piece.size_bytes for stage in layout.stages for piece in stage.pieces)
+    return dump_json({"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _warnings(checkpoint: Checkpoint, directory: Path, layout: Layout) -> tuple[str, ...]:
+    warnings = list(checkpoint.warnings)
+    if layout.left_out:
+        shown = ", ".join(layout.left_out[:5]) + (", ..." if len(layout.left_out) > 5 else "")
+        warnings.append(f"{len(layout.left_out)} tensors belong to no unit of the model and are left out: {shown}")
+    if (directory / TEMPLATE_FOLDER).is_dir():
+        warnings.append(f"the templates in {TEMPLATE_FOLDER}/ are left out; chat_template.jinja is kept")
+    return tuple(warnings)

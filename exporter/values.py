@@ -1,0 +1,54 @@
+"""Looks for weights that cannot be right: NaN, infinity, or a tensor of nothing but zeros. On request only."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from exporter.sources import Sources
+from plans.checkpoint import StoredTensor, open_checkpoint, require_full
+from plans.digest import BUFFER_BYTES
+from plans.safetensors_header import DTYPE_BYTES
+
+_EXPONENTS: Mapping[str, tuple[str, int]] = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+"""Bits of the exponent; NaN and infinity are the values that have all of them set."""
+
+
+def find_bad_values(model: Path) -> dict[str, str]:
+    """Return tensor name -> what is wrong with it, in the order of the files.
+
+    Args:
+        model: a checkpoint folder; its floating-point weights are read once, in bounded buffers.
+
+    Raises:
+        InputError, IntegrityError, MachineError: as `plans.checkpoint.open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(model)
+    found = {}
+    with Sources.of(require_full(checkpoint), shards=checkpoint.shards) as sources:
+        for name, stored in checkpoint.tensors.items():
+            problem = _check(stored, sources) if stored.entry.dtype in _EXPONENTS else None
+            if problem is not None:
+                found[name] = problem
+    return found
+
+
+def _check(stored: StoredTensor, sources: Sources) -> str | None:
+    import numpy as np
+
+    kind, mask = _EXPONENTS[stored.entry.dtype]
+    entry = stored.entry
+    num_bad, is_zero = 0, True
+    buffer = memoryview(bytearray(min(BUFFER_BYTES, entry.size_bytes)))
+    for offset in range(entry.begin, entry.end, BUFFER_BYTES):
+        data = buffer[: min(BUFFER_BYTES, entry.end - offset)]
+        sources.read(stored.file, buffer=data, offset=offset)
+        bits = np.frombuffer(data, dtype=kind)
+        num_bad += int(np.count_nonzero((bits & mask) == mask))
+        is_zero = is_zero and not bits.any()
+    if num_bad:
+        return f"holds {num_bad} NaN or infinite values of {entry.size_bytes // DTYPE_BYTES[entry.dtype]}"
+    return "holds nothing but zeros" if is_zero and entry.size_bytes else None

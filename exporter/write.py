@@ -1,0 +1,97 @@
+"""Plan + checkpoint -> export: the orchestration. Bytes are copied, hashed and flushed; no model is ever built."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from exporter.binding import Warn, bind, choose_dtype
+from exporter.job import Job, Progress
+from exporter.layout import Layout, lay_out
+from exporter.root_files import RootFiles, collect
+from exporter.sources import Sources
+from exporter.staging import Staging
+from exporter.target import Target
+from exporter.workers import start_workers
+from plans.checkpoint import open_checkpoint, require_full
+from plans.errors import UsageError
+from plans.files import sha256_hex
+from plans.manifest import Manifest
+from plans.plan import Plan
+from plans.strict import dump_json
+
+
+def _ignore(*_: object) -> None:
+    """Take no notice of a warning or of progress."""
+
+
+def export(
+    plan: Plan,
+    *,
+    model: Path,
+    output: Path,
+    dtype: str | None = None,
+    stages: Collection[int] | None = None,
+    force: bool = False,
+    progress: Progress = _ignore,
+    warn: Warn = _ignore,
+) -> Manifest:
+    """Write the export of `plan`: one safetensors file per stage in a folder that is itself a checkpoint.
+
+    Args:
+        plan: a plan made for this model.
+        model: the checkpoint folder.
+        output: the folder to write; it appears when everything is in it, or not at all.
+        dtype: bf16, fp16 or fp32 to convert floating-point weights; None keeps the plan's dtype.
+        stages: zero-based stages to write (what one host needs); None for all. The export id is the same.
+        force: replace what is at `output`; the old content is kept until the new one is complete.
+        progress: called now and then with (bytes done, bytes in all).
+        warn: called with one sentence per thing worth knowing.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        UsageError: `output` overlaps `model`, or an argument is not possible.
+        InputError: the checkpoint or the plan is malformed.
+        IntegrityError: the plan is for another model, or the checkpoint changed meanwhile.
+        MachineError: no space, no permission, or something is at `output`.
+
+    Example:
+        >>> from plans import read_plan
+        >>> export(read_plan(Path("plan.json")), model=Path("my-model"), output=Path("shards"))  # doctest: +SKIP
+    """
+    checkpoint = open_checkpoint(model)
+    directory = require_full(checkpoint)
+    bound = bind(plan, checkpoint=checkpoint, warn=warn)
+    target_dtype = choose_dtype(dtype, plan=bound, checkpoint=checkpoint, warn=warn)
+    layout = lay_out(bound, checkpoint=checkpoint, dtype=target_dtype)
+    chosen = _chosen(stages, layout)
+    root = collect(checkpoint, directory=directory, layout=layout, plan=bound)
+    for text in root.warnings:
+        warn(text)
+    files = [directory, *(directory / shard.name for shard in checkpoint.shards)]
+    with Target.open(output, sources=files) as target, Sources.of(directory, shards=checkpoint.shards) as sources:
+        key = job_key(bound, layout=layout, root=root, sources=sources)
+        with Staging.begin(target, key=key, force=force, warn=warn) as staging, start_workers() as workers:
+            job = Job(layout, chosen, sources, staging, workers, progress)
+            manifest = job.run(bound, checkpoint=checkpoint, root=root)
+            staging.publish(force=force)
+    return manifest
+
+
+def _chosen(stages: Collection[int] | None, layout: Layout) -> frozenset[int]:
+    everything = frozenset(range(len(layout.stages)))
+    chosen = everything if stages is None else frozenset(stages)
+    if not chosen or chosen - everything:
+        wrong = min(chosen - everything, default=None)
+        raise UsageError(
+            f"there is no stage {wrong}" if chosen else "no stage was chosen", expected=f"0 to {len(everything) - 1}"
+        )
+    return chosen
+
+
+def job_key(plan: Plan, *, layout: Layout, root: RootFiles, sources: Sources) -> str:
+    """Return a hash over everything that the exported bytes depend on; a resumed run must have the same."""
+    states = {name: [s.device, s.inode, s.size, s.modified_ns, s.changed_ns] for name, s in sources.states.items()}
+    headers = [sha256_hex(stage.header) for stage in layout.stages]
+    small = {name: sha256_hex(data) for name, data in root.contents.items()}
+    return sha256_hex(dump_json({"plan": plan.sha256, "states": states, "headers": headers, "small": small}).encode())

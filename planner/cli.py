@@ -1,0 +1,144 @@
+"""`llamaplan`: the planner's command line. Commands parse, call and print; heavy imports happen when one runs."""
+
+import importlib.util
+import shlex
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from planner import options
+from plans.console import Output, run_command
+from plans.errors import UsageError
+
+app = typer.Typer(
+    name="llamaplan",
+    help="Plan how a Llama-family model is cut over the devices you own, and export the cut.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+for _module in ("planner.cli_solve", "planner.cli_export"):
+    if importlib.util.find_spec(_module):
+        importlib.import_module(_module).register(app)
+
+
+def main() -> NoReturn:
+    """Entry point of the command `llamaplan`."""
+    run_command(app, name="llamaplan")
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"llamaplan {version('llamaplan')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Plan how a Llama-family model is cut over the devices you own, and export the cut."""
+
+
+@app.command()
+def analyze(
+    model: options.ModelArgument,
+    *,
+    ctx_size: options.ContextOption = None,
+    batch_size: options.BatchOption = 1,
+    dtype: options.DtypeOption = None,
+    kv_cache_dtype: options.KvDtypeOption = None,
+    output: options.OutputOption = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Say what every layer of a model costs, without loading weights.
+
+    Example: llamaplan analyze my-model/ --ctx-size 8192 -o profile.json
+    """
+    from planner.models import find_model
+    from planner.profile import build_profile
+    from planner.show_profile import as_json as to_json
+    from planner.show_profile import headline, summary_lines, unit_table
+    from planner.workloads import make_workload, parse_dtype
+    from plans.checkpoint import open_checkpoint
+
+    screen = Output(json=as_json, quiet=quiet)
+    chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
+    checkpoint = open_checkpoint(find_model(model))
+    profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
+    workload = make_workload(profile, ctx_size=ctx_size, batch_size=batch_size)
+    for warning in checkpoint.warnings:
+        screen.warn(warning)
+    if output is not None:
+        _write(output, profile.to_json(), beside=checkpoint.directory)
+        screen.note(f"wrote {output}")
+    screen.data(to_json(profile, workload, checkpoint.warnings))
+    screen.show(headline(profile))
+    screen.show(unit_table(profile, workload))
+    for line in summary_lines(profile, workload):
+        screen.show(line)
+    screen.next_step(f"llamaplan solve {shlex.quote(model)} -o plan.json")
+
+
+@app.command()
+def devices(
+    *,
+    device: options.DeviceOption = None,
+    cluster: options.ClusterOption = None,
+    margin: options.MarginOption = None,
+    catalogue: Annotated[bool, typer.Option("--catalogue", help="List common accelerators by name.")] = False,
+    output: options.OutputOption = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Say what this machine, or a described cluster, offers to a plan.
+
+    Example: llamaplan devices --device 2xrtx4090 --device cpu=32GiB -o cluster.json
+    """
+    from planner import show_cluster
+    from planner.clusters import load_cluster
+    from planner.machine import inspect_machine
+
+    screen = Output(json=as_json, quiet=quiet)
+    if catalogue:
+        if device or cluster or margin or output:
+            raise UsageError("--catalogue lists accelerators and takes no devices, cluster, margin or output")
+        screen.data(show_cluster.catalogue_json())
+        screen.show(show_cluster.catalogue_table())
+        screen.next_step("llamaplan devices --device NAME -o cluster.json")
+        return
+    offered = load_cluster(cluster, devices=device, margins=margin)
+    if output is not None:
+        _write(output, offered.to_json(), beside=None)
+        screen.note(f"wrote {output}")
+    screen.data(offered.model_dump(mode="json", by_alias=True))
+    screen.show(show_cluster.device_table(offered))
+    if not (as_json or device or cluster):
+        for line in show_cluster.machine_lines(inspect_machine()):
+            screen.show(line)
+    links = show_cluster.link_table(offered)
+    if links is not None:
+        screen.show("")
+        screen.show(links)
+    described = ["--cluster", str(output or cluster)] if output or cluster else []
+    described += [word for name in device or () for word in ("--device", name)] if not described else []
+    screen.next_step(shlex.join(["llamaplan", "solve", "MODEL", *described, "-o", "plan.json"]))
+
+
+def _write(path: Path, text: str, *, beside: Path | None) -> None:
+    """Write a result, but never into the checkpoint it was made from."""
+    from plans.files import write_text
+
+    if beside is not None and path.absolute().parent.resolve() == beside.resolve():
+        raise UsageError(f"--output {path} lies inside the checkpoint", hint="choose another folder")
+    write_text(path, text)

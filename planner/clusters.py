@@ -1,0 +1,33 @@
+"""Where a command's cluster comes from: a file, ``--device`` options, or this machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from planner.machine import cluster_from_options, this_machine
+from planner.margins import parse_margins, with_budgets
+from plans.cluster import Cluster
+from plans.errors import UsageError
+
+
+def load_cluster(
+    path: Path | None = None, *, devices: Sequence[str] | None = None, margins: Sequence[str] | None = None
+) -> Cluster:
+    """Return the cluster a command is about, with a budget on every device.
+
+    Args:
+        path: a cluster file.
+        devices: values of ``--device``, see `planner.machine.cluster_from_options`.
+        margins: values of ``--margin``, see `planner.margins.parse_margins`.
+
+    Raises:
+        UsageError: both a file and devices are given, or an option is malformed.
+        InputError: the file is missing, malformed or contradicts itself.
+    """
+    leave_free = parse_margins(margins or ())
+    if path is not None and devices:
+        raise UsageError("--cluster and --device exclude each other", hint="put the devices into the cluster file")
+    if path is not None:
+        return with_budgets(Cluster.read(path), leave_free)
+    if devices:
+        return cluster_from_options(devices, margins=leave_free)
+    return this_machine(leave_free)

@@ -1,0 +1,93 @@
+"""What a person typed as MODEL -> a path: a folder, a configuration file, or a name in the local Hugging Face cache."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from plans.errors import InputError, printable
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_REVISION = re.compile(r"[0-9a-zA-Z._-]{1,64}")
+_PREFIX = "models--"
+
+
+def find_model(text: str, *, environment: Mapping[str, str] = os.environ) -> Path:
+    """Resolve a model argument without touching the network.
+
+    Args:
+        text: folder, path of a `config.json`, or ``org/name`` if that lies in the Hugging Face cache.
+        environment: where HF_HUB_CACHE, HF_HOME and XDG_CACHE_HOME are looked up.
+
+    Raises:
+        InputError: neither a path nor a cached model, or a cached model whose download never finished.
+    """
+    path = Path(text).expanduser()
+    if _exists(path) or not _HUB_NAME.fullmatch(text):
+        return path
+    repository = cache_folder(environment) / (_PREFIX + text.replace("/", "--"))
+    if not repository.is_dir():
+        raise InputError(
+            f"no such file or folder, and {printable(text)} is not in the Hugging Face cache {repository.parent}",
+            where=text,
+            hint=f"download it first: hf download {printable(text)}",
+            code="E-MISSING",
+        )
+    return _snapshot(text, repository)
+
+
+def cache_folder(environment: Mapping[str, str]) -> Path:
+    """Return the Hugging Face hub cache, by the variables and defaults of `huggingface_hub`."""
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if environment.get(variable):
+            return Path(environment[variable]).expanduser()
+    cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    home = environment.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(home).expanduser() / "hub"
+
+
+def model_name(path: Path) -> str:
+    """Return a short name for a model's path: ``org/name`` in a cache, else the name of its folder or file."""
+    absolute = path.absolute()
+    folder = absolute.parent if absolute.suffix == ".json" else absolute
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith(_PREFIX):
+        return printable(repository.removeprefix(_PREFIX).replace("--", "/"))
+    is_other_file = absolute.suffix == ".json" and absolute.stem != "config"
+    # resolve() only to give "." and "x/.." a name
+    return printable(absolute.stem if is_other_file else folder.resolve().name or "model")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists() or path.is_symlink()
+    except (OSError, ValueError):
+        return True  # let opening it say what is wrong
+
+
+def _snapshot(text: str, repository: Path) -> Path:
+    """The snapshot refs/main points to, or the only one there is."""
+    snapshots = repository / "snapshots"
+    try:
+        present = sorted(entry.name for entry in snapshots.iterdir()) if snapshots.is_dir() else []
+        main = repository / "refs" / "main"
+        revision = main.read_text(encoding="ascii", errors="replace")[:100].strip() if main.is_file() else ""
+    except OSError:
+        present, revision = [], ""
+    if _REVISION.fullmatch(revision) and revision in present:
+        return snapshots / revision
+    if len(present) == 1:
+        return snapshots / present[0]
+    if present:
+        raise InputError(
+            f"{len(present)} snapshots are in the cache and none is marked main",
+            where=text,
+            hint=f"give one's folder: {snapshots / present[0]}",
+            code="E-MISSING",
+        )
+    raise InputError(
+        "the download is incomplete: the cache holds no snapshot of it",
+        where=text,
+        hint=f"finish it: hf download {printable(text)}",
+        code="E-INCOMPLETE",
+    )

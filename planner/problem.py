@@ -1,0 +1,246 @@
+"""The partition problem as plain data: integers only, no model, no solver.
+
+Bytes are exact. Times are whole ticks of `tick_seconds` (a picosecond unless a plan would last for hours), so that
+sums do not depend on their order, ties are ties, and two methods can be compared for equality.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+
+from plans.plan import Execution, Objective
+
+Ticks = int
+Matrix = tuple[tuple[int | None, ...], ...]
+"""[from][to]; None where there is no way from one to the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTicks:
+    """What each unit of the model costs on one device, in ticks."""
+
+    embedding: Ticks
+    layers: tuple[Ticks, ...]
+    head: Ticks
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What the user demands of one device; the default demands nothing.
+
+    A stage [start, end) on the device must have start and end within the given bounds, hold none of `banned`, and
+    hold (True), not hold (False) or may hold (None) the embedding and the head.
+    """
+
+    is_required: bool = False
+    is_banned: bool = False
+    max_start: int | None = None
+    min_end: int | None = None
+    min_layers: int = 0
+    max_layers: int | None = None
+    banned: frozenset[int] = frozenset()
+    embedding: bool | None = None
+    head: bool | None = None
+
+    @property
+    def is_positional(self) -> bool:
+        """Whether it speaks of particular layers rather than of their number."""
+        return self.max_start is not None or self.min_end is not None or bool(self.banned)
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemDevice:
+    """One device: its memory in bytes and its times in ticks."""
+
+    name: str
+    budget_bytes: int
+    """What shares are measured against."""
+    overhead_bytes: int
+    """Paid by any stage."""
+    limit_bytes: int
+    """What a stage may use, overhead included: the budget, or less under a limit on the memory share."""
+    decode: UnitTicks
+    prefill: tuple[UnitTicks, ...] = ()
+    """One entry per prefill chunk."""
+    rule: Rule = Rule()
+
+
+@dataclass(frozen=True, slots=True)
+class UnitBytes:
+    """Memory of the units, the same on every device."""
+
+    embedding: int
+    layers: tuple[int, ...]
+    """Weights and KV cache of each layer."""
+    head: int
+    shared: int = 0
+    """Saved when embedding and head are on one device (a tied table)."""
+    embedding_activation: int = 0
+    layer_activation: int = 0
+    head_activation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageChoice:
+    """Layers [start, end) on device number `device`; the first stage has the embedding, the last the head."""
+
+    device: int
+    start: int
+    end: int
+
+
+Assignment = tuple[StageChoice, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything the exact methods need to know."""
+
+    devices: tuple[ProblemDevice, ...]
+    units: UnitBytes
+    decode_hop: Matrix
+    return_hop: Matrix
+    """[last][first]: the way of the token ids back."""
+    prefill_hop: tuple[Matrix, ...] = ()
+    """One matrix per prefill chunk."""
+    new_tokens: int = 1
+    requests_in_flight: int = 1
+    execution: Execution = "one_process"
+    keep_order: bool = False
+    use_all: bool = False
+    max_stages: int | None = None
+    tick_seconds: float = 1e-12
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.units.layers)
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices offered."""
+        return len(self.devices)
+
+    @cached_property
+    def has_identical_layers(self) -> bool:
+        """Whether only the number of layers on a device matters, not which ones."""
+        rows: Iterable[tuple[int, ...]] = (
+            self.units.layers,
+            *(times.layers for device in self.devices for times in (device.decode, *device.prefill)),
+        )
+        return all(len(set(row)) == 1 for row in rows) and not any(d.rule.is_positional for d in self.devices)
+
+    @cached_property
+    def prefix_bytes(self) -> tuple[int, ...]:
+        """Bytes of layers [0, i) for i from 0 to the number of layers."""
+        return prefix_sums(self.units.layers)
+
+    def stage_bytes(self, device: int, start: int, end: int, *, embedding: bool, head: bool) -> int:
+        """Return the bytes a stage needs on `device`, as `plans.memory.stage_memory` counts them."""
+        units = self.units
+        size = self.devices[device].overhead_bytes + self.prefix_bytes[end] - self.prefix_bytes[start]
+        size += units.embedding * embedding + units.head * head - units.shared * (embedding and head)
+        return size + self.activation_bytes(has_layers=end > start, embedding=embedding, head=head)
+
+    def activation_bytes(self, *, has_layers: bool, embedding: bool, head: bool) -> int:
+        """Return the workspace: the largest over the kinds of unit a stage holds."""
+        units = self.units
+        return max(
+            units.layer_activation * has_layers, units.embedding_activation * embedding, units.head_activation * head
+        )
+
+    def allows(self, device: int, start: int, end: int, *, embedding: bool, head: bool) -> bool:
+        """Return whether a stage fits the device's memory and obeys its rule."""
+        rule = self.devices[device].rule
+        if rule.is_banned or rule.embedding is (not embedding) or rule.head is (not head):
+            return False
+        if not rule.min_layers <= end - start <= (self.num_layers if rule.max_layers is None else rule.max_layers):
+            return False
+        if (rule.max_start is not None and start > rule.max_start) or (rule.min_end is not None and end < rule.min_end):
+            return False
+        if any(start <= layer < end for layer in rule.banned):
+            return False
+        needed = self.stage_bytes(device, start, end, embedding=embedding, head=head)
+        return needed <= self.devices[device].limit_bytes
+
+    def with_share_limit(self, share: Fraction, *, is_strict: bool = False) -> "Problem":
+        """Return the problem in which no stage may use more than `share` of its budget (less than, if strict)."""
+        return replace(self, devices=tuple(_limited(d, share, is_strict=is_strict) for d in self.devices))
+
+
+def _limited(device: ProblemDevice, share: Fraction, *, is_strict: bool) -> ProblemDevice:
+    # Integers: used <= share * budget is used <= floor(share * budget); strictly less is at most ceil(...) - 1.
+    product = share * device.budget_bytes
+    limit = -(-product.numerator // product.denominator) - 1 if is_strict else product.numerator // product.denominator
+    return replace(device, limit_bytes=min(device.limit_bytes, limit))
+
+
+def prefix_sums(values: Iterable[int]) -> tuple[int, ...]:
+    """Return (0, v0, v0 + v1, ...)."""
+    sums = [0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return tuple(sums)
+
+
+def max_layers(problem: Problem, device: int, *, embedding: bool, head: bool) -> int:
+    """Return the largest number of identical layers a stage can hold, or -1 if not even the ends fit."""
+    units, data = problem.units, problem.devices[device]
+    rule = data.rule
+    if rule.is_banned or rule.embedding is (not embedding) or rule.head is (not head):
+        return -1
+    if problem.stage_bytes(device, 0, 0, embedding=embedding, head=head) > data.limit_bytes:
+        return -1
+    room = data.limit_bytes - problem.stage_bytes(device, 0, 1, embedding=embedding, head=head)
+    per_layer = units.layers[0]
+    fits = 0 if room < 0 else 1 + (room // per_layer if per_layer else problem.num_layers)
+    fits = min(fits, problem.num_layers, problem.num_layers if rule.max_layers is None else rule.max_layers)
+    return fits if fits >= rule.min_layers else -1
+
+
+@dataclass(frozen=True, slots=True)
+class ChainCosts:
+    """An additive time: every unit, hop and the way back contribute their own ticks."""
+
+    units: tuple[UnitTicks, ...]
+    """One entry per device."""
+    hop: Matrix
+    back: Matrix
+    """[last][first]."""
+
+
+def chain_costs(problem: Problem, objective: Objective) -> ChainCosts:
+    """Return the additive costs of an objective.
+
+    `latency` and the cycle of `throughput`: one decode step. `request`: all prefill chunks one after the other, then
+    a decode step for every new token but the first, which the prefill already gives (design, section 5).
+    """
+    if objective != "request":
+        return ChainCosts(tuple(d.decode for d in problem.devices), problem.decode_hop, problem.return_hop)
+    steps = max(problem.new_tokens - 1, 0)
+    units = tuple(_weighted_units(d.prefill, d.decode, steps) for d in problem.devices)
+    hop = _weighted_matrix(problem.prefill_hop, problem.decode_hop, steps)
+    return ChainCosts(units, hop, _weighted_matrix((), problem.return_hop, steps))
+
+
+def _weighted_units(chunks: tuple[UnitTicks, ...], decode: UnitTicks, steps: int) -> UnitTicks:
+    return UnitTicks(
+        sum(c.embedding for c in chunks) + steps * decode.embedding,
+        tuple(
+            sum(parts) + steps * last for *parts, last in zip(*(c.layers for c in chunks), decode.layers, strict=True)
+        ),
+        sum(c.head for c in chunks) + steps * decode.head,
+    )
+
+
+def _weighted_matrix(chunks: tuple[Matrix, ...], decode: Matrix, steps: int) -> Matrix:
+    return tuple(
+        tuple(
+            None
+            if cell is None or any(c[a][b] is None for c in chunks)
+            else sum(c[a][b] or 0 for c in chunks) + steps * cell
+            for b, cell in enumerate(row)
+        )
+        for a, row in enumerate(decode)
+    )

@@ -1,0 +1,41 @@
+"""A lower bound on the memory share that ignores the path; it lets the solver stop as soon as it reaches it."""
+
+from fractions import Fraction
+
+from planner.groups import Group
+from planner.problem import Problem, max_layers
+
+_STEPS = 40
+
+
+def least_share(problem: Problem, groups: tuple[Group, ...]) -> float:
+    """Return a share that no chain can reach or undercut, for identical layers.
+
+    Below it, not even all devices together have room for all layers, whichever two hold the embedding and the head.
+    """
+    low, high = Fraction(0), Fraction(1)
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        if _has_room(problem.with_share_limit(middle), groups):
+            high = middle
+        else:
+            low = middle
+    return float(low)
+
+
+def _has_room(problem: Problem, groups: tuple[Group, ...]) -> bool:
+    def room(group: Group, *, embedding: bool, head: bool) -> int:
+        return max_layers(problem, group.first, embedding=embedding, head=head)
+
+    if any(room(g, embedding=True, head=True) >= problem.num_layers for g in groups):
+        return True
+    middles = [max(room(g, embedding=False, head=False), 0) for g in groups]
+    total = sum(g.size * layers for g, layers in zip(groups, middles, strict=True))
+    firsts = [room(g, embedding=True, head=False) for g in groups]
+    lasts = [room(g, embedding=False, head=True) for g in groups]
+    return any(
+        total - middles[a] - middles[b] + first + last >= problem.num_layers
+        for a, first in enumerate(firsts)
+        for b, last in enumerate(lasts)
+        if first >= 0 and last >= 0 and (a != b or groups[a].size > 1)
+    )

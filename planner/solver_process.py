@@ -1,0 +1,219 @@
+"""The solver in a process of its own, so that it can be stopped from outside and its crash is not ours.
+
+A solver that ignores its time limit is killed one second after it; memory it loses, a segmentation fault or garbage on
+stdout stay over there. The child is started once per session, in parallel to building the problem, and answers one
+question at a time: pickled over its stdin and stdout, which it first moves out of reach of the solver's own printing.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import IO, Any, Self
+
+from planner.answers import IlpAnswer, SolverFault, SolverName
+from planner.goal import Goal
+from planner.problem import Problem
+from plans.errors import LlamaplanError, MachineError
+
+GRACE_SECONDS = 1.0
+"""How long after the limit the solver may still be tidying up."""
+_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from planner.solver_process import serve; serve()"
+
+
+@dataclass(slots=True)
+class SolverSession:
+    """Answers questions until the time is up; use it in a `with` block.
+
+    Args:
+        solvers: which to use, in this order; later ones only where earlier ones fail.
+        mip_gap: relative gap at which a solver may stop.
+        time_limit: seconds for all questions together, from the start of the session.
+        is_isolated: False solves in this process: no start-up cost, but also nobody to stop the solver.
+    """
+
+    solvers: tuple[SolverName, ...] = ("highs", "cbc")
+    mip_gap: float = 0.0
+    time_limit: float | None = None
+    is_isolated: bool = True
+    _child: "subprocess.Popen[bytes] | None" = None
+    _started: float = field(default_factory=time.monotonic)
+
+    def __enter__(self) -> Self:
+        if self.is_isolated:
+            self._child = _start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the time is up, 0 when it is; None without a limit."""
+        if self.time_limit is None:
+            return None
+        return max(0.0, self._started + self.time_limit - time.monotonic())
+
+    def ask(self, problem: Problem, goal: Goal, *, solvers: tuple[SolverName, ...] | None = None) -> IlpAnswer:
+        """Minimise `goal` over `problem`; see `planner.ilp.solve_ilp`.
+
+        Raises:
+            MachineError: no solver works here.
+        """
+        chosen = solvers or self.solvers
+        left = self.seconds_left
+        if left is not None and left <= 0:
+            return _no_answer(chosen[0])
+        question = {"solvers": chosen, "mip_gap": self.mip_gap, "time_limit": left}
+        if not self.is_isolated:
+            return _unwrap(_answer(problem, goal, question), chosen)
+        return self._ask_child(problem, goal, question, chosen)
+
+    def _ask_child(
+        self, problem: Problem, goal: Goal, question: dict[str, Any], solvers: tuple[SolverName, ...]
+    ) -> IlpAnswer:
+        self._child = self._child if self._child is not None and self._child.poll() is None else _start()
+        limit = question["time_limit"]
+        try:
+            _send(self._child.stdin, pickle.dumps((problem, goal, question)))
+            reply = _receive(self._child.stdout, None if limit is None else limit + GRACE_SECONDS)
+        except TimeoutError:
+            self._stop()
+            return _no_answer(solvers[0])
+        except (EOFError, OSError, pickle.UnpicklingError):
+            code = self._stop()
+            if len(solvers) > 1:
+                return self.ask(problem, goal, solvers=solvers[1:])
+            raise _crash(solvers[0], code) from None
+        return _unwrap(reply, solvers)
+
+    def _stop(self) -> int:
+        """End the child and whatever it started; return its exit code."""
+        child, self._child = self._child, None
+        if child is None:
+            return 0
+        try:
+            code = child.wait(0.05) if child.poll() is not None else None
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+            return child.wait() if code is None else code
+        finally:
+            for pipe in (child.stdin, child.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+
+
+def _start() -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", _CODE, json.dumps([path for path in sys.path if path])]
+    try:
+        # A session of its own: Ctrl-C reaches us alone, and CBC, a grandchild, can be killed with it.
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    except OSError as error:
+        raise MachineError(
+            f"cannot start the solver process: {error.strerror} (errno {error.errno})", where=sys.executable
+        ) from None
+
+
+def _send(pipe: IO[bytes] | None, data: bytes) -> None:
+    assert pipe is not None
+    pipe.write(len(data).to_bytes(8, "little") + data)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes] | None, seconds: float | None) -> Any:
+    """Read one pickled reply of our own child.
+
+    Raises:
+        TimeoutError: nothing complete arrived in time.
+        EOFError: the child ended.
+    """
+    assert pipe is not None
+    deadline = None if seconds is None else time.monotonic() + seconds
+    size = int.from_bytes(_read(pipe.fileno(), 8, deadline), "little")
+    return pickle.loads(_read(pipe.fileno(), size, deadline))
+
+
+def _read(fd: int, size: int, deadline: float | None) -> bytes:
+    data = b""
+    while len(data) < size:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not select.select([fd], [], [], left)[0]:
+            raise TimeoutError
+        part = os.read(fd, min(size - len(data), 1 << 20))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
+def _unwrap(reply: object, solvers: Sequence[str]) -> IlpAnswer:
+    if isinstance(reply, SolverFault) and reply.is_wrong:
+        raise LlamaplanError(
+            f"no solver gave an answer that holds ({reply.text})", hint="this is a bug of ours; please report it"
+        )
+    if isinstance(reply, SolverFault):
+        raise MachineError(
+            f"no solver works here ({reply.text})",
+            hint=f"reinstall highspy and pulp, or choose another with --solver (tried {', '.join(solvers)})",
+            code="E-SOLVER",
+        )
+    assert isinstance(reply, IlpAnswer)
+    return reply
+
+
+def _crash(solver: str, code: int) -> MachineError:
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    return MachineError(
+        f"the solver process ({sys.executable}, {solver}) {how}",
+        hint="free some memory, or try another solver with --solver",
+        code="E-SOLVER",
+    )
+
+
+def _no_answer(solver: "SolverName") -> IlpAnswer:
+    package, name = ("highspy", "HiGHS") if solver == "highs" else ("pulp", "CBC")
+    try:
+        known = version(package)
+    except PackageNotFoundError:
+        known = "unknown"
+    return IlpAnswer("time_limit", name, known)
+
+
+def _answer(problem: Problem, goal: Goal, question: dict[str, Any]) -> IlpAnswer | SolverFault:
+    from planner.ilp import SolverFaultError, solve_ilp
+
+    try:
+        return solve_ilp(problem, goal, **question)
+    except SolverFaultError as fault:
+        return SolverFault(str(fault), is_wrong=fault.is_wrong)
+
+
+def serve() -> None:
+    """Answer questions on stdin until it closes; what the child process runs."""
+    _die_with_parent()
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # solvers print banners whatever they are told
+    questions = sys.stdin.buffer
+    import planner.ilp  # noqa: F401  # loaded while the parent still builds the problem
+
+    while len(head := questions.read(8)) == 8:
+        problem, goal, question = pickle.loads(questions.read(int.from_bytes(head, "little")))
+        _send(replies, pickle.dumps(_answer(problem, goal, question)))
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        set_death_signal = 1
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
