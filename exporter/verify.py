@@ -6,7 +6,15 @@ from pathlib import Path
 
 from exporter.sources import Sources
 from plans.bundle import Bundle, Export, check_unchanged, open_export
-from plans.checkpoint import EMBEDDING, HEAD, Checkpoint, StoredTensor, open_checkpoint, require_full
+from plans.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    Checkpoint,
+    StoredTensor,
+    check_same_shapes,
+    open_checkpoint,
+    require_full,
+)
 from plans.digest import BUFFER_BYTES, digest_file, read_into
 from plans.errors import IntegrityError
 from plans.files import open_regular, read_limited, sha256_hex
@@ -58,6 +66,10 @@ def verify(
     """
     export = open_export(directory, stage=stage, expect_id=expect_id)
     checkpoint = open_checkpoint(model) if model is not None else None
+    if checkpoint is not None:
+        check_same_shapes(
+            {(unit.kind, unit.index): unit.shapes_sha256 for unit in export.plan.profile.units}, checkpoint
+        )
     sizes = [bundle.info.weights.size for bundle in export.bundles.values()]
     meter = _Meter(progress, sum(sizes) * (2 if checkpoint else 1))
     for bundle in export.bundles.values():

@@ -18,12 +18,14 @@ from planner.evaluate import share_of, time_of
 from planner.exact_tables import Limits
 from planner.goal import Goal
 from planner.groups import group_devices
-from planner.problem import Assignment, ChainCosts, Problem, Ticks, chain_costs
+from planner.problem import Assignment, ChainCosts, Problem, Ticks, chain_costs, is_pipelined
 
 _FINE = Fraction(1, 1 << 24)
 """Bisection stops at this width; from there on, every step goes to the next better chain."""
 
 Found = tuple[Ticks, Assignment]
+_Interval = tuple[Fraction, Fraction, Fraction, Ticks]
+"""(lower bound on the value, share above, share below, lower bound on the time)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,11 @@ class CertificateTimeoutError(Exception):
     """The time was up before the proof was complete."""
 
 
-class _Search(Protocol):
-    def cheapest(self, problem: Problem, limits: Limits) -> Found | None: ...
+class Search(Protocol):
+    """A dynamic program over one problem; see `OrderSearch.cheapest`."""
+
+    def cheapest(self, problem: Problem, limits: Limits) -> Found | None:
+        """Return the least time and a chain that has it, under limits."""
 
 
 def method_for(problem: Problem) -> str | None:
@@ -65,7 +70,7 @@ def certify(problem: Problem, goal: Goal, *, time_limit: float | None = None) ->
         up along the chain) or the time was up.
     """
     method = method_for(problem)
-    if method is None or (goal.objective == "request" and problem.execution == "process_per_stage"):
+    if method is None or is_pipelined(problem, goal.objective):
         return None
     deadline = None if time_limit is None else time.monotonic() + time_limit
     try:
@@ -78,7 +83,8 @@ def certify(problem: Problem, goal: Goal, *, time_limit: float | None = None) ->
     return Certificate(method, value, best)
 
 
-def _search_for(problem: Problem, costs: ChainCosts) -> _Search:
+def search_for(problem: Problem, costs: ChainCosts) -> Search:
+    """Return the dynamic program that `method_for` names."""
     if problem.keep_order:
         return exact_order.OrderSearch(problem, costs)
     if problem.has_identical_layers:
@@ -91,7 +97,7 @@ class _Prover:
 
     def __init__(self, problem: Problem, goal: Goal, deadline: float | None) -> None:
         self.problem, self.goal, self.deadline = problem, goal, deadline
-        self.search = _search_for(problem, chain_costs(problem, goal.objective))
+        self.search = search_for(problem, chain_costs(problem, goal.objective))
 
     def prove(self) -> Assignment | None:
         if self.goal.kind == "time":
@@ -113,17 +119,19 @@ class _Prover:
         return self._least_period(problem, found[1])
 
     def _least_period(self, problem: Problem, start: Assignment) -> Found:
-        """Bisect over the period; `high` always belongs to a chain that was seen, `low` to none."""
+        """Step to the next better chain until there is none, and halve the interval in between.
+
+        `high` always belongs to a chain that was seen, and no chain is at or below `low`.
+        """
         best, high, low = start, self._period(start), -1
-        while high - low > max(1, high >> 24):
+        while (found := self._within_period(problem, high - 1)) is not None:
+            best, high = found, self._period(found)
             middle = (low + high) // 2
             found = self._within_period(problem, middle)
             if found is None:
                 low = middle
             else:
                 best, high = found, self._period(found)
-        while (found := self._within_period(problem, high - 1)) is not None:
-            best, high = found, self._period(found)
         return high, best
 
     def _period(self, chain: Assignment) -> Ticks:
@@ -138,21 +146,20 @@ class _Prover:
         return found[1] if found and found[0] <= period else None
 
     def _least_share(self) -> Assignment | None:
-        """Bisect over the limit on the share; then step down until nothing is left below."""
+        """As `_least_period`, over the limit on the share."""
         ask = self._chain_under_share()
         best = ask(self.problem)
         if best is None:
             return None
         low, high = Fraction(0), share_of(self.problem, best)
-        while high - low > _FINE:
+        while (found := ask(self.problem.with_share_limit(high, is_strict=True))) is not None:
+            best, high = found, share_of(self.problem, found)
             middle = _between(low, high)
             found = ask(self.problem.with_share_limit(middle))
             if found is None:
                 low = middle
             else:
                 best, high = found, share_of(self.problem, found)
-        while (found := ask(self.problem.with_share_limit(high, is_strict=True))) is not None:
-            best, high = found, share_of(self.problem, found)
         return best
 
     def _chain_under_share(self) -> Callable[[Problem], Assignment | None]:
@@ -202,7 +209,7 @@ class _Prover:
                 self._push(intervals, limit, high, time_bound)
         return best
 
-    def _push(self, heap: list[tuple[Fraction, Fraction, Fraction, Ticks]], low: Fraction, high: Fraction, t: Ticks) -> None:
+    def _push(self, heap: list[_Interval], low: Fraction, high: Fraction, t: Ticks) -> None:
         heapq.heappush(heap, (self.goal.value(time=t, share=low), low, high, t))
 
     def _value(self, chain: Assignment) -> Fraction:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from plans.plan import Objective
 from planner.problem import Assignment, Matrix, Problem, Ticks, UnitTicks, chain_costs
+from plans.plan import Objective
 
 
 @dataclass(frozen=True, slots=True)

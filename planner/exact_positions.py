@@ -9,6 +9,7 @@ from itertools import product
 from math import prod
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.exact_tables import INFINITE, DeviceTable, Ints, Limits, hop_table, return_classes, settle, window_minima
 from planner.groups import Group, between, group_devices
@@ -72,10 +73,10 @@ class _Run:
         return return_classes(rows)
 
     @cached_property
-    def is_final(self) -> Ints:
+    def is_final(self) -> NDArray[np.bool_]:
         """Whether a chain may use exactly these devices."""
         totals = self.counts.sum(axis=1)
-        final = totals >= 1
+        final: NDArray[np.bool_] = totals >= 1
         if self.problem.max_stages is not None:
             final &= totals <= self.problem.max_stages
         for g, group in enumerate(self.groups):

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from plans.plan import Objective
 from planner.problem import Ticks
+from plans.plan import Objective
 
 GoalKind = Literal["time", "share", "mixed"]
 

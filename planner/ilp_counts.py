@@ -10,10 +10,8 @@ from typing import Any
 
 import pulp
 
-from planner.goal import Goal
 from planner.groups import Group, are_alike, between, group_devices
-from planner.problem import Assignment, ChainCosts, Problem, StageChoice, chain_costs, max_layers
-from planner.share_bound import least_share
+from planner.problem import Assignment, Problem, StageChoice, max_layers
 
 Expression = Any
 """pulp ships no types."""
@@ -39,8 +37,11 @@ class CountsModel:
     returns: dict[tuple[int, int], Any] = field(default_factory=dict)
 
 
-def build_counts_model(problem: Problem, goal: Goal, *, unit: float) -> CountsModel:
-    """Write the program for `goal`. `unit` scales ticks to numbers of ordinary size (milliseconds, as a rule)."""
+def build_counts_model(problem: Problem, *, unit: float) -> CountsModel:
+    """Write variables and constraints; `ilp_counts_goal.add_counts_goal` adds what is minimised.
+
+    `unit` scales ticks to numbers of ordinary size (milliseconds, as a rule).
+    """
     model = CountsModel(problem, group_devices(problem), pulp.LpProblem("counts", pulp.LpMinimize), unit)
     _add_variables(model)
     _add_one_path(model)
@@ -50,11 +51,10 @@ def build_counts_model(problem: Problem, goal: Goal, *, unit: float) -> CountsMo
     _add_return(model)
     _add_symmetry(model)
     _add_demands(model)
-    _add_goal(model, goal)
     return model
 
 
-def _binary(name: str, *, can_be_one: bool = True) -> Any:
+def binary(name: str, *, can_be_one: bool = True) -> Any:
     return pulp.LpVariable(name, 0, int(can_be_one), pulp.LpInteger)
 
 
@@ -74,14 +74,14 @@ def _add_variables(model: CountsModel) -> None:
         whole = _capacity(model, g, embedding=True, head=True)
         rule = problem.devices[group.first].rule
         # 1 if the first stage (embedding), the last stage (head), or the only stage is on a device of g
-        model.first.append(_binary(f"first_{g}", can_be_one=first >= 0))
-        model.last.append(_binary(f"last_{g}", can_be_one=last >= 0))
-        model.single.append(_binary(f"single_{g}", can_be_one=whole >= num_layers >= rule.min_layers))
+        model.first.append(binary(f"first_{g}", can_be_one=first >= 0))
+        model.last.append(binary(f"last_{g}", can_be_one=last >= 0))
+        model.single.append(binary(f"single_{g}", can_be_one=whole >= num_layers >= rule.min_layers))
         # layers held by the first and by the last stage, if they are on g [layers]
         model.first_layers.append(_integer(f"first_layers_{g}", first))
         model.last_layers.append(_integer(f"last_layers_{g}", last))
         # 1 if the i-th middle stage of g exists, and the layers it holds [layers]
-        model.used.append([_binary(f"used_{g}_{i}", can_be_one=middle > 0) for i in range(group.size)])
+        model.used.append([binary(f"used_{g}_{i}", can_be_one=middle > 0) for i in range(group.size)])
         model.layers.append([_integer(f"layers_{g}_{i}", middle) for i in range(group.size)])
     for a, b in _possible_arcs(model):
         # how often the path goes from a device of a to a device of b [hops]
@@ -203,105 +203,6 @@ def _add_demands(model: CountsModel) -> None:
     if problem.max_stages is not None:
         stages = [_stages_on(model, g) for g in range(len(model.groups))]
         model.lp += pulp.lpSum(stages) <= problem.max_stages
-
-
-def _add_goal(model: CountsModel, goal: Goal) -> None:
-    time = _time(model, goal) if goal.kind != "share" or goal.max_time is not None else None
-    if goal.max_time is not None:
-        # The first key may not get worse; the margin is the solver's own accuracy, the answer is checked exactly.
-        model.lp += time <= goal.max_time * model.unit * (1 + 1e-9)
-    if goal.kind == "time":
-        model.lp.setObjective(time)
-        return
-    # largest used/budget over the stages [1]
-    share = pulp.LpVariable("share", least_share(model.problem, model.groups), 1)
-    _bound_share(model, share)
-    if goal.kind == "share":
-        model.lp.setObjective(100 * share)
-        return
-    weight = float(goal.weight)
-    time_scale = 100 * weight / (goal.best_time * model.unit) if goal.best_time else 0.0
-    share_scale = 100 * (1 - weight) / float(goal.best_share) if goal.best_share else 0.0
-    model.lp.setObjective(time_scale * time + share_scale * share)
-
-
-def _time(model: CountsModel, goal: Goal) -> Expression:
-    costs = chain_costs(model.problem, goal.objective)
-    chain = _chain_time(model, costs)
-    if goal.objective != "throughput":
-        return chain
-    # step period times the requests in flight: the slowest of the stages, the hops and the whole cycle [time]
-    period = pulp.LpVariable("period", 0)
-    in_flight = model.problem.requests_in_flight
-    model.lp += period >= chain
-    for stage in _stage_times(model, costs):
-        model.lp += period >= in_flight * stage
-    for pair, arc in model.arcs.items():
-        hop = between(costs.hop, *(model.groups[g] for g in pair)) or 0
-        is_used = arc
-        if arc.upBound > 1:
-            is_used = _binary(f"hop_used_{pair[0]}_{pair[1]}")
-            model.lp += arc <= arc.upBound * is_used
-        model.lp += period >= in_flight * hop * model.unit * is_used
-    for ticks, chosen in _back_choices(model, costs):
-        model.lp += period >= in_flight * ticks * model.unit * chosen
-    return period
-
-
-def _chain_time(model: CountsModel, costs: ChainCosts) -> Expression:
-    terms = list(_stage_times(model, costs))
-    for (a, b), arc in model.arcs.items():
-        terms.append((between(costs.hop, model.groups[a], model.groups[b]) or 0) * model.unit * arc)
-    terms += [ticks * model.unit * chosen for ticks, chosen in _back_choices(model, costs)]
-    return pulp.lpSum(terms)
-
-
-def _back_choices(model: CountsModel, costs: ChainCosts) -> list[tuple[int, Any]]:
-    """(ticks, 0/1 expression) for every way back; the expressions sum to one."""
-    groups = model.groups
-    alone = [(costs.back[g.first][g.first] or 0, single) for g, single in zip(groups, model.single, strict=True)]
-    pairs = [(between(costs.back, groups[a], groups[b]) or 0, c) for (a, b), c in model.returns.items()]
-    return alone + pairs
-
-
-def _stage_times(model: CountsModel, costs: ChainCosts) -> list[Expression]:
-    """The time of every stage there may be; zero for those that are not there."""
-    times: list[Expression] = []
-    for g, group in enumerate(model.groups):
-        units = costs.units[group.first]
-        layer, embedding, head = (ticks * model.unit for ticks in (units.layers[0], units.embedding, units.head))
-        times.append(embedding * model.first[g] + layer * model.first_layers[g])
-        times.append(head * model.last[g] + layer * model.last_layers[g])
-        times.append((embedding + head + layer * model.problem.num_layers) * model.single[g])
-        times += [layer * count for count in model.layers[g]]
-    return times
-
-
-def _bound_share(model: CountsModel, share: Any) -> None:
-    """share >= used / budget for every stage; the workspace is the largest over the kinds of unit it holds."""
-    problem, units, num_layers = model.problem, model.problem.units, model.problem.num_layers
-    for g, group in enumerate(model.groups):
-        device = problem.devices[group.first]
-        budget = device.budget_bytes
-        whole = problem.stage_bytes(group.first, 0, num_layers, embedding=True, head=True)
-        model.lp += share >= whole / budget * model.single[g]
-        fixed = device.overhead_bytes
-        # Stages of a group come in order of size: the first middle one is the largest.
-        model.lp += share >= (fixed + units.layer_activation) / budget * model.used[g][0] + (
-            units.layers[0] / budget
-        ) * model.layers[g][0]
-        for is_there, layers, name, size, workspace in (
-            (model.first[g], model.first_layers[g], "first", units.embedding, units.embedding_activation),
-            (model.last[g], model.last_layers[g], "last", units.head, units.head_activation),
-        ):
-            held = units.layers[0] / budget * layers
-            model.lp += share >= (fixed + size + workspace) / budget * is_there + held
-            if units.layer_activation > workspace:
-                # 1 if the stage at this end holds layers at all
-                has_layers = _binary(f"{name}_has_layers_{g}")
-                model.lp += layers <= num_layers * has_layers
-                extra = (units.layer_activation - workspace) / budget * has_layers
-                model.lp += share >= (fixed + size + workspace) / budget * is_there + held + extra
 
 
 def read_counts(model: CountsModel) -> Assignment:

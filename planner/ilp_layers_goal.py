@@ -7,12 +7,12 @@ import pulp
 from planner.goal import Goal
 from planner.groups import between
 from planner.ilp_layers import Expression, LayersModel
-from planner.problem import ChainCosts, chain_costs
+from planner.problem import ChainCosts, UnitTicks, chain_costs, is_pipelined, queue_costs
 
 
 def add_layers_goal(model: LayersModel, goal: Goal) -> None:
     """Add the objective, and the limit on the first key where the share is the second."""
-    time = _time(model, goal) if goal.kind != "share" or goal.max_time is not None else None
+    time = _time(model, goal) if goal.kind != "share" or goal.max_time is not None else pulp.LpAffineExpression()
     if goal.max_time is not None:
         model.lp += time <= goal.max_time * model.unit * (1 + 1e-9)
     if goal.kind == "time":
@@ -34,14 +34,20 @@ def add_layers_goal(model: LayersModel, goal: Goal) -> None:
 def _time(model: LayersModel, goal: Goal) -> Expression:
     costs = chain_costs(model.problem, goal.objective)
     chain = _chain_time(model, costs)
+    if is_pipelined(model.problem, goal.objective):
+        # what the slowest stage adds to a pipelined prefill [time]
+        queue = pulp.LpVariable("queue", 0)
+        for g, times in enumerate(queue_costs(model.problem)[group.first] for group in model.groups):
+            _bound_stage_times(model, g, times, queue, model.unit)
+        return chain + queue
     if goal.objective != "throughput":
         return chain
     # step period times the requests in flight: the slowest of the stages, the hops and the whole cycle [time]
     period = pulp.LpVariable("period", 0)
     weight = model.problem.requests_in_flight * model.unit
     model.lp += period >= chain
-    for g in range(len(model.groups)):
-        _bound_stage_times(model, g, period, weight)
+    for g, group in enumerate(model.groups):
+        _bound_stage_times(model, g, model.problem.devices[group.first].decode, period, weight)
     for p in range(model.problem.num_layers + 1):
         # At most one hop happens at a position, so their sum is the one that does.
         model.lp += period >= weight * pulp.lpSum(_hop_times(model, costs, p))
@@ -51,9 +57,7 @@ def _time(model: LayersModel, goal: Goal) -> Expression:
 
 def _hop_times(model: LayersModel, costs: ChainCosts, p: int) -> list[Expression]:
     groups = model.groups
-    return [
-        (between(costs.hop, groups[a], groups[b]) or 0) * hop for (q, a, b), hop in model.hops.items() if p == q
-    ]
+    return [(between(costs.hop, groups[a], groups[b]) or 0) * hop for (q, a, b), hop in model.hops.items() if p == q]
 
 
 def _back_times(model: LayersModel, costs: ChainCosts) -> list[Expression]:
@@ -74,18 +78,18 @@ def _chain_time(model: LayersModel, costs: ChainCosts) -> Expression:
     return model.unit * pulp.lpSum(terms + _back_times(model, costs))
 
 
-def _bound_stage_times(model: LayersModel, g: int, period: Any, weight: float) -> None:
-    times = model.problem.devices[model.groups[g].first].decode
+def _bound_stage_times(model: LayersModel, g: int, times: UnitTicks, limit: Any, weight: float) -> None:
+    """limit >= weight * times of every stage on g."""
     layers = [weight * ticks for ticks in times.layers]
     embedding, head = weight * times.embedding, weight * times.head
     if model.groups[g].size == 1:
         held = pulp.lpSum(cost * held for cost, held in zip(layers, model.hold[g], strict=True))
-        model.lp += period >= held + embedding * model.start[g] + head * model.end[g]
+        model.lp += limit >= held + embedding * model.start[g] + head * model.end[g]
         return
-    model.lp += period >= embedding * model.start[g]
-    model.lp += period >= head * model.end[g]
-    model.lp += period >= (embedding + head + sum(layers)) * model.single[g]
-    _accumulate(model, g, period, "time", layers=layers, fresh=0.0, embedding=embedding, head=head)
+    model.lp += limit >= embedding * model.start[g]
+    model.lp += limit >= head * model.end[g]
+    model.lp += limit >= (embedding + head + sum(layers)) * model.single[g]
+    _accumulate(model, g, limit, "time", layers=layers, fresh=0.0, embedding=embedding, head=head)
 
 
 def _bound_share(model: LayersModel, g: int, share: Any) -> None:

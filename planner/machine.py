@@ -33,8 +33,8 @@ converted on the fly, fp16 slowly."""
 GENERIC_CUDA = Accelerator("cuda", "unknown CUDA device", "cuda", 8, 300, 10, 30, 30)
 """What is assumed of a CUDA device that is neither here nor in the catalogue."""
 
-_OPTION = re.compile(r"(?:(\d{1,3})x)?([A-Za-z0-9][A-Za-z0-9_.:#/-]{0,63}?)(?:=(.+))?")
-_CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
+_OPTION = re.compile(r"(?:([0-9]{1,3})x)?([A-Za-z0-9][A-Za-z0-9_.:#/-]{0,63}?)(?:=(.+))?")
+_CUDA = re.compile(r"cuda(?::([0-9]{1,3}))?")
 
 
 @dataclass(frozen=True, slots=True)

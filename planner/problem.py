@@ -4,7 +4,7 @@ Bytes are exact. Times are whole ticks of `tick_seconds` (a picosecond unless a 
 sums do not depend on their order, ties are ties, and two methods can be compared for equality.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -214,33 +214,60 @@ def chain_costs(problem: Problem, objective: Objective) -> ChainCosts:
     """Return the additive costs of an objective.
 
     `latency` and the cycle of `throughput`: one decode step. `request`: all prefill chunks one after the other, then
-    a decode step for every new token but the first, which the prefill already gives (design, section 5).
+    a decode step for every new token but the first, which the prefill already gives (design, section 5). Of a
+    pipelined prefill only a lower bound adds up: every stage works at least once on its shortest chunk.
     """
     if objective != "request":
         return ChainCosts(tuple(d.decode for d in problem.devices), problem.decode_hop, problem.return_hop)
     steps = max(problem.new_tokens - 1, 0)
-    units = tuple(_weighted_units(d.prefill, d.decode, steps) for d in problem.devices)
-    hop = _weighted_matrix(problem.prefill_hop, problem.decode_hop, steps)
-    return ChainCosts(units, hop, _weighted_matrix((), problem.return_hop, steps))
+    gather = min if is_pipelined(problem, objective) else sum
+    units = tuple(_weighted_units(d.prefill, d.decode, steps, gather) for d in problem.devices)
+    hop = _weighted_matrix(problem.prefill_hop, problem.decode_hop, steps, gather)
+    return ChainCosts(units, hop, _weighted_matrix((), problem.return_hop, steps, gather))
 
 
-def _weighted_units(chunks: tuple[UnitTicks, ...], decode: UnitTicks, steps: int) -> UnitTicks:
-    return UnitTicks(
-        sum(c.embedding for c in chunks) + steps * decode.embedding,
-        tuple(
-            sum(parts) + steps * last for *parts, last in zip(*(c.layers for c in chunks), decode.layers, strict=True)
-        ),
-        sum(c.head for c in chunks) + steps * decode.head,
-    )
+def is_pipelined(problem: Problem, objective: Objective) -> bool:
+    """Return whether the objective's time does not add up along the chain: chunks overlap on several stages."""
+    return objective == "request" and problem.execution == "process_per_stage" and len(problem.prefill_hop) > 1
 
 
-def _weighted_matrix(chunks: tuple[Matrix, ...], decode: Matrix, steps: int) -> Matrix:
+def queue_costs(problem: Problem) -> tuple[UnitTicks, ...]:
+    """Return, per device, what a stage adds to the lower bound of a pipelined prefill if it is the slowest.
+
+    All chunks pass through it one after the other; `chain_costs` already counts its shortest one.
+    """
     return tuple(
-        tuple(
-            None
-            if cell is None or any(c[a][b] is None for c in chunks)
-            else sum(c[a][b] or 0 for c in chunks) + steps * cell
-            for b, cell in enumerate(row)
+        UnitTicks(
+            sum(c.embedding for c in d.prefill) - min(c.embedding for c in d.prefill),
+            tuple(sum(parts) - min(parts) for parts in zip(*(c.layers for c in d.prefill), strict=True)),
+            sum(c.head for c in d.prefill) - min(c.head for c in d.prefill),
         )
-        for a, row in enumerate(decode)
+        for d in problem.devices
     )
+
+
+_Gather = Callable[[Iterable[int]], int]
+
+
+def _weighted_units(chunks: tuple[UnitTicks, ...], decode: UnitTicks, steps: int, gather: _Gather) -> UnitTicks:
+    if not chunks:
+        return UnitTicks(steps * decode.embedding, tuple(steps * t for t in decode.layers), steps * decode.head)
+    layers = zip(*(c.layers for c in chunks), strict=True)
+    return UnitTicks(
+        gather(c.embedding for c in chunks) + steps * decode.embedding,
+        tuple(gather(parts) + steps * last for parts, last in zip(layers, decode.layers, strict=True)),
+        gather(c.head for c in chunks) + steps * decode.head,
+    )
+
+
+def _weighted_matrix(chunks: tuple[Matrix, ...], decode: Matrix, steps: int, gather: _Gather) -> Matrix:
+    def cell(a: int, b: int) -> int | None:
+        parts = [chunk[a][b] for chunk in chunks]
+        known = [part for part in parts if part is not None]
+        last = decode[a][b]
+        if last is None or len(known) < len(parts):
+            return None
+        return (gather(known) if known else 0) + steps * last
+
+    size = range(len(decode))
+    return tuple(tuple(cell(a, b) for b in size) for a in size)

@@ -117,7 +117,9 @@ class _Seconds:
         for unit in units:
             total += max(self.decode_of(unit, name) * steps + sum(self.prefill_of(unit, name)) for name in self.names)
         hops = [self._hop(a, b, n) for a in self.names for b in self.names for n in {1, *self.chunk_tokens}]
-        total += max((h for h in hops if h < math.inf), default=0.0) * len(self.names) * (steps + len(self.chunk_tokens))
+        total += (
+            max((h for h in hops if h < math.inf), default=0.0) * len(self.names) * (steps + len(self.chunk_tokens))
+        )
         total *= workload.requests_in_flight
         tick = FINEST_TICK_SECONDS
         while total > tick * _MOST_TICKS:

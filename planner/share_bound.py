@@ -16,14 +16,16 @@ def least_share(problem: Problem, groups: tuple[Group, ...]) -> float:
     low, high = Fraction(0), Fraction(1)
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        if _has_room(problem.with_share_limit(middle), groups):
+        if has_room(problem.with_share_limit(middle), groups):
             high = middle
         else:
             low = middle
     return float(low)
 
 
-def _has_room(problem: Problem, groups: tuple[Group, ...]) -> bool:
+def has_room(problem: Problem, groups: tuple[Group, ...]) -> bool:
+    """Return whether all devices together hold all (identical) layers, for some choice of the two ends."""
+
     def room(group: Group, *, embedding: bool, head: bool) -> int:
         return max_layers(problem, group.first, embedding=embedding, head=head)
 

@@ -39,10 +39,10 @@ def unit_table(profile: ModelProfile, workload: Workload) -> "Table":
     for column in (
         "parameters",
         f"weights\n{profile.dtype}",
-        "read\nper token",
-        f"KV {profile.kv_cache_dtype}\nper token",
+        "read\n/token",
+        f"KV {profile.kv_cache_dtype}\n/token",
         f"KV cache\n{_context(workload)}",
-        "FLOPs\nper token",
+        "FLOPs\n/token",
     ):
         table.add_column(column, justify="right", no_wrap=True)
     for label, unit in _rows(profile):

@@ -14,10 +14,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
 from planner.answers import IlpAnswer, SolverFault, SolverName
 from planner.goal import Goal
@@ -29,6 +29,21 @@ GRACE_SECONDS = 1.0
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from planner.solver_process import serve; serve()"
 
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What the child is asked; the arguments of `planner.ilp.solve_ilp`."""
+
+    problem: Problem
+    goal: Goal
+    solvers: tuple[SolverName, ...]
+    mip_gap: float
+    time_limit: float | None
+    is_second_opinion: bool
+
+
 @dataclass(slots=True)
 class SolverSession:
     """Answers questions until the time is up; use it in a `with` block.
@@ -38,18 +53,20 @@ class SolverSession:
         mip_gap: relative gap at which a solver may stop.
         time_limit: seconds for all questions together, from the start of the session.
         is_isolated: False solves in this process: no start-up cost, but also nobody to stop the solver.
+        code: what the child runs; tests put misbehaving ones here.
     """
 
     solvers: tuple[SolverName, ...] = ("highs", "cbc")
     mip_gap: float = 0.0
     time_limit: float | None = None
     is_isolated: bool = True
+    code: str = _CODE
     _child: "subprocess.Popen[bytes] | None" = None
     _started: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> Self:
         if self.is_isolated:
-            self._child = _start()
+            self._child = _start(self.code)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,38 +79,44 @@ class SolverSession:
             return None
         return max(0.0, self._started + self.time_limit - time.monotonic())
 
-    def ask(self, problem: Problem, goal: Goal, *, solvers: tuple[SolverName, ...] | None = None) -> IlpAnswer:
-        """Minimise `goal` over `problem`; see `planner.ilp.solve_ilp`.
+    def ask(
+        self, problem: Problem, goal: Goal, meanwhile: Callable[[], T], *, is_second_opinion: bool = False
+    ) -> tuple[IlpAnswer, T]:
+        """Minimise `goal` over `problem` (see `planner.ilp.solve_ilp`) and do something else at the same time.
 
         Raises:
             MachineError: no solver works here.
         """
-        chosen = solvers or self.solvers
-        left = self.seconds_left
-        if left is not None and left <= 0:
-            return _no_answer(chosen[0])
-        question = {"solvers": chosen, "mip_gap": self.mip_gap, "time_limit": left}
-        if not self.is_isolated:
-            return _unwrap(_answer(problem, goal, question), chosen)
-        return self._ask_child(problem, goal, question, chosen)
+        for index in range(len(self.solvers)):
+            solvers = self.solvers[index:]
+            question = _Question(problem, goal, solvers, self.mip_gap, self.seconds_left, is_second_opinion)
+            try:
+                reply, other = self._exchange(question, meanwhile)
+            except _ChildLostError as lost:
+                if index + 1 == len(self.solvers):
+                    raise _crash(solvers[0], lost.exit_code) from None
+                continue
+            return _unwrap(reply, solvers), other
+        raise AssertionError("a session has at least one solver")
 
-    def _ask_child(
-        self, problem: Problem, goal: Goal, question: dict[str, Any], solvers: tuple[SolverName, ...]
-    ) -> IlpAnswer:
-        self._child = self._child if self._child is not None and self._child.poll() is None else _start()
-        limit = question["time_limit"]
+    def _exchange(self, question: _Question, meanwhile: Callable[[], T]) -> tuple[object, T]:
+        limit = question.time_limit
+        if limit is not None and limit <= 0:
+            return _no_answer(question.solvers[0]), meanwhile()
+        if not self.is_isolated:
+            return _answer(question), meanwhile()
+        if self._child is None or self._child.poll() is not None:
+            self._child = _start(self.code)
+        deadline = None if limit is None else time.monotonic() + limit + GRACE_SECONDS
         try:
-            _send(self._child.stdin, pickle.dumps((problem, goal, question)))
-            reply = _receive(self._child.stdout, None if limit is None else limit + GRACE_SECONDS)
+            _send(self._child.stdin, pickle.dumps(question))
+            other = meanwhile()
+            return _receive(self._child.stdout, deadline), other
         except TimeoutError:
             self._stop()
-            return _no_answer(solvers[0])
-        except (EOFError, OSError, pickle.UnpicklingError):
-            code = self._stop()
-            if len(solvers) > 1:
-                return self.ask(problem, goal, solvers=solvers[1:])
-            raise _crash(solvers[0], code) from None
-        return _unwrap(reply, solvers)
+            return _no_answer(question.solvers[0]), other
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError, ValueError):
+            raise _ChildLostError(self._stop()) from None
 
     def _stop(self) -> int:
         """End the child and whatever it started; return its exit code."""
@@ -112,8 +135,16 @@ class SolverSession:
                         pipe.close()
 
 
-def _start() -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", _CODE, json.dumps([path for path in sys.path if path])]
+class _ChildLostError(Exception):
+    """The child ended, or said something that is no answer."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(exit_code)
+
+
+def _start(code: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", code, json.dumps([path for path in sys.path if path])]
     try:
         # A session of its own: Ctrl-C reaches us alone, and CBC, a grandchild, can be killed with it.
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
@@ -188,11 +219,18 @@ def _no_answer(solver: "SolverName") -> IlpAnswer:
     return IlpAnswer("time_limit", name, known)
 
 
-def _answer(problem: Problem, goal: Goal, question: dict[str, Any]) -> IlpAnswer | SolverFault:
+def _answer(question: _Question) -> IlpAnswer | SolverFault:
     from planner.ilp import SolverFaultError, solve_ilp
 
     try:
-        return solve_ilp(problem, goal, **question)
+        return solve_ilp(
+            question.problem,
+            question.goal,
+            solvers=question.solvers,
+            mip_gap=question.mip_gap,
+            time_limit=question.time_limit,
+            is_second_opinion=question.is_second_opinion,
+        )
     except SolverFaultError as fault:
         return SolverFault(str(fault), is_wrong=fault.is_wrong)
 
@@ -206,8 +244,8 @@ def serve() -> None:
     import planner.ilp  # noqa: F401  # loaded while the parent still builds the problem
 
     while len(head := questions.read(8)) == 8:
-        problem, goal, question = pickle.loads(questions.read(int.from_bytes(head, "little")))
-        _send(replies, pickle.dumps(_answer(problem, goal, question)))
+        question = pickle.loads(questions.read(int.from_bytes(head, "little")))
+        _send(replies, pickle.dumps(_answer(question)))
 
 
 def _die_with_parent() -> None:

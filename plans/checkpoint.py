@@ -25,7 +25,7 @@ MAX_TENSORS = 500_000
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,4})\.(.+)")
+_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*\.rotary_emb\.cos_cached|.*\.rotary_emb\.sin_cached")
 
 UnitKey = tuple[str, int]

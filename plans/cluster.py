@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from plans.profile import Count, DtypeName
 from plans.sizes import ByteSize
-from plans.strict import StrictModel
+from plans.strict import SchemaVersion, StrictModel
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:#/-]{0,63}$")]
 Rate = Annotated[float, Field(gt=0, le=1e18)]
@@ -22,7 +22,7 @@ LinkClass = Literal["same_host", "between_hosts"]
 MAX_SPEED_RATIO = 1e9
 MAX_DEVICES = 4096
 
-_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.%]{2,60}\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?)(?::(\d{1,6}))?")
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.%]{2,60}\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?)(?::([0-9]{1,6}))?")
 
 
 class Host(StrictModel):
@@ -113,7 +113,7 @@ class Link(StrictModel):
 class Cluster(StrictModel):
     """Everything a plan may use."""
 
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     hosts: tuple[Host, ...] = ()
     devices: Annotated[tuple[Device, ...], Field(min_length=1, max_length=MAX_DEVICES)]
     links: tuple[Link, ...] = ()
@@ -138,9 +138,14 @@ class Cluster(StrictModel):
 
     @model_validator(mode="after")
     def _speeds_are_comparable(self) -> "Cluster":
-        speeds = [device.memory_bandwidth_bytes_per_second for device in self.devices]
-        if max(speeds) > MAX_SPEED_RATIO * min(speeds):
-            raise ValueError(f"device speeds differ by more than {MAX_SPEED_RATIO:.0e}: {min(speeds)}, {max(speeds)}")
+        speeds = {
+            "memory bandwidths": [device.memory_bandwidth_bytes_per_second for device in self.devices],
+            "compute rates": [rate for device in self.devices for rate in device.flops_per_second.values()],
+            "link bandwidths": [link.bandwidth_bytes_per_second for link in self.links],
+        }
+        for what, values in speeds.items():
+            if values and max(values) > MAX_SPEED_RATIO * min(values):
+                raise ValueError(f"{what} differ by more than {MAX_SPEED_RATIO:.0e}: {min(values)}, {max(values)}")
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from plans.errors import ExitCode, LlamaplanError, MachineError, printable
-from plans.strict import dump_json
 
 if TYPE_CHECKING:
     import typer
@@ -50,6 +49,8 @@ class Output:
     def data(self, value: object) -> None:
         """Print a JSON document on stdout; nothing without --json."""
         if self.json:
+            from plans.strict import dump_json
+
             sys.stdout.write(dump_json(value))
 
     def note(self, text: str) -> None:
@@ -104,7 +105,9 @@ def _guarded(call: Callable[[], Any], *, name: str, is_debug: bool) -> int:
         message = error.format_message()
         if message.startswith("Usage:"):  # a bare command shows its help
             return _say(message, ExitCode.USAGE)
-        return _say(f"error[E-USAGE]: {printable(message.rstrip('.'), limit=2000)}; see '{name} --help'", ExitCode.USAGE)
+        return _say(
+            f"error[E-USAGE]: {printable(message.rstrip('.'), limit=2000)}; see '{name} --help'", ExitCode.USAGE
+        )
     except Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, Abort):

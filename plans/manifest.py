@@ -1,13 +1,13 @@
 """The manifest of an export and the stage files derived from it."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from plans.cluster import Name
 from plans.files import check_basename, sha256_hex
 from plans.profile import Count, Sha256
-from plans.strict import StrictModel, dump_json
+from plans.strict import SchemaVersion, StrictModel, dump_json
 
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
@@ -47,7 +47,7 @@ class ManifestStage(StrictModel):
 class Manifest(StrictModel):
     """`manifest.json`, written last: an export is complete exactly when it is there."""
 
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     export_id: Sha256
     plan_sha256: Sha256
     dtype: str
@@ -104,7 +104,7 @@ class Manifest(StrictModel):
 class StageFile(StrictModel):
     """`stage-00001-of-0000N.json`: what one host needs to know about its stage."""
 
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     export_id: Sha256
     plan_sha256: Sha256
     stage: Count

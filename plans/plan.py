@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from plans.cluster import Cluster, Name, Seconds
 from plans.files import sha256_hex
 from plans.profile import Count, ModelProfile
-from plans.strict import StrictModel
+from plans.strict import SchemaVersion, StrictModel
 from plans.workload import Workload
 
 Strategy = Literal["uniform", "memory", "compute", "mixed", "custom"]
@@ -85,7 +85,7 @@ class Proof(StrictModel):
 class Plan(StrictModel):
     """What `llamaplan solve` writes; it holds everything needed to recompute its own numbers."""
 
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     strategy: Strategy
     objective: Objective
     mixed_weight: Annotated[float, Field(ge=0, le=1)] | None = None

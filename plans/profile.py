@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from plans.strict import StrictModel
+from plans.strict import SchemaVersion, StrictModel
 
 SCHEMA_VERSION = 1
 Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -79,7 +79,7 @@ class Difference(StrictModel):
 class ModelProfile(StrictModel):
     """What `llamaplan analyze` writes."""
 
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     model: ModelIdentity
     dtype: DtypeName
     kv_cache_dtype: DtypeName

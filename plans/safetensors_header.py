@@ -73,17 +73,19 @@ def read_header(path: Path) -> SafetensorsHeader:
         prefix = read_exactly(fd, size=min(file_bytes, 512), offset=0, where=path)
         header_bytes = _header_length(prefix, file_bytes, path)
         raw = read_exactly(fd, size=header_bytes, offset=8, where=path)
-    document = parse_json(raw, where=path)
-    if not isinstance(document, dict):
-        raise InputError("the header is not a JSON object", where=path, code="E-HEADER")
-    metadata = _check_metadata(document.pop("__metadata__", {}), path)
-    if len(document) > MAX_TENSORS_PER_FILE:
+    # Counted before parsing: a million entries would cost seconds and a gigabyte to find out that they are too many.
+    num_tensors = raw.count(b'"data_offsets"')
+    if num_tensors > MAX_TENSORS_PER_FILE:
         raise InputError(
-            f"{len(document)} tensors in one file",
+            f"{num_tensors} tensors in one file",
             where=path,
             expected=f"at most {MAX_TENSORS_PER_FILE}",
             code="E-HEADER",
         )
+    document = parse_json(raw, where=path)
+    if not isinstance(document, dict):
+        raise InputError("the header is not a JSON object", where=path, code="E-HEADER")
+    metadata = _check_metadata(document.pop("__metadata__", {}), path)
     data_start = 8 + header_bytes
     entries = {name: _check_entry(name, value, data_start, path) for name, value in document.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
@@ -92,19 +94,9 @@ def read_header(path: Path) -> SafetensorsHeader:
 
 
 def _header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
-    if prefix.startswith(b"version https://git-lfs"):
-        raise InputError(
-            "is a Git LFS pointer, not the weights",
-            where=path,
-            hint="fetch the real files with 'git lfs pull'",
-            code="E-HEADER",
-        )
-    if prefix.lstrip()[:1] == b"<":
-        raise InputError(
-            "is an HTML or XML page, not the weights", where=path, hint="download it again", code="E-HEADER"
-        )
     length = int.from_bytes(prefix[:8], "little") if len(prefix) >= 8 else 0
     if not 2 <= length <= MAX_HEADER_BYTES:
+        _recognise_other_files(prefix, path)
         raise InputError(
             f"not a safetensors file: the header length reads {length} in a file of {file_bytes} bytes",
             where=path,
@@ -121,6 +113,21 @@ def _header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
     if prefix[8:9] != b"{":
         raise InputError("not a safetensors file: no JSON object after the length", where=path, code="E-HEADER")
     return length
+
+
+def _recognise_other_files(prefix: bytes, path: Path) -> None:
+    """Say what a file is that often lies where weights should; text never reads as a plausible header length."""
+    if prefix.startswith(b"version https://git-lfs"):
+        raise InputError(
+            "is a Git LFS pointer, not the weights",
+            where=path,
+            hint="fetch the real files with 'git lfs pull'",
+            code="E-HEADER",
+        )
+    if prefix.lstrip()[:1] == b"<":
+        raise InputError(
+            "is an HTML or XML page, not the weights", where=path, hint="download it again", code="E-HEADER"
+        )
 
 
 def _check_metadata(value: Any, path: Path) -> Mapping[str, str]:
@@ -141,7 +148,7 @@ def _check_entry(name: str, value: Any, data_start: int, path: Path) -> TensorEn
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise InputError("malformed entry", where=where, expected="dtype, shape and data_offsets", code="E-HEADER")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise InputError(
             f"dtype {printable(dtype, limit=30)} is not supported",
             where=where,

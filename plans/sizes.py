@@ -11,7 +11,7 @@ from plans.errors import UsageError, printable
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {prefix + "B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {prefix + "iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
-_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,9})?) ?([KMGT]?i?B?)")
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,9})?) ?([KMGT]?i?B?)")
 MAX_BYTES = 2**60
 
 

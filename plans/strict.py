@@ -7,10 +7,12 @@ integers beyond 64 bits, NUL and lone surrogates in strings, nesting deeper than
 import json
 import math
 import re
+from collections import Counter
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from plans.errors import InputError, printable
 from plans.files import read_limited
@@ -18,7 +20,12 @@ from plans.files import read_limited
 MAX_DEPTH = 64
 MAX_JSON_BYTES = 64 << 20
 _MAX_INT = 2**64
-_DEPTH_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+# An unterminated string runs to the end, so that no text makes the search start over again and again.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+# What only a careful reading tells apart from plain JSON: huge numbers, exponents, escaped NULs and surrogates.
+_NEEDS_CARE = re.compile(rb"[0-9]{19}|[0-9][eE]|\\u")
 
 
 class StrictModel(BaseModel):
@@ -54,6 +61,9 @@ class StrictModel(BaseModel):
         return cls.from_json(read_limited(path, max_bytes=max_bytes), where=path)
 
 
+SchemaVersion = Annotated[int, Field(ge=1, le=1)]
+"""Version of a file format. A strict integer: a Literal would also take 1.0 and true, which equal 1."""
+
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -71,12 +81,13 @@ def parse_json(data: bytes, *, where: object) -> Any:
     text = _decode(data, where)
     _check_depth(data, where)
 
+    is_plain = _NEEDS_CARE.search(data) is None
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise InputError(f"duplicate key '{printable(key)}'", where=where, code="E-JSON")
-            result[_checked_text(key, where)] = value
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            twice = next(key for key, count in Counter(key for key, _value in pairs).items() if count > 1)
+            raise InputError(f"duplicate key '{printable(twice)}'", where=where, code="E-JSON")
         return result
 
     try:
@@ -84,14 +95,15 @@ def parse_json(data: bytes, *, where: object) -> Any:
             text,
             object_pairs_hook=unique,
             parse_constant=lambda name: _refuse_number(name, where),
-            parse_int=lambda digits: _checked_int(digits, where),
-            parse_float=lambda digits: _checked_float(digits, where),
+            parse_int=None if is_plain else lambda digits: _checked_int(digits, where),
+            parse_float=None if is_plain else lambda digits: _checked_float(digits, where),
         )
     except json.JSONDecodeError as error:
         raise InputError(
             f"not JSON: {error.msg}", where=f"{where}:{error.lineno}:{error.colno}", code="E-JSON"
         ) from None
-    _check_strings(value, where)
+    if not is_plain:
+        _check_strings(value, where)
     return value
 
 
@@ -138,12 +150,9 @@ def _decode(data: bytes, where: object) -> str:
 
 
 def _check_depth(data: bytes, where: object) -> None:
-    depth = 0
-    for token in _DEPTH_TOKENS.finditer(data):
-        first = token.group()[:1]
-        depth += 1 if first in b"[{" else -1 if first in b"]}" else 0
-        if depth > MAX_DEPTH:
-            raise InputError(f"nested deeper than {MAX_DEPTH} levels", where=where, code="E-JSON")
+    brackets = _STRING.sub(b"", data).translate(None, _NOT_BRACKETS)
+    if max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_DEPTH:
+        raise InputError(f"nested deeper than {MAX_DEPTH} levels", where=where, code="E-JSON")
 
 
 def _checked_int(digits: str, where: object) -> int:
@@ -173,23 +182,24 @@ def _refuse_number(name: str, where: object) -> float:
     )
 
 
-def _checked_text(text: str, where: object) -> str:
+def _check_strings(value: Any, where: object) -> None:
+    """Refuse NULs and lone surrogates, in keys as in values."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            _check_text(item, where)
+        elif isinstance(item, dict):
+            stack.extend(item)
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+
+
+def _check_text(text: str, where: object) -> None:
     if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
         raise InputError(
             f"the string '{printable(text, limit=40)}' holds a NUL or a lone surrogate",
             where=where,
             code="E-JSON",
         )
-    return text
-
-
-def _check_strings(value: Any, where: object) -> None:
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, str):
-            _checked_text(item, where)
-        elif isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, list):
-            stack.extend(item)

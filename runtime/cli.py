@@ -159,16 +159,13 @@ def generate(
         stop_strings=tuple(stop or ()),
         prefill_chunk_tokens=prefill_chunk,
     )
-    if not (as_json or quiet):
-        sys.stderr.write(text)
-        sys.stderr.flush()
     generation = run(
         session.chain,
         [ids],
         sampling=sampling,
         limits=limits,
         decode=session.decode,
-        on_text=None if as_json else _print_piece,
+        on_text=None if as_json else _Printer("" if quiet else text),
         measure_stages=True,
     )
     _finish(output, session, generation, load_seconds=load_seconds)
@@ -293,9 +290,19 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return prompt or ""
 
 
-def _print_piece(_sequence: int, piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+class _Printer:
+    """Streams text to stdout; the prompt goes to stderr before the first piece, so that a pipe gets only new text."""
+
+    def __init__(self, prompt: str) -> None:
+        self._prompt = prompt
+
+    def __call__(self, _sequence: int, piece: str) -> None:
+        if self._prompt:
+            sys.stderr.write(self._prompt)
+            sys.stderr.flush()
+            self._prompt = ""
+        sys.stdout.write(piece)
+        sys.stdout.flush()
 
 
 def _finish(output: Output, session: "Session", generation: "Generation", *, load_seconds: float) -> None:

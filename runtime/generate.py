@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from runtime.batch import TokenBatch
 from runtime.chain import Chain
 from runtime.clock import StageTime, stage_clock
-from runtime.limits import Limits, check_prompts
+from runtime.limits import Limits, check_cached, check_prompts
 from runtime.numerics import require_finite
 from runtime.sampling import Sampling, TokenChooser
 from runtime.text import Decode
@@ -115,7 +115,9 @@ def generate(
         UsageError: an empty prompt, a token id outside the vocabulary, or more tokens than the context holds.
         NonFiniteError: NaN or infinity in the logits; nothing of that step is printed.
     """
+    cache = DynamicCache(config=chain.config) if cache is None else cache
     rooms = check_prompts(prompts, limits=limits, vocab_size=chain.config.vocab_size, has_decode=decode is not None)
+    check_cached(prompts, num_cached_tokens=int(cache.get_seq_length()))
     writers = [
         SequenceWriter(
             index,
@@ -130,7 +132,7 @@ def generate(
     ]
     choosers = [TokenChooser(sampling, sequence_index=index) for index in range(len(prompts))]
     batch = TokenBatch(prompts, num_new_tokens=max(rooms), pad_token_id=_pad_token_id(chain))
-    state = Decoding(batch, DynamicCache(config=chain.config) if cache is None else cache)
+    state = Decoding(batch, cache)
     timing = _run(chain, state, writers, choosers, limits, measure_stages=measure_stages)
     return Generation(
         sequences=tuple(writer.result() for writer in writers),

@@ -29,6 +29,12 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
+#define ALIGNED(count) (((size_t)(count) + 15) / 16 * 16)
+#if defined(__clang__) || __GNUC__ >= 12
+#define MIX(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define MIX(a, b, i, j, k, l) __builtin_shuffle(a, b, (__attribute__((vector_size(16))) int){i, j, k, l})
+#endif
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -37,7 +43,7 @@ typedef words words_at __attribute__((aligned(1), may_alias));
 typedef float quad __attribute__((vector_size(16)));
 
 enum { F32, F16, BF16 };
-enum { BLOCK = 2 * LANES, PANEL = 32, MAX_ROWS = 16, MAX_HEAD = 256, CHUNK_BYTES = 16384 };
+enum { BLOCK = 2 * LANES, PANEL = 32, MAX_ROWS = 16, MAX_HEAD = 256, CHUNK_FLOATS = 4096 };
 
 /* ---- What Python hands over: 8-byte fields only, mirrored in native.py. ---- */
 
@@ -46,7 +52,7 @@ typedef struct {
     void (*barrier)(void);
     int (*thread_number)(void);
     int (*thread_count)(void);
-} Runtime;
+} OpenMP;
 
 typedef struct {
     int64_t dtype, hidden_size, num_heads, num_kv_heads, head_dim, rotary_dim, intermediate_size;
@@ -63,7 +69,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    const Runtime *runtime;
+    const OpenMP *openmp;
     int64_t threads, num_layers;
     int64_t first_sequence, batch, new_tokens, past, capacity;
     const void *inputs;     /* [B, S, E] */
@@ -75,7 +81,7 @@ typedef struct {
 } Step;
 
 typedef struct {
-    const Runtime *runtime;
+    const OpenMP *openmp;
     int64_t threads, dtype, rows, hidden_size, vocab_size;
     double norm_eps, logits_scaling;
     const void *inputs;     /* [R, E] */
@@ -167,33 +173,49 @@ INLINE float exponential(float x) {
  * next to each other. A 32-bit word of two-byte weights yields an even and an odd element, so that each whole block
  * of 2 LANES activations holds its even elements first. */
 
-INLINE size_t chunk_columns(size_t rows) {
-    size_t columns = CHUNK_BYTES / 4;
-    while (columns * rows > CHUNK_BYTES / 4 && columns > 256) columns /= 2;
-    return columns;
-}
+typedef struct {
+    size_t rows, columns, chunk; /* chunk: columns per chunk, a power of two */
+    int shift, is_paired;
+} Order;
 
-INLINE size_t padded_floats(size_t rows, size_t columns) {
-    size_t chunk = chunk_columns(rows);
-    return (columns + chunk - 1) / chunk * chunk * rows;
-}
-
-INLINE int is_paired(int dtype) {
+INLINE Order order_of(int dtype, size_t rows, size_t columns) {
+    Order order = {rows, columns, CHUNK_FLOATS, 0, dtype != F32};
 #if defined(__F16C__)
-    return dtype == BF16; /* the processor widens fp16 in order */
-#else
-    return dtype != F32;
+    order.is_paired = dtype == BF16; /* the processor widens fp16 in order */
 #endif
+    while (order.chunk * rows > CHUNK_FLOATS && order.chunk > MAX_HEAD) order.chunk /= 2;
+    order.shift = __builtin_ctzll(order.chunk);
+    return order;
 }
 
-INLINE size_t place(int dtype, size_t i, size_t columns) {
+INLINE size_t floats_in(Order order) {
+    return ((order.columns + order.chunk - 1) >> order.shift) * order.chunk * order.rows;
+}
+
+/* Where element i of a row comes within the row. */
+INLINE size_t place(const Order *order, size_t i) {
     size_t block = i / BLOCK * BLOCK, j = i % BLOCK;
-    return is_paired(dtype) && block + BLOCK <= columns ? block + j % 2 * LANES + j / 2 : i;
+    return order->is_paired && block + BLOCK <= order->columns ? block + j % 2 * LANES + j / 2 : i;
 }
 
-INLINE size_t offset_of(int dtype, size_t rows, size_t row, size_t i, size_t columns) {
-    size_t chunk = chunk_columns(rows), at = place(dtype, i, columns);
-    return (at / chunk * rows + row) * chunk + at % chunk;
+INLINE size_t offset_of(const Order *order, size_t row, size_t i) {
+    size_t at = place(order, i);
+    return ((at >> order->shift) * order->rows + row) * order->chunk + (at & (order->chunk - 1));
+}
+
+/* Put elements first .. first + count - 1 of a row where the products expect them. */
+static void arrange(const Order *order, size_t row, size_t first, size_t count, const float *from, float *x) {
+    size_t i = 0;
+    for (; first % BLOCK == 0 && i + BLOCK <= count; i += BLOCK) {
+        float *to = x + offset_of(order, row, first + i);
+        if (!order->is_paired) memcpy(to, from + i, 4 * BLOCK);
+        else
+            for (int j = 0; j < LANES; j++) {
+                to[j] = from[i + 2 * j];
+                to[LANES + j] = from[i + 2 * j + 1];
+            }
+    }
+    for (; i < count; i++) x[offset_of(order, row, first + i)] = from[i];
 }
 
 /* ---- Products: a panel of up to PANEL weight rows with all activation rows. ---- */
@@ -246,4 +268,441 @@ INLINE void tile(int dtype, int M, int N, const char *w, size_t pitch, const flo
     }
     UNROLL for (int n = 0; n < N; n++)
         UNROLL for (int m = 0; m < M; m++) sums[n * PANEL + m] = sum[n][m];
+}
+
+/* Four weight rows with one chunk of all activation rows, in the tiles that keep the multipliers busiest. */
+INLINE void strip(int dtype, const char *w, size_t pitch, const float *x, size_t chunk, size_t width, int rows,
+                  floats *sums, int is_first) {
+    int n = 0;
+    for (; n + 2 < rows; n += 4, x += 4 * chunk, sums += 4 * PANEL)
+        for (int m = 0; m < 4; m += 2) {
+            if (n + 4 <= rows) tile(dtype, 2, 4, w + m * pitch, pitch, x, chunk, width, sums + m, is_first);
+            else tile(dtype, 2, 3, w + m * pitch, pitch, x, chunk, width, sums + m, is_first);
+        }
+    if (rows - n == 2) tile(dtype, 4, 2, w, pitch, x, chunk, width, sums, is_first);
+    if (rows - n == 1) tile(dtype, 4, 1, w, pitch, x, chunk, width, sums, is_first);
+}
+
+/* Fold each of four vectors to its total. */
+INLINE quad totals(const floats *values) {
+    quad v[4] = {{0}};
+    for (int i = 0; i < 4; i++) {
+        quad part[LANES / 4];
+        memcpy(part, &values[i], sizeof(floats));
+        for (int j = 0; j < LANES / 4; j++) v[i] += part[j];
+    }
+    quad even = MIX(v[0], v[1], 0, 4, 1, 5) + MIX(v[0], v[1], 2, 6, 3, 7); /* sums of lanes 0 + 2 and 1 + 3 */
+    quad odd = MIX(v[2], v[3], 0, 4, 1, 5) + MIX(v[2], v[3], 2, 6, 3, 7);
+    return MIX(even, odd, 0, 1, 4, 5) + MIX(even, odd, 2, 3, 6, 7);
+}
+
+/* The columns after the last whole block, one by one: nothing is read past the end of a tensor. */
+INLINE float rest_of_row(int dtype, const char *row, const Order *order, const float *x, int n) {
+    float sum = 0.0f;
+    for (size_t k = order->columns / BLOCK * BLOCK; k < order->columns; k++)
+        sum += read_at(dtype, row, k) * x[offset_of(order, n, k)];
+    return sum;
+}
+
+INLINE void panel_of(int dtype, const char *w, Order order, int count, const float *x, float *out) {
+    floats sums[MAX_ROWS * PANEL];
+    size_t pitch = order.columns * size_of(dtype), whole = order.columns / BLOCK * BLOCK;
+    int rows = (int)order.rows;
+    if (whole == 0 || count % 4) memset(sums, 0, sizeof sums);
+    for (size_t k = 0; k < whole; k += order.chunk, x += order.rows * order.chunk) {
+        size_t width = whole - k < order.chunk ? whole - k : order.chunk;
+        const char *at = w + k * size_of(dtype);
+        int m = 0;
+        for (; m + 4 <= count; m += 4) strip(dtype, at + m * pitch, pitch, x, order.chunk, width, rows, sums + m, k == 0);
+        for (; m < count; m++)
+            for (int n = 0; n < rows; n++)
+                tile(dtype, 1, 1, at + m * pitch, pitch, x + n * order.chunk, order.chunk, width,
+                     sums + n * PANEL + m, k == 0);
+    }
+    x -= (whole + order.chunk - 1) / order.chunk * order.chunk * order.rows;
+    for (int n = 0; n < rows; n++)
+        for (int m = 0; m < count; m += 4) {
+            quad sum = totals(sums + n * PANEL + m);
+            for (int i = m; whole < order.columns && i < m + 4 && i < count; i++)
+                sum[i - m] += rest_of_row(dtype, w + i * pitch, &order, x, n);
+            memcpy(out + n * PANEL + m, &sum, sizeof sum);
+        }
+}
+
+/* out[n][m] = weight row m . activation row n, for `count` <= PANEL rows of weights. */
+static void panel(int dtype, const void *w, const Order *order, int count, const float *x, float *out) {
+    if (dtype == F32) panel_of(F32, w, *order, count, x, out);
+    else if (dtype == BF16) panel_of(BF16, w, *order, count, x, out);
+    else panel_of(F16, w, *order, count, x, out);
+}
+
+/* The same for rows `first` and on of a linear layer: bias added, rounded as the model stores it. */
+static void linear(int dtype, const void *w, const void *bias, const Order *order, size_t first, int count,
+                   const float *x, float *out) {
+    panel(dtype, (const char *)w + first * order->columns * size_of(dtype), order, count, x, out);
+    for (size_t n = 0; n < order->rows; n++)
+        for (int m = 0; m < count; m++) {
+            float sum = out[n * PANEL + m] + (bias ? read_at(dtype, bias, first + m) : 0.0f);
+            out[n * PANEL + m] = rounded(dtype, sum);
+        }
+}
+
+/* ---- Norms and rotary positions. ---- */
+
+/* 1 / root mean square of `count` values. */
+INLINE float inverse_rms(const float *values, size_t count, double eps) {
+    floats sums[4] = {{0}};
+    quad total;
+    size_t i = 0;
+    for (; i + BLOCK <= count; i += BLOCK)
+        for (int half = 0; half < 2; half++) {
+            floats v = *(const floats_at *)(values + i + half * LANES);
+            sums[half] += v * v;
+        }
+    total = totals(sums);
+    for (; i < count; i++) total[0] += values[i] * values[i];
+    return 1.0f / sqrtf((total[0] + total[1]) / count + (float)eps);
+}
+
+static void rms_norm(int dtype, const void *weight, double eps, size_t count, const float *from, float *to) {
+    float scale = inverse_rms(from, count, eps);
+    for (size_t i = 0; i < count; i++)
+        to[i] = rounded(dtype, rounded(dtype, from[i] * scale) * read_at(dtype, weight, i));
+}
+
+/* Norm all rows of hidden [R, E] into x; `row` is room for one row. */
+static void norm_rows(int dtype, const void *weight, double eps, const Order *order, const float *hidden, float *row,
+                      float *x) {
+    for (size_t n = 0; n < order->rows; n++) {
+        rms_norm(dtype, weight, eps, order->columns, hidden + n * order->columns, row);
+        arrange(order, n, 0, order->columns, row, x);
+    }
+}
+
+/* Turn a head by its position: halves paired, each product and the sum rounded as the eager model does. */
+static void rotate(int dtype, size_t rotary_dim, const void *cos, const void *sin, size_t first, float *head) {
+    size_t half = rotary_dim / 2;
+    for (size_t i = 0; i < half; i++) {
+        float a = head[i], b = head[half + i];
+        float cos_a = read_at(dtype, cos, first + i), sin_a = read_at(dtype, sin, first + i);
+        float cos_b = read_at(dtype, cos, first + half + i), sin_b = read_at(dtype, sin, first + half + i);
+        head[i] = rounded(dtype, rounded(dtype, a * cos_a) - rounded(dtype, b * sin_a));
+        head[half + i] = rounded(dtype, rounded(dtype, b * cos_b) + rounded(dtype, a * sin_b));
+    }
+}
+
+/* ---- The state of one call, shared by its threads. ---- */
+
+typedef struct {
+    const Shape *shape;
+    const Layer *layers;
+    const Step *step;
+    Order by_hidden, by_heads, by_ffn; /* of activations entering q/k/v and gate/up, o, and down */
+    float *hidden;                     /* [R, E], the residual stream */
+    float *qkv;                        /* [R, (H + 2 K) D] */
+    float *attended, *activated;       /* arranged */
+    float *own;                        /* per thread: room for one row, then normed rows, arranged */
+    size_t own_floats;
+} Decode;
+
+static size_t lay_out(Decode *d, const Shape *shape, size_t rows, size_t threads, float *workspace) {
+    size_t num_heads = shape->num_heads, wide = (num_heads + 2 * shape->num_kv_heads) * shape->head_dim;
+    float *next = workspace;
+    d->shape = shape;
+    d->by_hidden = order_of((int)shape->dtype, rows, shape->hidden_size);
+    d->by_heads = order_of((int)shape->dtype, rows, num_heads * shape->head_dim);
+    d->by_ffn = order_of((int)shape->dtype, rows, shape->intermediate_size);
+    d->own_floats = ALIGNED(shape->hidden_size) + floats_in(d->by_hidden);
+    d->hidden = next, next += ALIGNED(rows * shape->hidden_size);
+    d->qkv = next, next += ALIGNED(rows * wide);
+    d->attended = next, next += floats_in(d->by_heads);
+    d->activated = next, next += floats_in(d->by_ffn);
+    d->own = next, next += threads * d->own_floats;
+    return (size_t)(next - workspace);
+}
+
+int64_t workspace_floats(const Shape *shape, int64_t rows, int64_t threads) {
+    Decode decode;
+    return (int64_t)lay_out(&decode, shape, rows, threads, NULL);
+}
+
+/* Threads take pieces of a phase as they get free: a thread that the system interrupts does not hold up the rest. */
+INLINE int64_t take(int64_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+INLINE int count_from(int64_t first, int64_t end) { return (int)(end - first < PANEL ? end - first : PANEL); }
+
+/* ---- Phase 1: q, k and v of all rows. ---- */
+
+static void project_one(const Decode *d, const void *w, const void *bias, int64_t first, int64_t end, size_t column,
+                        const float *x) {
+    const Shape *s = d->shape;
+    size_t wide = (s->num_heads + 2 * s->num_kv_heads) * s->head_dim;
+    int count = count_from(first, end);
+    float out[MAX_ROWS * PANEL];
+    linear((int)s->dtype, w, bias, &d->by_hidden, first, count, x, out);
+    for (size_t n = 0; n < d->by_hidden.rows; n++)
+        memcpy(d->qkv + n * wide + column + first, out + n * PANEL, 4 * count);
+}
+
+static void project(const Decode *d, const Layer *layer, const float *x, int64_t *counter) {
+    int64_t q = d->shape->num_heads * d->shape->head_dim, k = d->shape->num_kv_heads * d->shape->head_dim;
+    int64_t q_panels = (q + PANEL - 1) / PANEL, k_panels = (k + PANEL - 1) / PANEL;
+    for (int64_t i; (i = take(counter)) < q_panels + 2 * k_panels;) {
+        if (i < q_panels) project_one(d, layer->q, layer->q_bias, i * PANEL, q, 0, x);
+        else if (i < q_panels + k_panels) project_one(d, layer->k, layer->k_bias, (i - q_panels) * PANEL, k, q, x);
+        else project_one(d, layer->v, layer->v_bias, (i - q_panels - k_panels) * PANEL, k, q + k, x);
+    }
+}
+
+/* ---- Phase 2: rotary positions, cache, attention; one task per sequence and key/value head. ---- */
+
+/* Norm and turn the head that starts at `from`, as a query or a key of row n. */
+static void prepare_head(const Decode *d, const Layer *layer, const void *norm, size_t n, const float *from, float *to) {
+    const Shape *s = d->shape;
+    if (norm) rms_norm((int)s->dtype, norm, s->norm_eps, s->head_dim, from, to);
+    else memcpy(to, from, 4 * s->head_dim);
+    if (layer->has_rope)
+        rotate((int)s->dtype, s->rotary_dim, d->step->cos, d->step->sin, n * s->rotary_dim, to);
+}
+
+static void append(const Decode *d, const Layer *layer, int64_t kv_head, size_t n, size_t slot, char *keys, char *values) {
+    const Shape *s = d->shape;
+    size_t D = s->head_dim, wide = (s->num_heads + 2 * s->num_kv_heads) * D;
+    const float *key = d->qkv + n * wide + (s->num_heads + kv_head) * D, *value = key + s->num_kv_heads * D;
+    float turned[MAX_HEAD];
+    prepare_head(d, layer, layer->k_norm, n, key, turned);
+    for (size_t i = 0; i < D; i++) {
+        write_at((int)s->dtype, keys, slot * D + i, turned[i]);
+        write_at((int)s->dtype, values, slot * D + i, value[i]);
+    }
+}
+
+/* Softmax over one block of scores with the running maximum `top` and sum `total`; `sum` [D] is rescaled to match. */
+static void soften(float *scores, int count, float scale, float *top, float *total, float *sum, size_t head_dim) {
+    float largest = *top, part = 0.0f;
+    for (int i = 0; i < count; i++) {
+        scores[i] *= scale;
+        largest = scores[i] > largest ? scores[i] : largest;
+    }
+    float shrink = exponential(*top - largest);
+    for (int i = 0; i < count; i++) scores[i] = exponential(scores[i] - largest);
+    for (int i = 0; i < count; i++) part += scores[i];
+    if (largest > *top)
+        for (size_t i = 0; i < head_dim; i++) sum[i] *= shrink;
+    *total = *total * shrink + part;
+    *top = largest;
+}
+
+/* sums[n] [D] += weights[n][slot] * values[slot] for N heads, D in the order of `place`. */
+INLINE void mix(int dtype, int N, const char *values, size_t head_dim, int count, const float *weights, float *sums) {
+    size_t i = 0, pitch = head_dim * size_of(dtype);
+    for (; i + BLOCK <= head_dim; i += BLOCK) {
+        floats low[4], high[4], first, second;
+        UNROLL for (int n = 0; n < N; n++) {
+            low[n] = *(const floats_at *)(sums + n * MAX_HEAD + i);
+            high[n] = *(const floats_at *)(sums + n * MAX_HEAD + i + LANES);
+        }
+        for (int slot = 0; slot < count; slot++) {
+            read_block(dtype, values + slot * pitch, i, &first, &second);
+            UNROLL for (int n = 0; n < N; n++) {
+                low[n] += weights[n * PANEL + slot] * first;
+                high[n] += weights[n * PANEL + slot] * second;
+            }
+        }
+        UNROLL for (int n = 0; n < N; n++) {
+            *(floats_at *)(sums + n * MAX_HEAD + i) = low[n];
+            *(floats_at *)(sums + n * MAX_HEAD + i + LANES) = high[n];
+        }
+    }
+    for (; i < head_dim; i++)
+        for (int n = 0; n < N; n++)
+            for (int slot = 0; slot < count; slot++)
+                sums[n * MAX_HEAD + i] += weights[n * PANEL + slot] * read_at(dtype, values + slot * pitch, i);
+}
+
+INLINE void mix_heads(int dtype, int heads, const char *values, size_t head_dim, int count, const float *weights,
+                      float *sums) {
+    int n = 0;
+    for (; n + 4 <= heads; n += 4) mix(dtype, 4, values, head_dim, count, weights + n * PANEL, sums + n * MAX_HEAD);
+    for (; n < heads; n++) mix(dtype, 1, values, head_dim, count, weights + n * PANEL, sums + n * MAX_HEAD);
+}
+
+/* Query heads head .. head + heads - 1 of row n over slots first .. end - 1 of the key/value head they share. */
+static void attend_heads(const Decode *d, const Layer *layer, size_t n, size_t head, int heads, const char *keys,
+                         const char *values, size_t first, size_t end) {
+    int dtype = (int)d->shape->dtype;
+    size_t D = d->shape->head_dim, wide = (d->shape->num_heads + 2 * d->shape->num_kv_heads) * D;
+    Order order = order_of(dtype, heads, D);
+    float query[CHUNK_FLOATS], scores[MAX_ROWS * PANEL], sums[MAX_ROWS * MAX_HEAD], one[MAX_HEAD];
+    float top[MAX_ROWS], total[MAX_ROWS];
+    for (int h = 0; h < heads; h++) {
+        prepare_head(d, layer, layer->q_norm, n, d->qkv + n * wide + (head + h) * D, one);
+        arrange(&order, h, 0, D, one, query);
+        memset(sums + h * MAX_HEAD, 0, 4 * D);
+        top[h] = -INFINITY, total[h] = 0.0f;
+    }
+    for (size_t slot = first; slot < end; slot += PANEL) {
+        int count = count_from(slot, end);
+        const char *block = values + slot * D * size_of(dtype);
+        panel(dtype, keys + slot * D * size_of(dtype), &order, count, query, scores);
+        for (int h = 0; h < heads; h++)
+            soften(scores + h * PANEL, count, (float)d->shape->attention_scale, top + h, total + h, sums + h * MAX_HEAD, D);
+        if (dtype == F32) mix_heads(F32, heads, block, D, count, scores, sums);
+        else if (dtype == BF16) mix_heads(BF16, heads, block, D, count, scores, sums);
+        else mix_heads(F16, heads, block, D, count, scores, sums);
+    }
+    for (int h = 0; h < heads; h++) {
+        for (size_t i = 0; i < D; i++) one[i] = rounded(dtype, sums[h * MAX_HEAD + place(&order, i)] / total[h]);
+        arrange(&d->by_heads, n, (head + h) * D, D, one, d->attended);
+    }
+}
+
+static void attend(const Decode *d, const Layer *layer, int64_t *counter) {
+    const Shape *s = d->shape;
+    const Step *step = d->step;
+    int64_t group = s->num_heads / s->num_kv_heads, head_bytes = step->capacity * s->head_dim * (int64_t)size_of((int)s->dtype);
+    for (int64_t task; (task = take(counter)) < step->batch * s->num_kv_heads;) {
+        int64_t sequence = task / s->num_kv_heads, kv_head = task % s->num_kv_heads;
+        int64_t at = ((step->first_sequence + sequence) * s->num_kv_heads + kv_head) * head_bytes;
+        char *keys = (char *)layer->keys + at, *values = (char *)layer->values + at;
+        for (int64_t t = 0; t < step->new_tokens; t++)
+            append(d, layer, kv_head, sequence * step->new_tokens + t, step->past + t, keys, values);
+        for (int64_t t = 0; t < step->new_tokens; t++) {
+            int64_t end = step->past + t + 1, first = step->start[sequence];
+            if (layer->window && end - layer->window > first) first = end - layer->window;
+            for (int64_t g = 0; g < group; g += MAX_ROWS)
+                attend_heads(d, layer, sequence * step->new_tokens + t, kv_head * group + g,
+                             (int)(group - g < MAX_ROWS ? group - g : MAX_ROWS), keys, values, first, end);
+        }
+    }
+}
+
+/* ---- Phases 3 and 5: o and down, added to the residual stream. ---- */
+
+static void add_linear(const Decode *d, const void *w, const void *bias, const Order *order, const float *x,
+                       int64_t *counter) {
+    int dtype = (int)d->shape->dtype;
+    int64_t E = d->shape->hidden_size;
+    float out[MAX_ROWS * PANEL], multiplier = (float)d->shape->residual_multiplier;
+    for (int64_t first; (first = take(counter) * PANEL) < E;) {
+        int count = count_from(first, E);
+        linear(dtype, w, bias, order, first, count, x, out);
+        for (size_t n = 0; n < order->rows; n++)
+            for (int m = 0; m < count; m++) {
+                float *at = d->hidden + n * E + first + m;
+                *at = rounded(dtype, *at + rounded(dtype, out[n * PANEL + m] * multiplier));
+            }
+    }
+}
+
+/* ---- Phase 4: gate and up, SiLU. ---- */
+
+static void gate_and_up(const Decode *d, const Layer *layer, const float *x, int64_t *counter) {
+    int dtype = (int)d->shape->dtype;
+    int64_t F = d->shape->intermediate_size;
+    float gate[MAX_ROWS * PANEL], up[MAX_ROWS * PANEL];
+    for (int64_t first; (first = take(counter) * PANEL) < F;) {
+        int count = count_from(first, F);
+        linear(dtype, layer->gate, layer->gate_bias, &d->by_hidden, first, count, x, gate);
+        linear(dtype, layer->up, layer->up_bias, &d->by_hidden, first, count, x, up);
+        for (size_t n = 0; n < d->by_hidden.rows; n++) {
+            float *g = gate + n * PANEL, *u = up + n * PANEL;
+            for (int m = 0; m < count; m++)
+                g[m] = rounded(dtype, rounded(dtype, g[m] / (1.0f + exponential(-g[m]))) * u[m]);
+            arrange(&d->by_ffn, n, first, count, g, d->activated);
+        }
+    }
+}
+
+/* ---- Entry points. ---- */
+
+static void decode_body(void *data) {
+    const Decode *d = data;
+    const OpenMP *omp = d->step->openmp;
+    float *row = d->own + omp->thread_number() * d->own_floats, *x = row + ALIGNED(d->shape->hidden_size);
+    int64_t *counter = d->step->counters;
+    for (const Layer *layer = d->layers; layer < d->layers + d->step->num_layers; layer++, counter += 5) {
+        norm_rows((int)d->shape->dtype, layer->input_norm, d->shape->norm_eps, &d->by_hidden, d->hidden, row, x);
+        project(d, layer, x, counter);
+        omp->barrier();
+        attend(d, layer, counter + 1);
+        omp->barrier();
+        add_linear(d, layer->o, layer->o_bias, &d->by_heads, d->attended, counter + 2);
+        omp->barrier();
+        norm_rows((int)d->shape->dtype, layer->post_norm, d->shape->norm_eps, &d->by_hidden, d->hidden, row, x);
+        gate_and_up(d, layer, x, counter + 3);
+        omp->barrier();
+        add_linear(d, layer->down, layer->down_bias, &d->by_ffn, d->activated, counter + 4);
+        omp->barrier();
+    }
+}
+
+/* One decode step of all layers; needs 5 counters per layer. Outputs may be the inputs. */
+void decode_layers(const Shape *shape, const Layer *layers, const Step *step) {
+    int dtype = (int)shape->dtype;
+    size_t rows = step->batch * step->new_tokens, count = rows * shape->hidden_size;
+    Decode decode = {.layers = layers, .step = step};
+    lay_out(&decode, shape, rows, step->threads, step->workspace);
+    memset(step->counters, 0, step->num_layers * 5 * sizeof *step->counters);
+    for (size_t i = 0; i < count; i++) decode.hidden[i] = read_at(dtype, step->inputs, i);
+    step->openmp->parallel(decode_body, &decode, (unsigned)step->threads, 0);
+    for (size_t i = 0; i < count; i++) write_at(dtype, step->outputs, i, decode.hidden[i]);
+}
+
+static void head_body(void *data) {
+    const Head *h = data;
+    int dtype = (int)h->dtype;
+    Order order = order_of(dtype, h->rows, h->hidden_size);
+    float out[MAX_ROWS * PANEL], *hidden = h->workspace, *row = hidden + ALIGNED(h->rows * h->hidden_size);
+    row += h->openmp->thread_number() * (ALIGNED(h->hidden_size) + floats_in(order));
+    float *x = row + ALIGNED(h->hidden_size);
+    norm_rows(dtype, h->norm, h->norm_eps, &order, hidden, row, x);
+    for (int64_t first; (first = take(h->counters) * PANEL) < h->vocab_size;) {
+        int count = count_from(first, h->vocab_size);
+        linear(dtype, h->weight, NULL, &order, first, count, x, out);
+        for (size_t n = 0; n < order.rows; n++)
+            for (int m = 0; m < count; m++) {
+                float logit = rounded(dtype, out[n * PANEL + m] / (float)h->logits_scaling);
+                write_at(dtype, h->logits, n * h->vocab_size + first + m, logit);
+            }
+    }
+}
+
+/* Final norm and logits; needs a layer's workspace and 1 counter. */
+void compute_logits(const Head *head) {
+    *head->counters = 0;
+    for (int64_t i = 0; i < head->rows * head->hidden_size; i++)
+        head->workspace[i] = read_at((int)head->dtype, head->inputs, i);
+    head->openmp->parallel(head_body, (void *)head, (unsigned)head->threads, 0);
+}
+
+/* ---- The machine's limit: read memory and do nothing else. ---- */
+
+typedef struct {
+    const OpenMP *openmp;
+    int64_t threads, num_spans;
+    const char *const *spans;
+    const int64_t *sizes;
+    int64_t *counter;
+    int64_t checksum;
+} Scan;
+
+static void scan_body(void *data) {
+    Scan *scan = data;
+    const int64_t piece = 1 << 17;
+    words sum = {0};
+    for (int64_t number, base = 0, span = 0; number = take(scan->counter), 1;) {
+        while (span < scan->num_spans && number - base >= (scan->sizes[span] + piece - 1) / piece)
+            base += (scan->sizes[span] + piece - 1) / piece, span++;
+        if (span == scan->num_spans) break;
+        const char *at = scan->spans[span] + (number - base) * piece, *end = scan->spans[span] + scan->sizes[span];
+        for (const char *stop = at + piece < end ? at + piece : end; at + 4 * sizeof(words) <= stop; at += 4 * sizeof(words))
+            UNROLL for (int i = 0; i < 4; i++) sum ^= *(const words_at *)(at + i * sizeof(words));
+    }
+    for (int i = 0; i < LANES; i++) __atomic_fetch_xor(&scan->checksum, (int64_t)sum[i], __ATOMIC_RELAXED);
+}
+
+/* Read every span once, with all threads; the checksum only keeps the compiler from leaving the reads out. */
+void read_memory(Scan *scan) {
+    *scan->counter = scan->checksum = 0;
+    scan->openmp->parallel(scan_body, scan, (unsigned)scan->threads, 0);
 }

@@ -12,7 +12,7 @@ class NonFiniteError(NumericalError):
     """The logits of a step are not finite.
 
     Attributes:
-        stage: index of the first stage whose output is not finite.
+        stage: zero-based index of the first stage whose output is not finite (people read it counted from 1).
         step: 0 for the prompt, k for the k-th token after the first.
     """
 
@@ -23,7 +23,7 @@ class NonFiniteError(NumericalError):
         spec = chain.stages[stage]
         when = "reading the prompt" if step == 0 else f"step {step}"
         super().__init__(
-            f"{when}: NaN or infinity in stage {stage} ({describe_stage(spec)}) on {spec.device}",
+            f"{when}: NaN or infinity in stage {stage + 1} ({describe_stage(spec)}) on {spec.device}",
             hint="try --dtype fp32, or check the weights with llamaplan verify",
         )
 

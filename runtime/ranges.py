@@ -54,8 +54,9 @@ def owns_unit(spec: StageSpec, key: UnitKey) -> bool:
 def describe_stage(spec: StageSpec) -> str:
     """Return what the stage holds in words, such as `embedding, layers 0-3`."""
     parts = ["embedding"] if spec.has_embedding else []
-    if spec.end_layer > spec.start_layer:
-        parts.append(f"layers {spec.start_layer}-{spec.end_layer - 1}")
+    last = spec.end_layer - 1
+    if last >= spec.start_layer:
+        parts.append(f"layer {last}" if last == spec.start_layer else f"layers {spec.start_layer}-{last}")
     return ", ".join([*parts, "head"] if spec.has_head else parts)
 
 
@@ -68,19 +69,19 @@ def check_stages(specs: Sequence[StageSpec], *, num_hidden_layers: int) -> None:
     if not specs:
         raise _broken("there are no stages", expected="at least one")
     next_layer = 0
-    for index, spec in enumerate(specs):
-        if spec.has_embedding != (index == 0) or spec.has_head != (index == len(specs) - 1):
+    for number, spec in enumerate(specs, start=1):
+        if spec.has_embedding != (number == 1) or spec.has_head != (number == len(specs)):
             raise _broken(
-                f"stage {index} holds {describe_stage(spec) or 'nothing'}",
+                f"stage {number} holds {describe_stage(spec) or 'nothing'}",
                 expected="the embedding in the first stage and the head in the last, and nowhere else",
             )
         if spec.start_layer != next_layer or spec.end_layer < spec.start_layer:
             raise _broken(
-                f"stage {index} holds layers [{spec.start_layer}, {spec.end_layer})",
+                f"stage {number} holds layers [{spec.start_layer}, {spec.end_layer})",
                 expected=f"a range that starts at layer {next_layer}",
             )
         if not describe_stage(spec):
-            raise _broken(f"stage {index} holds nothing", expected="at least one unit per stage")
+            raise _broken(f"stage {number} holds nothing", expected="at least one unit per stage")
         next_layer = spec.end_layer
     if next_layer != num_hidden_layers:
         raise _broken(f"the stages hold {next_layer} layers", expected=f"{num_hidden_layers}, as the model has")

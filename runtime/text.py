@@ -56,7 +56,9 @@ class TextStream:
 
 
 class StopMatcher:
-    """Cuts text at the first stop string, holding back whatever could still become one.
+    """Cuts text at the stop string that is complete first, holding back whatever could still become one.
+
+    Where text is cut does not depend on the pieces it arrives in.
 
     Args:
         stop_strings: strings that end the text; they are not part of it.
@@ -77,10 +79,10 @@ class StopMatcher:
         if self.is_stopped:
             return ""
         text = self._held + piece
-        found = [position for stop in self._stop_strings if (position := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stop_strings if (at := text.find(stop)) >= 0]
         if found:
             self.is_stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = self._num_held(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

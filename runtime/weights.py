@@ -160,7 +160,9 @@ def _check_shape(name: str, value: torch.Tensor, expected: torch.Size) -> None:
 
 def _assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+    # Parameters want gradients, as transformers leaves them: torch picks a matmul kernel by that flag (bmm or mm for
+    # the sliced states before the head), and the two differ in the last bit even when no gradient is computed.
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(value))
 
 
 def _share_tied_table(model: PreTrainedModel) -> None:

@@ -1,0 +1,102 @@
+"""A plan as other engines see it: hosts with their GPUs in chain order, dtypes and numbers in their spelling."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from plans.cluster import Device
+from plans.plan import Plan, Stage
+
+_INDEX = re.compile(r"cuda:(\d{1,4})")
+_PORT = re.compile(r"(?<=[^:]):\d{1,5}$|(?<=\]):\d{1,5}$")
+_DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_GGML_TYPES: Mapping[str, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class HostPart:
+    """The stages of one host, in chain order."""
+
+    name: str
+    address: str
+    stages: tuple[int, ...]
+    gpus: str
+    """Value of CUDA_VISIBLE_DEVICES that puts the GPUs in chain order; empty without GPUs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanView:
+    """What the templates may ask of a plan."""
+
+    plan: Plan
+    directory: str
+    hosts: tuple[HostPart, ...]
+    not_expressed: tuple[str, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers per stage."""
+        return self.plan.boundaries
+
+    @property
+    def counts(self) -> str:
+        """Layers per stage, as most engines write them."""
+        return ",".join(map(str, self.layers))
+
+    @property
+    def dtype(self) -> str:
+        """The weights' dtype as torch spells it."""
+        return _DTYPES[self.plan.workload.dtype]
+
+    @property
+    def ggml_kv_type(self) -> str:
+        """The KV cache's dtype as llama.cpp spells it."""
+        return _GGML_TYPES[self.plan.workload.kv_cache_dtype]
+
+    @property
+    def ggml_type(self) -> str:
+        """The weights' dtype as llama.cpp spells it."""
+        return _GGML_TYPES[self.plan.workload.dtype]
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are under way at once."""
+        return self.plan.workload.batch_size * self.plan.workload.requests_in_flight
+
+    @property
+    def memory_share(self) -> str:
+        """The smallest budget/memory over the stages, rounded down: engines take one share for all GPUs."""
+        shares = [s.budget_bytes / self.plan.cluster.device(s.device).memory_bytes for s in self.plan.stages]
+        return f"{int(min(0.99, *shares) * 100) / 100:.2f}"
+
+    def devices(self) -> list[int | str]:
+        """Return torch's device of every stage: an index for CUDA, else a name."""
+        found = [self.plan.cluster.device(stage.device) for stage in self.plan.stages]
+        return [gpu_index(d, self.plan) if d.kind == "cuda" else "cpu" if d.kind == "cpu" else d.kind for d in found]
+
+
+def hosts_of(plan: Plan) -> tuple[HostPart, ...]:
+    """Return the hosts in the order in which the chain first visits them."""
+    by_host: dict[str, list[int]] = {}
+    for index, stage in enumerate(plan.stages):
+        by_host.setdefault(plan.cluster.device(stage.device).host, []).append(index)
+    parts = []
+    for name, stages in by_host.items():
+        devices = [plan.cluster.device(plan.stages[i].device) for i in stages]
+        gpus = [str(gpu_index(device, plan)) for device in devices if device.kind == "cuda"]
+        address = _PORT.sub("", plan.cluster.host_of(devices[0]).address or name)
+        parts.append(HostPart(name, address, tuple(stages), ",".join(gpus)))
+    return tuple(parts)
+
+
+def gpu_index(device: Device, plan: Plan) -> int:
+    """Return the CUDA index on its host: from a name such as cuda:1, else its place among the host's GPUs."""
+    match = _INDEX.fullmatch(device.name)
+    if match:
+        return int(match[1])
+    return [d.name for d in plan.cluster.devices if d.host == device.host and d.kind == "cuda"].index(device.name)
+
+
+def kind_of(plan: Plan, stage: Stage) -> str:
+    """Return the kind of a stage's device."""
+    return plan.cluster.device(stage.device).kind

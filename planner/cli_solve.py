@@ -1,0 +1,254 @@
+"""`llamaplan solve`, `show` and `check`: they parse, call the planner, and print."""
+
+import math
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from planner import options
+from plans.console import Output
+from plans.errors import UsageError
+
+if TYPE_CHECKING:
+    from plans.plan import Plan
+
+StrategyOption = Annotated[
+    Literal["uniform", "memory", "compute", "mixed", "custom"] | None,
+    typer.Option("--strategy", help="What to minimise; unset: compute, or custom with --layers.", show_default=False),
+]
+ObjectiveOption = Annotated[
+    Literal["latency", "request", "throughput"],
+    typer.Option("--objective", help="Which time: per token, of a whole request, or per step with requests in flight."),
+]
+ExecutionOption = Annotated[
+    Literal["one_process", "process_per_stage"], typer.Option("--execution", help="Where the stages will run.")
+]
+WeightOption = Annotated[float, typer.Option("--weight", metavar="0..1", help="Of time, in the strategy mixed.")]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        metavar="CUT",
+        help="18,10,4 over the devices in their order (* leaves one open), or 0-16@cuda:0,16-32@cpu.",
+        show_default=False,
+    ),
+]
+PinOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin", metavar="UNITS@DEVICE", help="0-4@cuda:0, embedding@cpu, head@cpu; repeatable.", show_default=False
+    ),
+]
+BanOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ban",
+        metavar="DEVICE",
+        help="Not this device; 0-4@cpu: not these layers there; repeatable.",
+        show_default=False,
+    ),
+]
+NewTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--new-tokens", "--max-tokens", "--max-new-tokens", "-n", metavar="TOKENS", help="Tokens to generate.",
+        show_default=False,
+    ),
+]  # fmt: skip
+SolverOption = Annotated[
+    Literal["auto", "highs", "cbc"], typer.Option("--solver", help="auto: HiGHS, and CBC where it fails.")
+]
+TimeLimitOption = Annotated[float, typer.Option("--time-limit", metavar="SECONDS", help="For the whole search.")]
+GapOption = Annotated[
+    float, typer.Option("--mip-gap", metavar="RATIO", help="Stop this close to the optimum; 0 proves it.")
+]
+PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan written by 'llamaplan solve'.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("solve")(solve_command)
+    app.command("show")(show_command)
+    app.command("check")(check_command)
+
+
+def solve_command(
+    model: options.ModelArgument,
+    *,
+    strategy: StrategyOption = None,
+    objective: ObjectiveOption = "latency",
+    weight: WeightOption = 0.5,
+    cluster: options.ClusterOption = None,
+    device: options.DeviceOption = None,
+    margin: options.MarginOption = None,
+    ctx_size: options.ContextOption = None,
+    prompt_tokens: options.PromptTokensOption = None,
+    new_tokens: NewTokensOption = None,
+    batch_size: options.BatchOption = 1,
+    requests_in_flight: options.InFlightOption = 1,
+    prefill_chunk: options.PrefillChunkOption = None,
+    dtype: options.DtypeOption = None,
+    kv_cache_dtype: options.KvDtypeOption = None,
+    execution: ExecutionOption = "one_process",
+    layers: LayersOption = None,
+    pin: PinOption = None,
+    ban: BanOption = None,
+    keep_order: Annotated[bool, typer.Option("--keep-order", help="Stages follow the order of the devices.")] = False,
+    use_all: Annotated[bool, typer.Option("--use-all", help="Every device gets a stage.")] = False,
+    solver: SolverOption = "auto",
+    time_limit: TimeLimitOption = 60.0,
+    mip_gap: GapOption = 0.0,
+    output: options.OutputOption = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Find the best split of a model over devices, and prove it.
+
+    Example: llamaplan solve my-model/ --strategy mixed --device cuda:0=20GiB --device cpu=32GiB -o plan.json
+    """
+    import time
+
+    from planner import show
+    from planner.clusters import load_cluster
+    from planner.models import find_model
+    from planner.profile import build_profile
+    from planner.solve import solve
+    from planner.workloads import make_workload, parse_dtype
+    from plans.checkpoint import open_checkpoint
+
+    screen = Output(json=as_json, quiet=quiet)
+    _check_number("--time-limit", time_limit, "above 0", is_good=0 < time_limit < math.inf)
+    _check_number("--mip-gap", mip_gap, "0 to below 1", is_good=0 <= mip_gap < 1)
+    chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
+    checkpoint = open_checkpoint(find_model(model))
+    refuse_inside(output, checkpoint.directory)
+    profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
+    workload = make_workload(
+        profile,
+        ctx_size=ctx_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        requests_in_flight=requests_in_flight,
+        prefill_chunk_tokens=prefill_chunk,
+    )
+    for warning in checkpoint.warnings:
+        screen.warn(warning)
+    offered = load_cluster(cluster, devices=device, margins=margin)
+    started = time.monotonic()
+    with spinner(screen, f"solving for {len(offered.devices)} devices"):
+        plan = solve(
+            profile,
+            cluster=offered,
+            workload=workload,
+            strategy=strategy or ("custom" if layers else "compute"),
+            objective=objective,
+            weight=weight,
+            execution=execution,
+            keep_order=keep_order,
+            use_all=use_all,
+            layers=layers,
+            pins=pin or (),
+            bans=ban or (),
+            solvers=("highs", "cbc") if solver == "auto" else (solver,),
+            time_limit=time_limit,
+            mip_gap=mip_gap,
+        )
+    seconds = time.monotonic() - started
+    if output is not None:
+        from plans.files import write_text
+
+        write_text(output, plan.to_json())
+    screen.data(show.as_json(plan, solve_seconds=seconds))
+    print_plan(plan, screen)
+    screen.note(f"solved in {seconds:.2f} s" + (f", wrote {output}" if output is not None else ""))
+    written = shlex.quote(str(output)) if output is not None else "plan.json"
+    if output is None:
+        screen.next_step("the same command with -o plan.json, to keep the plan")
+    else:
+        screen.next_step(f"llamaplan export {written} --model {shlex.quote(model)} -o shards/")
+
+
+def show_command(
+    plan: PlanArgument, *, as_json: options.JsonOption = False, quiet: options.QuietOption = False
+) -> None:
+    """Print a plan again; it is checked first.
+
+    Example: llamaplan show plan.json
+    """
+    from planner import show
+    from plans.check import read_plan
+
+    screen = Output(json=as_json, quiet=quiet)
+    known = read_plan(plan)
+    screen.data(show.as_json(known))
+    print_plan(known, screen)
+    screen.next_step(f"llamaplan export {shlex.quote(str(plan))} --model MODEL -o shards/")
+
+
+def check_command(
+    plan: PlanArgument,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Also compare with this checkpoint.", show_default=False),
+    ] = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Recompute a plan's memory and times from what it carries, and compare it with a checkpoint.
+
+    Example: llamaplan check plan.json --model my-model/
+    """
+    from planner.check_plan import check_against_model, recompute
+    from planner.models import find_model
+    from plans.check import read_plan
+
+    screen = Output(json=as_json, quiet=quiet)
+    known = read_plan(plan)
+    predicted = recompute(known, where=plan)
+    if model is not None:
+        for warning in check_against_model(known, find_model(model)):
+            screen.warn(warning)
+    screen.data({"stages": len(known.stages), "prediction": predicted.model_dump(mode="json"), "model": model})
+    against = f"; the tensors of {model} are the plan's" if model is not None else ""
+    screen.show(f"sound: {len(known.stages)} stages, memory and times are what the plan's own data give{against}")
+    next_model = shlex.quote(model) if model is not None else "MODEL"
+    screen.next_step(f"llamaplan export {shlex.quote(str(plan))} --model {next_model} -o shards/")
+
+
+def print_plan(plan: "Plan", screen: Output) -> None:
+    """Print a plan's table and lines on stdout."""
+    from planner import show
+
+    screen.show(show.headline(plan))
+    screen.show(show.stage_table(plan))
+    screen.show(show.legend())
+    for line in show.summary_lines(plan):
+        screen.show(line)
+
+
+def refuse_inside(output: Path | None, folder: Path | None) -> None:
+    """Refuse to write a result into the checkpoint it was made from."""
+    if output is not None and folder is not None and output.absolute().parent.resolve() == folder.resolve():
+        raise UsageError(f"--output {output} lies inside the checkpoint", hint="choose another folder")
+
+
+def _check_number(option: str, value: float, expected: str, *, is_good: bool) -> None:
+    if not is_good:
+        raise UsageError(f"{option} is {value}", expected=expected)
+
+
+@contextmanager
+def spinner(screen: Output, text: str) -> Iterator[None]:
+    """Show that something is happening, on stderr, if somebody sees it."""
+    console = screen.progress_console
+    if screen.quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield

@@ -1,0 +1,288 @@
+"""The CPU fast path: decode steps of a stage in one native call, on the weights where they are.
+
+Prefill stays with transformers; decode extends the same cache (`runtime.fast_cache`). Values are rounded where the
+reference rounds them, only the order of sums differs: greedy tokens are the same up to ties within that rounding.
+
+Shapes: B sequences, S new tokens, E hidden size, D head size, V vocabulary.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from runtime.fast_cache import FastLayer
+from runtime.native import COUNTERS_PER_LAYER, DTYPES, MAX_HEAD_DIM, MAX_ROWS, Head, Layer, Library, Shape, Step
+
+FAMILIES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+"""`model_type`s whose layers the kernels compute."""
+
+_WINDOW_FOR_ALL = ("mistral", "phi3")  # their one `sliding_window` holds for every layer
+
+
+def supports(config: PreTrainedConfig) -> str | None:
+    """Return why the kernels cannot run models of this configuration, or None if they can."""
+    if config.model_type not in FAMILIES:
+        return f"there is no native kernel for {config.model_type}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"there is no native kernel for the activation {config.hidden_act}"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim > MAX_HEAD_DIM:
+        return f"the native kernels take heads of up to {MAX_HEAD_DIM} values; this model's have {head_dim}"
+    return None
+
+
+def supports_weights(modules: Sequence[nn.Module]) -> str | None:
+    """Return why the kernels cannot read the weights of these modules, or None if they can."""
+    weights = [weight for module in modules for weight in module.parameters()]
+    kinds = {(weight.device.type, weight.dtype) for weight in weights}
+    if len(kinds) > 1:
+        return f"the stage mixes devices or dtypes: {', '.join(sorted(f'{d} {t}' for d, t in kinds))}"
+    if any(device != "cpu" or dtype not in DTYPES for device, dtype in kinds):
+        return "the native kernels take float32, float16 or bfloat16 weights on a CPU"
+    if not all(weight.is_contiguous() for weight in weights):
+        return "weights are not stored row by row"
+    return None
+
+
+class FastStage:
+    """Decoder layers, and where the stage has it the head, computed by the native kernels.
+
+    The modules keep owning the weights; they must not be moved or replaced while this object is used.
+
+    Example:
+        >>> stage = FastStage(kernels, model.model.layers, model.config)  # doctest: +SKIP
+        >>> hidden = stage.decode(hidden, cos, sin, start=start, cache=cache.layers)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        layers: Sequence[nn.Module],
+        config: PreTrainedConfig,
+        *,
+        norm: nn.Module | None = None,
+        head: nn.Module | None = None,
+    ) -> None:
+        """Record where the weights are.
+
+        Args:
+            library: the compiled kernels.
+            layers: transformers decoder layers; may be empty.
+            config: their configuration; `supports(config)` must be None, and `supports_weights` of all modules too.
+            norm: the final norm, if the stage has the head.
+            head: the `lm_head`, if the stage has it.
+        """
+        self._library = library
+        self._lock = threading.Lock()
+        self._modules = (*layers, *(m for m in (norm, head) if m is not None))  # keeps the weights alive
+        self._layers = (Layer * len(layers))(*(_layer(layer, config) for layer in layers))
+        self._dtype: torch.dtype = next(p.dtype for m in self._modules for p in m.parameters())
+        self._shape = _shape(layers[0] if len(layers) else None, config, self._dtype)
+        self._norm, self._head = norm, head
+        self._logits_scaling = float(getattr(config, "logits_scaling", 1.0))
+        self._scratch: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def can_step(self, batch: int, new_tokens: int) -> bool:
+        """Whether `decode` takes a step of this size."""
+        return batch > 0 and 0 < new_tokens <= MAX_ROWS
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        start: torch.Tensor,
+        cache: Sequence[FastLayer],
+    ) -> torch.Tensor:
+        """Run S new tokens of every sequence through the layers and extend the cache by them.
+
+        Args:
+            hidden: [B, S, E].
+            cos: rotary table [B or 1, S, rotary_dim] for the tokens' positions, as the model's `rotary_emb` makes it.
+            sin: like `cos`.
+            start: [B] int64, the first slot of each sequence that is not (left) padding.
+            cache: one layer per decoder layer, all filled to the same length.
+
+        Returns:
+            Hidden states [B, S, E].
+        """
+        batch, new_tokens, _ = hidden.shape
+        if not self._layers:
+            return hidden
+        hidden = hidden.contiguous()
+        cos, sin = (table.expand(batch, -1, -1).to(self._dtype).contiguous() for table in (cos, sin))
+        assert cos.shape[-1] <= self._shape.head_dim
+        assert start.dtype == torch.int64 and start.is_contiguous()
+        self._shape.rotary_dim = cos.shape[-1]
+        outputs = torch.empty_like(hidden)
+        with self._lock:
+            past, capacity = self._bind(cache, batch=batch, new_tokens=new_tokens)
+            for first in range(0, batch, MAX_ROWS // new_tokens):
+                count = min(batch - first, MAX_ROWS // new_tokens)
+                workspace, counters, threads = self._workspace(count * new_tokens)
+                step = Step(
+                    openmp=self._library.openmp_address,
+                    threads=threads,
+                    num_layers=len(self._layers),
+                    first_sequence=first,
+                    batch=count,
+                    new_tokens=new_tokens,
+                    past=past,
+                    capacity=capacity,
+                    inputs=_row(hidden, first),
+                    outputs=_row(outputs, first),
+                    cos=_row(cos, first),
+                    sin=_row(sin, first),
+                    start=_row(start, first),
+                    workspace=workspace,
+                    counters=counters,
+                )
+                self._library.decode_layers(self._shape, self._layers, step)
+        for layer in cache:
+            layer.length += new_tokens
+        return outputs
+
+    @torch.inference_mode()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits [..., V] of hidden states [..., E], in the model's dtype."""
+        assert self._norm is not None
+        assert self._head is not None
+        vocab_size, hidden_size = self._head.weight.shape
+        rows = hidden.reshape(-1, hidden_size).contiguous()
+        logits = rows.new_empty((len(rows), vocab_size))
+        with self._lock:
+            for first in range(0, len(rows), MAX_ROWS):
+                count = min(len(rows) - first, MAX_ROWS)
+                workspace, counters, threads = self._workspace(count)
+                step = Head(
+                    openmp=self._library.openmp_address,
+                    threads=threads,
+                    dtype=DTYPES[self._dtype],
+                    rows=count,
+                    hidden_size=hidden_size,
+                    vocab_size=vocab_size,
+                    norm_eps=self._norm.variance_epsilon,
+                    logits_scaling=self._logits_scaling,
+                    inputs=_row(rows, first),
+                    norm=self._norm.weight.data_ptr(),
+                    weight=self._head.weight.data_ptr(),
+                    logits=_row(logits, first),
+                    workspace=workspace,
+                    counters=counters,
+                )
+                self._library.compute_logits(step)
+        return logits.view(*hidden.shape[:-1], vocab_size)
+
+    def _bind(self, cache: Sequence[FastLayer], *, batch: int, new_tokens: int) -> tuple[int, int]:
+        """Point the layers at the cache's buffers, with room for the new tokens."""
+        past = cache[0].length
+        for entry, layer in zip(self._layers, cache, strict=True):
+            layer.reserve(new_tokens)
+            assert layer.buffers is not None and layer.length == past and layer.buffers[0].shape[0] == batch
+            entry.keys, entry.values = layer.buffers[0].data_ptr(), layer.buffers[1].data_ptr()
+        return past, cache[0].capacity
+
+    def _workspace(self, rows: int) -> tuple[int, int, int]:
+        """Return the addresses of scratch space and counters, and how many threads it is for."""
+        threads = torch.get_num_threads()
+        needed = self._library.workspace_floats(self._shape, rows=rows, threads=threads)
+        if self._scratch is None or self._scratch[0].numel() < needed:
+            counters = torch.zeros(len(self._layers) * COUNTERS_PER_LAYER + 1, dtype=torch.int64)
+            self._scratch = (torch.empty(needed, dtype=torch.float32), counters)
+        return self._scratch[0].data_ptr(), self._scratch[1].data_ptr(), threads
+
+
+def first_slots(attention_mask: torch.Tensor | None, *, batch: int) -> torch.Tensor | None:
+    """Return the first unpadded slot [B] of each sequence, or None if the mask is not plain left padding.
+
+    Args:
+        attention_mask: [B, T] with 0 for padding, or None when nothing is padded.
+        batch: B.
+    """
+    if attention_mask is None:
+        return torch.zeros(batch, dtype=torch.int64)
+    if attention_mask.dim() != 2:
+        return None
+    start = attention_mask.shape[1] - attention_mask.count_nonzero(dim=1)
+    is_left_padded = (attention_mask != 0).to(torch.int8).diff(dim=1).ge(0).all()
+    return start if bool(is_left_padded) and bool((attention_mask[:, -1] != 0).all()) else None
+
+
+def _row(tensor: torch.Tensor, index: int) -> int:
+    return int(tensor.data_ptr() + index * tensor.stride(0) * tensor.element_size())
+
+
+def _shape(layer: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Shape:
+    attention = layer.self_attn if layer is not None else None
+    return Shape(
+        dtype=DTYPES[dtype],
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim if attention else 1,
+        rotary_dim=0,
+        intermediate_size=config.intermediate_size,
+        norm_eps=layer.input_layernorm.variance_epsilon if layer is not None else 0.0,
+        attention_scale=attention.scaling if attention else 1.0,
+        residual_multiplier=getattr(layer, "residual_multiplier", 1.0),
+    )
+
+
+def _layer(layer: Any, config: PreTrainedConfig) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    addresses = dict(_attention_addresses(attention, config)) | dict(_mlp_addresses(mlp, config))
+    return Layer(
+        input_norm=layer.input_layernorm.weight.data_ptr(),
+        post_norm=layer.post_attention_layernorm.weight.data_ptr(),
+        window=_window(attention, config),
+        has_rope=int(bool(getattr(attention, "use_rope", True))),
+        **addresses,
+    )
+
+
+def _attention_addresses(attention: Any, config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
+    q_rows, k_rows = (n * attention.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    if hasattr(attention, "qkv_proj"):
+        yield from _fused(attention.qkv_proj, {"q": q_rows, "k": k_rows, "v": k_rows})
+    else:
+        for name in ("q", "k", "v"):
+            yield from _linear(name, getattr(attention, f"{name}_proj"))
+    yield from _linear("o", attention.o_proj)
+    for name in ("q_norm", "k_norm"):
+        if hasattr(attention, name):
+            yield name, getattr(attention, name).weight.data_ptr()
+
+
+def _mlp_addresses(mlp: Any, config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
+    if hasattr(mlp, "gate_up_proj"):
+        yield from _fused(mlp.gate_up_proj, dict.fromkeys(("gate", "up"), config.intermediate_size))
+    else:
+        yield from _linear("gate", mlp.gate_proj)
+        yield from _linear("up", mlp.up_proj)
+    yield from _linear("down", mlp.down_proj)
+
+
+def _linear(name: str, linear: Any) -> Iterator[tuple[str, int]]:
+    yield name, linear.weight.data_ptr()
+    if linear.bias is not None:
+        yield f"{name}_bias", linear.bias.data_ptr()
+
+
+def _fused(linear: Any, rows: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Addresses of the parts of a fused projection: its weight rows one part after the other."""
+    assert linear.bias is None
+    first = 0
+    for name, count in rows.items():
+        yield name, _row(linear.weight, first)
+        first += count
+
+
+def _window(attention: Any, config: PreTrainedConfig) -> int:
+    source = config if config.model_type in _WINDOW_FOR_ALL else attention
+    return int(getattr(source, "sliding_window", None) or 0)

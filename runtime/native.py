@@ -1,0 +1,279 @@
+"""The compiled decode kernels: built once per machine from `kernels.c`, loaded with ctypes, called with raw pointers.
+
+Nothing of torch or Python is compiled in, so the build takes seconds and one library serves every shape and dtype.
+A machine where it cannot be built or loaded gets `Unavailable` with the reason, never an exception.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Dtypes of weights and cache -> their number in `kernels.c`."""
+
+MAX_ROWS = 16
+"""Rows (sequences x new tokens) that one call takes."""
+
+MAX_HEAD_DIM = 256
+COUNTERS_PER_LAYER = 5
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+_COMPILERS = ("cc", "gcc", "clang")
+_OPTIONS = ("-std=gnu11", "-O3", "-shared", "-fPIC")
+_MACHINE_OPTIONS = ("-march=native", "-mcpu=native", "")  # the spelling depends on compiler and processor
+_COMPILE_SECONDS = 120.0
+_Pointer = ctypes.c_void_p
+_Int = ctypes.c_int64
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """Why there is no fast path here; shown once, after which the reference path serves."""
+
+    reason: str
+
+
+class _OpenMP(ctypes.Structure):
+    _fields_ = (
+        ("parallel", _Pointer),
+        ("barrier", _Pointer),
+        ("thread_number", _Pointer),
+        ("thread_count", _Pointer),
+    )
+
+
+class Shape(ctypes.Structure):
+    """Sizes and constants that all layers of a model share."""
+
+    _fields_ = (
+        *((name, _Int) for name in ("dtype", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_dim")),
+        ("intermediate_size", _Int),
+        *((name, ctypes.c_double) for name in ("norm_eps", "attention_scale", "residual_multiplier")),
+    )
+
+
+class Layer(ctypes.Structure):
+    """Addresses of one layer's weights, biases, norms and cache; 0 where a family has no such tensor."""
+
+    _fields_ = (
+        *((name, _Pointer) for name in ("input_norm", "q", "k", "v", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm")),
+        *((name, _Pointer) for name in ("o", "o_bias", "post_norm", "gate", "up", "gate_bias", "up_bias", "down")),
+        *((name, _Pointer) for name in ("down_bias", "keys", "values")),
+        ("window", _Int),
+        ("has_rope", _Int),
+    )
+
+
+class Step(ctypes.Structure):
+    """One decode step of a run of layers."""
+
+    _fields_ = (
+        ("openmp", _Pointer),
+        *((name, _Int) for name in ("threads", "num_layers", "first_sequence", "batch", "new_tokens", "past")),
+        ("capacity", _Int),
+        *((name, _Pointer) for name in ("inputs", "outputs", "cos", "sin", "start", "workspace", "counters")),
+    )
+
+
+class Head(ctypes.Structure):
+    """Final norm and logits of some rows."""
+
+    _fields_ = (
+        ("openmp", _Pointer),
+        *((name, _Int) for name in ("threads", "dtype", "rows", "hidden_size", "vocab_size")),
+        ("norm_eps", ctypes.c_double),
+        ("logits_scaling", ctypes.c_double),
+        *((name, _Pointer) for name in ("inputs", "norm", "weight", "logits", "workspace", "counters")),
+    )
+
+
+class _Scan(ctypes.Structure):
+    _fields_ = (
+        ("openmp", _Pointer),
+        *((name, _Int) for name in ("threads", "num_spans")),
+        *((name, _Pointer) for name in ("spans", "sizes", "counter")),
+        ("checksum", _Int),
+    )
+
+
+class Library:
+    """The loaded kernels. Calls release the GIL and use the OpenMP threads that torch already runs."""
+
+    def __init__(self, path: Path) -> None:
+        """Load a library built by `build`.
+
+        Raises:
+            OSError: it cannot be loaded on this machine, or torch brings no OpenMP runtime.
+        """
+        self._functions = ctypes.CDLL(str(path))
+        self._functions.workspace_floats.restype = _Int
+        self._functions.workspace_floats.argtypes = (ctypes.POINTER(Shape), _Int, _Int)
+        self._openmp = _torch_openmp()
+        self.openmp_address = ctypes.addressof(self._openmp)
+
+    def workspace_floats(self, shape: Shape, *, rows: int, threads: int) -> int:
+        """Return how many fp32 numbers a call needs as scratch space."""
+        return int(self._functions.workspace_floats(ctypes.byref(shape), rows, threads))
+
+    def decode_layers(self, shape: Shape, layers: "ctypes.Array[Layer]", step: Step) -> None:
+        """Run one decode step of `layers`."""
+        self._functions.decode_layers(ctypes.byref(shape), layers, ctypes.byref(step))
+
+    def compute_logits(self, head: Head) -> None:
+        """Run the final norm and the output projection."""
+        self._functions.compute_logits(ctypes.byref(head))
+
+    def read_memory(self, tensors: Sequence[torch.Tensor], *, threads: int) -> int:
+        """Read every byte of contiguous `tensors` once and return how many there were: the machine's limit to time."""
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+        spans = (_Pointer * len(sizes))(*(tensor.data_ptr() for tensor in tensors))
+        counter = _Int(0)
+        scan = _Scan(
+            openmp=self.openmp_address,
+            threads=threads,
+            num_spans=len(sizes),
+            spans=ctypes.addressof(spans),
+            sizes=ctypes.addressof(lengths := (_Int * len(sizes))(*sizes)),
+            counter=ctypes.addressof(counter),
+        )
+        self._functions.read_memory(ctypes.byref(scan))
+        del lengths
+        return sum(sizes)
+
+
+@functools.cache
+def load(*, on_build: Callable[[str], None] | None = None) -> Library | Unavailable:
+    """Return this machine's kernels, compiling them first where the cache folder has none that fit.
+
+    Args:
+        on_build: told, in one line, that a compilation starts.
+
+    Example:
+        >>> kernels = load()
+        >>> isinstance(kernels, Library) or bool(kernels.reason)
+        True
+    """
+    compiler = find_compiler()
+    if isinstance(compiler, Unavailable):
+        return compiler
+    name = f"kernels-{_fingerprint(compiler)}.so"
+    try:
+        folder = _cache_folder()
+    except OSError as error:
+        return _load_private(compiler, name, reason=str(error), on_build=on_build)
+    return load_from(folder / name, compiler=compiler, on_build=on_build)
+
+
+def load_from(
+    path: Path, *, compiler: Sequence[str], on_build: Callable[[str], None] | None = None
+) -> Library | Unavailable:
+    """Load the library at `path`, building it there if it is missing or cannot be loaded."""
+    try:
+        return Library(path)
+    except OSError:
+        pass
+    if on_build is not None:
+        on_build(f"compiling the decode kernels with {compiler[0]} (once per machine)")
+    failure = build(path, compiler=compiler)
+    if failure is not None:
+        return failure
+    try:
+        return Library(path)
+    except OSError as error:
+        return Unavailable(f"the compiled kernels cannot be loaded: {error}")
+
+
+def build(path: Path, *, compiler: Sequence[str]) -> Unavailable | None:
+    """Compile `kernels.c` into `path`: complete or absent at any moment, whoever else builds it at the same time."""
+    failure = ""
+    for machine_option in _MACHINE_OPTIONS:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+            partial = Path(file.name)
+        command = [*compiler, *_OPTIONS, *machine_option.split(), str(_SOURCE), "-o", str(partial), "-lm"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+            partial.replace(path)
+            return None
+        except subprocess.CalledProcessError as error:
+            failure = failure or next(iter(error.stderr.splitlines()), f"exit status {error.returncode}")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            failure = failure or str(error)
+        finally:
+            partial.unlink(missing_ok=True)
+    return Unavailable(f"{compiler[0]} cannot compile the decode kernels: {failure}")
+
+
+def find_compiler() -> tuple[str, ...] | Unavailable:
+    """Return the command of the C compiler: $CC if set, else the first of cc, gcc and clang on the PATH."""
+    wanted = shlex.split(os.environ.get("CC", ""))
+    for command in [wanted] if wanted else [[name] for name in _COMPILERS]:
+        if path := shutil.which(command[0]):
+            return (path, *command[1:])
+    return Unavailable(f"there is no C compiler here (looked for {wanted[0] if wanted else ', '.join(_COMPILERS)})")
+
+
+def _load_private(
+    compiler: Sequence[str], name: str, *, reason: str, on_build: Callable[[str], None] | None
+) -> Library | Unavailable:
+    """Without a usable cache folder, build for this process only; a loaded library needs its file no more."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="llamaplan-") as folder:
+            return load_from(Path(folder) / name, compiler=compiler, on_build=on_build)
+    except OSError as error:
+        return Unavailable(f"no folder can hold the compiled kernels: {reason}; {error}")
+
+
+def _cache_folder() -> Path:
+    """Return the folder of compiled kernels, private to the user: what lies in it gets executed.
+
+    Raises:
+        OSError: it cannot be made, or others could write to it.
+    """
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    folder = (Path(root) if Path(root).is_absolute() else Path.home() / ".cache") / "llamaplan"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} belongs to or can be written by someone else")
+    return folder
+
+
+def _fingerprint(compiler: Sequence[str]) -> str:
+    """Hash everything the compiled code depends on."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=_COMPILE_SECONDS)
+    parts = (_SOURCE.read_bytes(), shlex.join(compiler).encode(), version.stdout, _processor().encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    wanted = ("flags", "Features", "model name", "CPU part")
+    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(wanted)})])
+
+
+def _torch_openmp() -> _OpenMP:
+    """Return the entry points of the OpenMP runtime that torch itself is linked to.
+
+    A second runtime would bring a second pool of threads, and two pools spin against each other. A symbol looked up
+    in torch's extension module is searched for in the libraries that module loaded.
+    """
+    try:
+        loaded = ctypes.CDLL(torch._C.__file__)
+        names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+        return _OpenMP(*(ctypes.cast(getattr(loaded, name), _Pointer) for name in names))
+    except AttributeError as error:
+        raise OSError(f"torch brings no OpenMP runtime with a GNU interface ({error})") from None
