@@ -1,13 +1,12 @@
 """`llamaplan`: the planner's command line. Commands parse, call and print; heavy imports happen when one runs."""
 
-import importlib.util
 import shlex
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from planner import options
+from planner import cli_export, cli_solve, options
 from plans.console import Output, run_command
 from plans.errors import UsageError
 
@@ -19,11 +18,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-
-for _module in ("planner.cli_solve", "planner.cli_export"):
-    if importlib.util.find_spec(_module):
-        importlib.import_module(_module).register(app)
 
 
 def main() -> NoReturn:
@@ -142,3 +136,10 @@ def _write(path: Path, text: str, *, beside: Path | None) -> None:
     if beside is not None and path.absolute().parent.resolve() == beside.resolve():
         raise UsageError(f"--output {path} lies inside the checkpoint", hint="choose another folder")
     write_text(path, text)
+
+
+cli_solve.register(app)
+cli_export.register(app)
+
+if __name__ == "__main__":
+    main()

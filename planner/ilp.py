@@ -8,6 +8,7 @@ other settings and then replaced.
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -207,7 +208,8 @@ def _run_highs(lp: Any, attempt: _Attempt, *, mip_gap: float, time_limit: float 
 def _run_cbc(lp: Any, _attempt: _Attempt, *, mip_gap: float, time_limit: float | None) -> _Run:
     # CBC works through files: a folder of our own, so that nothing stays behind when it crashes.
     try:
-        with tempfile.TemporaryDirectory(prefix="llamaplan-") as folder:
+        with tempfile.TemporaryDirectory(prefix="llamaplan-") as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 4 will find CBC elsewhere
             log = Path(folder) / "cbc.log"
             solver = pulp.PULP_CBC_CMD(
                 msg=False, gapRel=mip_gap, gapAbs=0.0, timeLimit=time_limit, logPath=str(log), keepFiles=False

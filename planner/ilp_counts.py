@@ -54,12 +54,13 @@ def build_counts_model(problem: Problem, *, unit: float) -> CountsModel:
     return model
 
 
-def binary(name: str, *, can_be_one: bool = True) -> Any:
-    return pulp.LpVariable(name, 0, int(can_be_one), pulp.LpInteger)
+def binary(lp: Any, name: str, *, can_be_one: bool = True) -> Any:
+    """Add a 0/1 variable; one that cannot be 1 is fixed."""
+    return lp.add_variable(name, 0, int(can_be_one), pulp.LpInteger)
 
 
-def _integer(name: str, upper: int) -> Any:
-    return pulp.LpVariable(name, 0, max(upper, 0), pulp.LpInteger)
+def _integer(lp: Any, name: str, upper: int) -> Any:
+    return lp.add_variable(name, 0, max(upper, 0), pulp.LpInteger)
 
 
 def _capacity(model: CountsModel, g: int, *, embedding: bool, head: bool) -> int:
@@ -74,18 +75,20 @@ def _add_variables(model: CountsModel) -> None:
         whole = _capacity(model, g, embedding=True, head=True)
         rule = problem.devices[group.first].rule
         # 1 if the first stage (embedding), the last stage (head), or the only stage is on a device of g
-        model.first.append(binary(f"first_{g}", can_be_one=first >= 0))
-        model.last.append(binary(f"last_{g}", can_be_one=last >= 0))
-        model.single.append(binary(f"single_{g}", can_be_one=whole >= num_layers >= rule.min_layers))
+        model.first.append(binary(model.lp, f"first_{g}", can_be_one=first >= 0))
+        model.last.append(binary(model.lp, f"last_{g}", can_be_one=last >= 0))
+        model.single.append(binary(model.lp, f"single_{g}", can_be_one=whole >= num_layers >= rule.min_layers))
         # layers held by the first and by the last stage, if they are on g [layers]
-        model.first_layers.append(_integer(f"first_layers_{g}", first))
-        model.last_layers.append(_integer(f"last_layers_{g}", last))
+        model.first_layers.append(_integer(model.lp, f"first_layers_{g}", first))
+        model.last_layers.append(_integer(model.lp, f"last_layers_{g}", last))
         # 1 if the i-th middle stage of g exists, and the layers it holds [layers]
-        model.used.append([binary(f"used_{g}_{i}", can_be_one=middle > 0) for i in range(group.size)])
-        model.layers.append([_integer(f"layers_{g}_{i}", middle) for i in range(group.size)])
+        model.used.append([binary(model.lp, f"used_{g}_{i}", can_be_one=middle > 0) for i in range(group.size)])
+        model.layers.append([_integer(model.lp, f"layers_{g}_{i}", middle) for i in range(group.size)])
     for a, b in _possible_arcs(model):
         # how often the path goes from a device of a to a device of b [hops]
-        model.arcs[a, b] = _integer(f"arc_{a}_{b}", min(model.groups[a].size - (a == b), model.groups[b].size))
+        model.arcs[a, b] = _integer(
+            model.lp, f"arc_{a}_{b}", min(model.groups[a].size - (a == b), model.groups[b].size)
+        )
 
 
 def _possible_arcs(model: CountsModel) -> list[tuple[int, int]]:
@@ -151,7 +154,7 @@ def _add_connection(model: CountsModel) -> None:
     num_layers = model.problem.num_layers
     # layers still to be placed after the hop [layers]
     carried = {
-        (a, b): pulp.LpVariable(f"carried_{a}_{b}", 0, num_layers * arc.upBound)
+        (a, b): model.lp.add_variable(f"carried_{a}_{b}", 0, num_layers * arc.upBound)
         for (a, b), arc in model.arcs.items()
         if a != b
     }
@@ -172,7 +175,7 @@ def _add_return(model: CountsModel) -> None:
     pairs = [(a, b) for a in range(len(groups)) for b in range(len(groups)) if a != b or groups[a].size > 1]
     # 1 if the last stage is on a and the first on b
     model.returns = {
-        (a, b): pulp.LpVariable(
+        (a, b): model.lp.add_variable(
             f"return_{a}_{b}", 0, int(between(model.problem.return_hop, groups[a], groups[b]) is not None)
         )
         for a, b in pairs

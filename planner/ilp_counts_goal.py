@@ -21,7 +21,7 @@ def add_counts_goal(model: CountsModel, goal: Goal) -> None:
         model.lp.setObjective(time)
         return
     # largest used/budget over the stages [1]
-    share = pulp.LpVariable("share", least_share(model.problem, model.groups), 1)
+    share = model.lp.add_variable("share", least_share(model.problem, model.groups), 1)
     _bound_share(model, share)
     if goal.kind == "share":
         model.lp.setObjective(100 * share)
@@ -40,7 +40,7 @@ def _time(model: CountsModel, goal: Goal) -> Expression:
     if goal.objective != "throughput":
         return chain
     # step period times the requests in flight: the slowest of the stages, the hops and the whole cycle [time]
-    period = pulp.LpVariable("period", 0)
+    period = model.lp.add_variable("period", 0)
     in_flight = model.problem.requests_in_flight
     model.lp += period >= chain
     for stage in _stage_times(model, costs.units):
@@ -49,7 +49,7 @@ def _time(model: CountsModel, goal: Goal) -> Expression:
         hop = between(costs.hop, *(model.groups[g] for g in pair)) or 0
         is_used = arc
         if arc.upBound > 1:
-            is_used = binary(f"hop_used_{pair[0]}_{pair[1]}")
+            is_used = binary(model.lp, f"hop_used_{pair[0]}_{pair[1]}")
             model.lp += arc <= arc.upBound * is_used
         model.lp += period >= in_flight * hop * model.unit * is_used
     for ticks, chosen in _back_choices(model, costs):
@@ -59,7 +59,7 @@ def _time(model: CountsModel, goal: Goal) -> Expression:
 
 def _longest_queue(model: CountsModel) -> Any:
     # what the slowest stage adds to a pipelined prefill [time]
-    queue = pulp.LpVariable("queue", 0)
+    queue = model.lp.add_variable("queue", 0)
     for stage in _stage_times(model, queue_costs(model.problem)):
         model.lp += queue >= stage
     return queue
@@ -117,7 +117,7 @@ def _bound_share(model: CountsModel, share: Any) -> None:
             model.lp += share >= (fixed + size + workspace) / budget * is_there + held
             if units.layer_activation > workspace:
                 # 1 if the stage at this end holds layers at all
-                has_layers = binary(f"{name}_has_layers_{g}")
+                has_layers = binary(model.lp, f"{name}_has_layers_{g}")
                 model.lp += layers <= num_layers * has_layers
                 extra = (units.layer_activation - workspace) / budget * has_layers
                 model.lp += share >= (fixed + size + workspace) / budget * is_there + held + extra

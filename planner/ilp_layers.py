@@ -61,8 +61,8 @@ def build_layers_model(problem: Problem, *, unit: float) -> LayersModel:
     return model
 
 
-def _binary(name: str, *, can_be_one: bool = True) -> Any:
-    return pulp.LpVariable(name, 0, int(can_be_one), pulp.LpInteger)
+def _binary(lp: Any, name: str, *, can_be_one: bool = True) -> Any:
+    return lp.add_variable(name, 0, int(can_be_one), pulp.LpInteger)
 
 
 def _add_variables(model: LayersModel) -> None:
@@ -71,19 +71,19 @@ def _add_variables(model: LayersModel) -> None:
         rule = problem.devices[group.first].rule
         is_free = not rule.is_banned
         # 1 if the embedding, the head, or the whole model is on a device of g
-        model.start.append(_binary(f"start_{g}", can_be_one=is_free and rule.embedding is not False))
-        model.end.append(_binary(f"end_{g}", can_be_one=is_free and rule.head is not False))
+        model.start.append(_binary(model.lp, f"start_{g}", can_be_one=is_free and rule.embedding is not False))
+        model.end.append(_binary(model.lp, f"end_{g}", can_be_one=is_free and rule.head is not False))
         fits_whole = problem.allows(group.first, 0, num_layers, embedding=True, head=True)
-        model.single.append(_binary(f"single_{g}", can_be_one=fits_whole))
+        model.single.append(_binary(model.lp, f"single_{g}", can_be_one=fits_whole))
         # 1 if layer l is on a device of g
         model.hold.append(
-            [_binary(f"hold_{g}_{x}", can_be_one=is_free and x not in rule.banned) for x in range(num_layers)]
+            [_binary(model.lp, f"hold_{g}_{x}", can_be_one=is_free and x not in rule.banned) for x in range(num_layers)]
         )
     for p in range(num_layers + 1):
         for a, b in _possible_pairs(model):
             if _may_leave(model, a, p) and _may_enter(model, b, p):
                 # 1 if the path hops from a device of a to a device of b after p layers
-                model.hops[p, a, b] = _binary(f"hop_{p}_{a}_{b}")
+                model.hops[p, a, b] = _binary(model.lp, f"hop_{p}_{a}_{b}")
 
 
 def _possible_pairs(model: LayersModel) -> list[tuple[int, int]]:
@@ -168,7 +168,7 @@ def _add_return(model: LayersModel) -> None:
             if a != b or groups[a].size > 1:
                 # 1 if the last stage is on a and the first, another one, on b
                 can_be = between(back, groups[a], groups[b]) is not None
-                model.returns[a, b] = pulp.LpVariable(f"return_{a}_{b}", 0, int(can_be))
+                model.returns[a, b] = model.lp.add_variable(f"return_{a}_{b}", 0, int(can_be))
     for g in range(len(groups)):
         lasts = pulp.lpSum(chosen for (a, _), chosen in model.returns.items() if a == g)
         firsts = pulp.lpSum(chosen for (_, b), chosen in model.returns.items() if b == g)

@@ -19,7 +19,7 @@ def add_layers_goal(model: LayersModel, goal: Goal) -> None:
         model.lp.setObjective(time)
         return
     # largest used/budget over the stages [1]
-    share = pulp.LpVariable("share", 0, 1)
+    share = model.lp.add_variable("share", 0, 1)
     for g in range(len(model.groups)):
         _bound_share(model, g, share)
     if goal.kind == "share":
@@ -36,14 +36,14 @@ def _time(model: LayersModel, goal: Goal) -> Expression:
     chain = _chain_time(model, costs)
     if is_pipelined(model.problem, goal.objective):
         # what the slowest stage adds to a pipelined prefill [time]
-        queue = pulp.LpVariable("queue", 0)
+        queue = model.lp.add_variable("queue", 0)
         for g, times in enumerate(queue_costs(model.problem)[group.first] for group in model.groups):
             _bound_stage_times(model, g, times, queue, model.unit)
         return chain + queue
     if goal.objective != "throughput":
         return chain
     # step period times the requests in flight: the slowest of the stages, the hops and the whole cycle [time]
-    period = pulp.LpVariable("period", 0)
+    period = model.lp.add_variable("period", 0)
     weight = model.problem.requests_in_flight * model.unit
     model.lp += period >= chain
     for g, group in enumerate(model.groups):
@@ -113,7 +113,7 @@ def _bound_share(model: LayersModel, g: int, share: Any) -> None:
         )  # fmt: skip
         return
     # 1 if the stage on g holds layers; only the first and the last stage may hold none
-    has_layers = pulp.LpVariable(f"has_layers_{g}", 0, 1)
+    has_layers = model.lp.add_variable(f"has_layers_{g}", 0, 1)
     model.lp += has_layers >= hold[0]
     model.lp += has_layers >= hold[-1]
     model.lp += has_layers >= model.stages_on(g) - start - end
@@ -140,7 +140,7 @@ def _accumulate(
     hold, lp = model.hold[g], model.lp
     largest = fresh + sum(layers) + embedding + head
     # what the stage at work on g has gathered once layer l is done [same as limit]
-    gathered = [pulp.LpVariable(f"{name}_gathered_{g}_{x}", 0) for x in range(len(layers))]
+    gathered = [model.lp.add_variable(f"{name}_gathered_{g}_{x}", 0) for x in range(len(layers))]
     for x, weight in enumerate(layers):
         lp += gathered[x] >= (fresh + weight) * hold[x]
         lp += limit >= gathered[x]

@@ -24,9 +24,10 @@ from plans.sizes import parse_bytes
 HOST = "local"
 PROCESS_OVERHEAD_BYTES = 330 << 20
 """Resident memory of a Python process with torch and transformers loaded, before any weights."""
-CPU_BANDWIDTH_PER_CORE = 12e9
+CPU_BANDWIDTH_PER_CORE = 9e9
 CPU_BANDWIDTH_LIMIT = 36e9
-"""Bytes per second: one core reads about 12 GB/s, and two channels of desktop memory give about 36 of their 51."""
+"""Bytes per second: torch's linear layers read 17-19 GB/s of bf16 weights on two cores (measured), and two channels of
+desktop memory give about 36 of their nominal 51 GB/s."""
 CPU_FLOPS_PER_CORE: dict[DtypeName, float] = {"fp32": 40e9, "bf16": 30e9, "fp16": 10e9}
 """Matrix products on one core with 256-bit vectors at 3 GHz: half of the peak 96 GFLOP/s in fp32; half-width dtypes are
 converted on the fly, fp16 slowly."""

@@ -31,12 +31,6 @@ KvDtypeOption = Annotated[
 PromptTokensOption = Annotated[
     int | None, typer.Option("--prompt-tokens", metavar="TOKENS", help="Length of the prompt.", show_default=False)
 ]
-NewTokensOption = Annotated[
-    int | None,
-    typer.Option(
-        "--max-tokens", "--max-new-tokens", "-n", metavar="TOKENS", help="Tokens to generate.", show_default=False
-    ),
-]
 InFlightOption = Annotated[
     int, typer.Option("--requests-in-flight", min=1, max=65536, help="Batches in the pipeline at once.")
 ]

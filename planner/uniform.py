@@ -33,6 +33,9 @@ def nearest_split(problem: Problem) -> tuple[int, ...] | None:
     """
     counts = uniform_counts(problem.num_layers, problem.num_devices)
     last = problem.num_devices - 1
+    steps = [problem.decode_hop[device][device + 1] for device in range(last)]
+    if None in steps or problem.return_hop[last][0] is None:
+        return None
     best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
     for device, count in enumerate(counts):
         reached: dict[int, tuple[int, tuple[int, ...]]] = {}

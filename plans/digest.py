@@ -11,7 +11,7 @@ import xxhash
 from plans.errors import IntegrityError, MachineError
 from plans.files import open_regular
 
-BUFFER_BYTES = 4 << 20
+BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def read_into(fd: int, buffer: memoryview, *, offset: int, where: object) -> int
 
 
 def scan(fd: int, *, take: Callable[[memoryview], None], where: object) -> int:
-    """Hand the whole file to `take` in buffers of 4 MiB and return its size; errors as `read_into`."""
+    """Hand the whole file to `take` in buffers of 1 MiB and return its size; errors as `read_into`."""
     buffer = memoryview(bytearray(BUFFER_BYTES))
     offset = 0
     while count := read_into(fd, buffer, offset=offset, where=where):
