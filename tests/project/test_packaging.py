@@ -26,7 +26,8 @@ def clean_bin(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, with_pip=False)
     site = next((folder / "lib").glob("python3*")) / "site-packages"
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet"]
+    # Without --ignore-installed pip would first remove the copy that these tests run from.
+    install = [sys.executable, "-m", "pip", "install", "--ignore-installed", "--no-deps", "--no-index", "--quiet"]
     subprocess.run([*install, "--prefix", str(folder), str(wheel)], check=True, timeout=300)
     libraries = Path(pytest.__file__).parents[1]
     (site / "libraries.pth").write_text(f"{libraries}\n", encoding="utf-8")
