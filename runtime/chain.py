@@ -112,11 +112,12 @@ def build_chain(
         load_units(chain, spec, tensors, dtype=dtype, device=device)
     rebuild_buffers(chain, dtype=dtype, device=devices[0], has_embedding=True)
     check_filled(chain)
-    _install_hops(chain)
+    install_hops(chain)
     return chain
 
 
-def _install_hops(chain: Chain) -> None:
+def install_hops(chain: Chain) -> None:
+    """Hook the stages that do not live on the first stage's device, or get their input from another one."""
     if chain.is_on_one_device:
         return
     main = chain.stage_devices[0]

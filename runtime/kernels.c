@@ -29,6 +29,12 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
+/* Keep a loaded value in its register: the compiler would rather load it again for every use. */
+#if defined(__x86_64__)
+#define KEEP(value) __asm__("" : "+x"(value))
+#else
+#define KEEP(value) (void)0
+#endif
 #define ALIGNED(count) (((size_t)(count) + 15) / 16 * 16)
 #if defined(__clang__) || __GNUC__ >= 12
 #define MIX(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
@@ -43,7 +49,8 @@ typedef words words_at __attribute__((aligned(1), may_alias));
 typedef float quad __attribute__((vector_size(16)));
 
 enum { F32, F16, BF16 };
-enum { BLOCK = 2 * LANES, PANEL = 32, MAX_ROWS = 16, MAX_HEAD = 256, CHUNK_FLOATS = 4096 };
+enum { BLOCK = 2 * LANES, PANEL = 32, MAX_ROWS = 16, MAX_HEAD = 256, CHUNK_FLOATS = 4096,
+       STREAM_ROWS = 2, AHEAD_BYTES = 1024, AHEAD_ROWS = 4 };
 
 /* ---- What Python hands over: 8-byte fields only, mirrored in native.py. ---- */
 
@@ -169,27 +176,27 @@ INLINE float exponential(float x) {
 }
 
 /* ---- Activations: fp32, in the order in which the products read them. ----
- * A row is cut into chunks small enough that one chunk of all rows stays in the L1 cache; the chunks of all rows lie
- * next to each other. A 32-bit word of two-byte weights yields an even and an odd element, so that each whole block
- * of 2 LANES activations holds its even elements first. */
+ * Beyond STREAM_ROWS rows, a row is cut into chunks so short that one chunk of all rows stays in the L1 cache; the
+ * chunks of all rows lie next to each other. A 32-bit word of two-byte weights yields an even and an odd element, so
+ * that each whole block of 2 LANES activations holds its even elements first. */
 
 typedef struct {
-    size_t rows, columns, chunk; /* chunk: columns per chunk, a power of two */
-    int shift, is_paired;
+    size_t rows, columns, chunk; /* chunk: columns per chunk */
+    int is_paired;
 } Order;
 
 INLINE Order order_of(int dtype, size_t rows, size_t columns) {
-    Order order = {rows, columns, CHUNK_FLOATS, 0, dtype != F32};
+    size_t num_chunks = rows <= STREAM_ROWS ? 1 : (rows * columns + CHUNK_FLOATS - 1) / CHUNK_FLOATS;
+    size_t chunk = (columns + num_chunks - 1) / num_chunks;
+    Order order = {rows, columns, (chunk + BLOCK - 1) / BLOCK * BLOCK, dtype != F32};
 #if defined(__F16C__)
     order.is_paired = dtype == BF16; /* the processor widens fp16 in order */
 #endif
-    while (order.chunk * rows > CHUNK_FLOATS && order.chunk > MAX_HEAD) order.chunk /= 2;
-    order.shift = __builtin_ctzll(order.chunk);
     return order;
 }
 
 INLINE size_t floats_in(Order order) {
-    return ((order.columns + order.chunk - 1) >> order.shift) * order.chunk * order.rows;
+    return (order.columns + order.chunk - 1) / order.chunk * order.chunk * order.rows;
 }
 
 /* Where element i of a row comes within the row. */
@@ -199,8 +206,8 @@ INLINE size_t place(const Order *order, size_t i) {
 }
 
 INLINE size_t offset_of(const Order *order, size_t row, size_t i) {
-    size_t at = place(order, i);
-    return ((at >> order->shift) * order->rows + row) * order->chunk + (at & (order->chunk - 1));
+    uint32_t at = (uint32_t)place(order, i), chunk = (uint32_t)order->chunk;
+    return (at / chunk * order->rows + row) * chunk + at % chunk;
 }
 
 /* Put elements first .. first + count - 1 of a row where the products expect them. */
@@ -220,67 +227,78 @@ static void arrange(const Order *order, size_t row, size_t first, size_t count, 
 
 /* ---- Products: a panel of up to PANEL weight rows with all activation rows. ---- */
 
+#if defined(__F16C__)
+INLINE floats widen_half(const char *at) {
+#if LANES == 16
+    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
+#else
+    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
+#endif
+}
+#endif
+
 INLINE floats half_to_floats(words half) {
     words magnitude = (half & 0x7fff) << 13;
     words bits = (words)((floats)magnitude * 0x1p112f) | (half & 0x8000) << 16;
     return (floats)(bits | ((words)(magnitude >= 0x0f800000) & 0x7f800000));
 }
 
-/* Widen the BLOCK weights from column k on, to match the order of `place`. */
-INLINE void read_block(int dtype, const char *row, size_t k, floats *first, floats *second) {
+/* Widen LANES of the BLOCK weights from column k on, to match the order of `place`. */
+INLINE floats read_half_block(int dtype, const char *row, size_t k, int half) {
     const char *at = row + k * size_of(dtype);
-    if (dtype == F32) {
-        *first = *(const floats_at *)at;
-        *second = *(const floats_at *)(at + 4 * LANES);
-        return;
-    }
+    if (dtype == F32) return *(const floats_at *)(at + 4 * LANES * half);
 #if defined(__F16C__)
-    if (dtype == F16) {
-#if LANES == 16
-        *first = (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
-        *second = (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(at + 32)));
-#else
-        *first = (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
-        *second = (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at + 16)));
-#endif
-        return;
-    }
+    if (dtype == F16) return widen_half(at + 2 * LANES * half);
 #endif
     words pairs = *(const words_at *)at;
-    *first = dtype == BF16 ? (floats)(pairs << 16) : half_to_floats(pairs & 0xffff);
-    *second = dtype == BF16 ? (floats)(pairs & 0xffff0000) : half_to_floats(pairs >> 16);
+    if (dtype == BF16) return (floats)(half ? pairs & 0xffff0000 : pairs << 16);
+    return half_to_floats(half ? pairs >> 16 : pairs & 0xffff);
 }
 
-/* sums[n][m] += M weight rows times N activation rows over `width` columns; all sums stay in registers. */
-INLINE void tile(int dtype, int M, int N, const char *w, size_t pitch, const float *x, size_t chunk, size_t width,
-                 floats *sums, int is_first) {
-    floats sum[4][4], first[4], second[4];
+/* sums[n][m] += M weight rows times N activation rows over `width` columns. Few independent sums are split into several
+ * `ways`, to hide the latency of a multiply-add. Weights `ahead` bytes further on are fetched meanwhile (0: none): the
+ * processor's own prefetchers stop at every page. */
+INLINE void tile(int dtype, int M, int N, const char *w, size_t pitch, int is_fetching, ptrdiff_t ahead, const float *x,
+                 size_t chunk, size_t width, floats *sums, int is_first) {
+    const int ways = M * N == 1 ? 8 : M * N == 2 ? 4 : 1, blocks = ways > 2 ? ways / 2 : 1;
+    floats sum[5][2][8], weights[2];
     UNROLL for (int n = 0; n < N; n++)
-        UNROLL for (int m = 0; m < M; m++) sum[n][m] = is_first ? (floats){0} : sums[n * PANEL + m];
-    for (size_t k = 0; k < width; k += BLOCK) {
-        UNROLL for (int m = 0; m < M; m++) read_block(dtype, w + m * pitch, k, &first[m], &second[m]);
-        UNROLL for (int n = 0; n < N; n++) {
-            floats low = *(const floats_at *)(x + n * chunk + k);
-            floats high = *(const floats_at *)(x + n * chunk + k + LANES);
-            UNROLL for (int m = 0; m < M; m++) sum[n][m] += first[m] * low;
-            UNROLL for (int m = 0; m < M; m++) sum[n][m] += second[m] * high;
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int i = 0; i < ways; i++) sum[n][m][i] = is_first || i ? (floats){0} : sums[n * PANEL + m];
+    for (size_t k = 0; k < width; k += blocks * BLOCK)
+        UNROLL for (int half = 0; half < 2 * blocks; half++) {
+            size_t at = k + half / 2 * BLOCK;
+            if (blocks > 1 && half % 2 == 0 && at >= width) break;
+            UNROLL for (int m = 0; m < M; m++) {
+                if (is_fetching && half % 2 == 0) __builtin_prefetch(w + m * pitch + at * size_of(dtype) + ahead);
+                weights[m] = read_half_block(dtype, w + m * pitch, at, half % 2);
+                KEEP(weights[m]);
+            }
+            UNROLL for (int n = 0; n < N; n++) {
+                floats values = *(const floats_at *)(x + n * chunk + at + half % 2 * LANES);
+                KEEP(values);
+                UNROLL for (int m = 0; m < M; m++) sum[n][m][half % ways] += weights[m] * values;
+            }
         }
+    UNROLL for (int n = 0; n < N; n++)
+        UNROLL for (int m = 0; m < M; m++) {
+            UNROLL for (int i = 1; i < ways; i++) sum[n][m][0] += sum[n][m][i];
+            sums[n * PANEL + m] = sum[n][m][0];
+        }
+}
+
+/* Two weight rows with three or more activation rows, in groups that just fit the processor's registers. */
+INLINE void multiply_pair(int dtype, const char *w, size_t pitch, ptrdiff_t ahead, const float *x, size_t chunk,
+                          size_t width, int rows, floats *sums, int is_first) {
+    int groups = (rows + 4) / 5, is_fetching = 1;
+    for (; groups > 0; groups--, is_fetching = 0) {
+        int N = (rows + groups - 1) / groups;
+#define CASE(n, fetches) \
+    case n + 8 * fetches: tile(dtype, 2, n, w, pitch, fetches, ahead, x, chunk, width, sums, is_first); break
+        switch (N + 8 * is_fetching) { CASE(3, 1); CASE(4, 1); CASE(5, 1); CASE(3, 0); CASE(4, 0); CASE(5, 0); }
+#undef CASE
+        rows -= N, x += N * chunk, sums += N * PANEL;
     }
-    UNROLL for (int n = 0; n < N; n++)
-        UNROLL for (int m = 0; m < M; m++) sums[n * PANEL + m] = sum[n][m];
-}
-
-/* Four weight rows with one chunk of all activation rows, in the tiles that keep the multipliers busiest. */
-INLINE void strip(int dtype, const char *w, size_t pitch, const float *x, size_t chunk, size_t width, int rows,
-                  floats *sums, int is_first) {
-    int n = 0;
-    for (; n + 2 < rows; n += 4, x += 4 * chunk, sums += 4 * PANEL)
-        for (int m = 0; m < 4; m += 2) {
-            if (n + 4 <= rows) tile(dtype, 2, 4, w + m * pitch, pitch, x, chunk, width, sums + m, is_first);
-            else tile(dtype, 2, 3, w + m * pitch, pitch, x, chunk, width, sums + m, is_first);
-        }
-    if (rows - n == 2) tile(dtype, 4, 2, w, pitch, x, chunk, width, sums, is_first);
-    if (rows - n == 1) tile(dtype, 4, 1, w, pitch, x, chunk, width, sums, is_first);
 }
 
 /* Fold each of four vectors to its total. */
@@ -304,36 +322,45 @@ INLINE float rest_of_row(int dtype, const char *row, const Order *order, const f
     return sum;
 }
 
-INLINE void panel_of(int dtype, const char *w, Order order, int count, const float *x, float *out) {
+INLINE void panel_of(int dtype, const char *w, const Order *order, int count, const float *x, float *out) {
     floats sums[MAX_ROWS * PANEL];
-    size_t pitch = order.columns * size_of(dtype), whole = order.columns / BLOCK * BLOCK;
-    int rows = (int)order.rows;
+    size_t pitch = order->columns * size_of(dtype), whole = order->columns / BLOCK * BLOCK, chunk = order->chunk;
+    int rows = (int)order->rows;
     if (whole == 0 || count % 4) memset(sums, 0, sizeof sums);
-    for (size_t k = 0; k < whole; k += order.chunk, x += order.rows * order.chunk) {
-        size_t width = whole - k < order.chunk ? whole - k : order.chunk;
-        const char *at = w + k * size_of(dtype);
-        int m = 0;
-        for (; m + 4 <= count; m += 4) strip(dtype, at + m * pitch, pitch, x, order.chunk, width, rows, sums + m, k == 0);
-        for (; m < count; m++)
-            for (int n = 0; n < rows; n++)
-                tile(dtype, 1, 1, at + m * pitch, pitch, x + n * order.chunk, order.chunk, width,
-                     sums + n * PANEL + m, k == 0);
+    for (size_t k = 0; k < whole; k += chunk) {
+        size_t width = whole - k < chunk ? whole - k : chunk;
+        const float *from = x + k * rows;
+        for (int m = 0; m < count;) {
+            const char *at = w + m * pitch + k * size_of(dtype);
+            /* The next chunk of the first rows comes after this chunk of the last rows. */
+            ptrdiff_t ahead = m + AHEAD_ROWS + 2 <= count ? AHEAD_ROWS * pitch
+                                                          : chunk * size_of(dtype) - (count - AHEAD_ROWS) * pitch;
+            if (rows == 1) tile(dtype, 1, 1, at, pitch, 1, AHEAD_BYTES, from, chunk, width, sums + m++, 1);
+            else if (rows == 2) tile(dtype, 1, 2, at, pitch, 1, AHEAD_BYTES, from, chunk, width, sums + m++, 1);
+            else if (m + 2 <= count) {
+                multiply_pair(dtype, at, pitch, ahead, from, chunk, width, rows, sums + m, k == 0);
+                m += 2;
+            } else {
+                for (int n = 0; n < rows; n++)
+                    tile(dtype, 1, 1, at, pitch, 0, 0, from + n * chunk, chunk, width, sums + n * PANEL + m, k == 0);
+                m++;
+            }
+        }
     }
-    x -= (whole + order.chunk - 1) / order.chunk * order.chunk * order.rows;
-    for (int n = 0; n < rows; n++)
+    for (int n = 0; n < (int)order->rows; n++)
         for (int m = 0; m < count; m += 4) {
             quad sum = totals(sums + n * PANEL + m);
-            for (int i = m; whole < order.columns && i < m + 4 && i < count; i++)
-                sum[i - m] += rest_of_row(dtype, w + i * pitch, &order, x, n);
+            for (int i = m; whole < order->columns && i < m + 4 && i < count; i++)
+                sum[i - m] += rest_of_row(dtype, w + i * pitch, order, x, n);
             memcpy(out + n * PANEL + m, &sum, sizeof sum);
         }
 }
 
 /* out[n][m] = weight row m . activation row n, for `count` <= PANEL rows of weights. */
 static void panel(int dtype, const void *w, const Order *order, int count, const float *x, float *out) {
-    if (dtype == F32) panel_of(F32, w, *order, count, x, out);
-    else if (dtype == BF16) panel_of(BF16, w, *order, count, x, out);
-    else panel_of(F16, w, *order, count, x, out);
+    if (dtype == F32) panel_of(F32, w, order, count, x, out);
+    else if (dtype == BF16) panel_of(BF16, w, order, count, x, out);
+    else panel_of(F16, w, order, count, x, out);
 }
 
 /* The same for rows `first` and on of a linear layer: bias added, rounded as the model stores it. */
@@ -496,13 +523,14 @@ static void soften(float *scores, int count, float scale, float *top, float *tot
 INLINE void mix(int dtype, int N, const char *values, size_t head_dim, int count, const float *weights, float *sums) {
     size_t i = 0, pitch = head_dim * size_of(dtype);
     for (; i + BLOCK <= head_dim; i += BLOCK) {
-        floats low[4], high[4], first, second;
+        floats low[4], high[4];
         UNROLL for (int n = 0; n < N; n++) {
             low[n] = *(const floats_at *)(sums + n * MAX_HEAD + i);
             high[n] = *(const floats_at *)(sums + n * MAX_HEAD + i + LANES);
         }
         for (int slot = 0; slot < count; slot++) {
-            read_block(dtype, values + slot * pitch, i, &first, &second);
+            floats first = read_half_block(dtype, values + slot * pitch, i, 0);
+            floats second = read_half_block(dtype, values + slot * pitch, i, 1);
             UNROLL for (int n = 0; n < N; n++) {
                 low[n] += weights[n * PANEL + slot] * first;
                 high[n] += weights[n * PANEL + slot] * second;

@@ -116,7 +116,7 @@ class Library:
         Raises:
             OSError: it cannot be loaded on this machine, or torch brings no OpenMP runtime.
         """
-        self._functions = ctypes.CDLL(str(path))
+        self._functions = ctypes.CDLL(str(path.resolve()))  # a bare name would be searched for elsewhere
         self._functions.workspace_floats.restype = _Int
         self._functions.workspace_floats.argtypes = (ctypes.POINTER(Shape), _Int, _Int)
         self._openmp = _torch_openmp()
