@@ -1,66 +1,100 @@
 """What the chain costs: 1, 2 and 4 stages in one process against the unsplit model's `generate()`.
 
+Every variant generates in a thread of its own and they take turns token by token, in random order: whatever else the
+machine does falls on all of them alike. One CPU thread each, since turns would make a second one spin.
+
 Run: python -m benchmarks chain
 """
 
-import itertools
+import random
+import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from benchmarks.measure import SHAPES, interleave, make_checkpoint
+from benchmarks.measure import SHAPES, make_checkpoint
 
 PROMPT_TOKENS = 64
-NEW_TOKENS = 48
-ROUNDS = 7
+NEW_TOKENS = 160
 
 
 def main() -> None:
     """Print milliseconds per token and the ratio to the unsplit model."""
     import torch
 
-    print(
-        f"chain against unsplit generate(): prompt {PROMPT_TOKENS}, {NEW_TOKENS} new tokens, greedy, median of {ROUNDS}"
-    )
+    torch.set_num_threads(1)
+    print(f"chain against unsplit generate(): prompt {PROMPT_TOKENS}, {NEW_TOKENS} greedy tokens, turns token by token")
     with tempfile.TemporaryDirectory() as temp:
-        for name, dtype in (("100M", "float32"), ("100M", "bfloat16")):
-            folder = make_checkpoint(SHAPES[name], Path(temp), dtype=dtype)
-            results = interleave(_variants(folder, SHAPES[name].num_hidden_layers), rounds=ROUNDS)
-            base = results["unsplit"]
-            for variant, seconds in results.items():
-                per_token = 1000 * seconds / NEW_TOKENS
-                threads = torch.get_num_threads()
-                print(
-                    f"  {name} {dtype:8} {threads} threads  {variant:9} {per_token:7.2f} ms/token  x{seconds / base:.3f}"
-                )
+        for dtype in ("float32", "bfloat16"):
+            folder = make_checkpoint(SHAPES["100M"], Path(temp), dtype=dtype)
+            results = take_turns(_variants(folder, SHAPES["100M"].num_hidden_layers))
+            for name, seconds in results.items():
+                ratio = seconds / results["unsplit"]
+                print(f"  100M {dtype:8}  {name:12} {1000 * seconds:7.2f} ms/token  x{ratio:.3f}")
 
 
-def _variants(folder: Path, num_layers: int) -> dict[str, Callable[[], float]]:
+def _variants(folder: Path, num_layers: int) -> dict[str, Any]:
     from runtime.loading import load
     from runtime.parity import load_unsplit
     from runtime.ranges import StageRange
 
-    unsplit = load_unsplit(folder, dtype=load(folder).dtype)
-    variants = {"unsplit": _generation(unsplit)}
+    variants: dict[str, Any] = {}
     for num_stages in (1, 2, 4):
         edges = [num_layers * k // num_stages for k in range(num_stages + 1)]
         stages = [
             StageRange("cpu", start, end, has_embedding=start == 0, has_head=end == num_layers)
-            for start, end in itertools.pairwise(edges)
+            for start, end in pairwise(edges)
         ]
-        variants[f"{num_stages} stages"] = _generation(load(folder, stages=stages))
-    return variants
+        variants[f"{num_stages} stages"] = load(folder, stages=stages)
+    dtype = variants["1 stages"].dtype
+    # The unsplit model twice: how far its second copy is from 1.0 says what a ratio means on this machine.
+    return {"unsplit": load_unsplit(folder, dtype=dtype), "unsplit again": load_unsplit(folder, dtype=dtype)} | variants
 
 
-def _generation(model: object) -> Callable[[], float]:
+class _Turn:
+    """A streamer that hands over after every token."""
+
+    def __init__(self) -> None:
+        self.may_go, self.is_done = threading.Semaphore(0), threading.Semaphore(0)
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def put(self, _tokens: object) -> None:
+        self.seconds.append(time.thread_time() - self._started)
+        self.is_done.release()
+        self.may_go.acquire()
+        self._started = time.thread_time()
+
+    def end(self) -> None:
+        self.is_done.release()
+
+
+def take_turns(models: Mapping[str, Any]) -> dict[str, float]:
+    """Return the median processor seconds per token of every model's `generate()`."""
     import torch
 
     ids = torch.arange(PROMPT_TOKENS)[None] % 1000
-
-    def run() -> float:
-        started = time.perf_counter()
-        model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=0)
-        return time.perf_counter() - started
-
-    return run
+    settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+    turns = {name: _Turn() for name in models}
+    threads = [
+        threading.Thread(target=lambda m=model, t=turns[name]: m.generate(ids, streamer=t, **settings))
+        for name, model in models.items()
+    ]
+    for thread, turn in zip(threads, turns.values(), strict=True):
+        thread.start()  # up to the prompt, which is streamed first
+        turn.is_done.acquire()
+    order = list(turns.values())
+    for _ in range(NEW_TOKENS):
+        random.shuffle(order)
+        for turn in order:
+            turn.may_go.release()
+            turn.is_done.acquire()
+    for thread, turn in zip(threads, turns.values(), strict=True):
+        turn.may_go.release()
+        thread.join()
+    # The first two turns hold the start and the prefill.
+    return {name: statistics.median(turn.seconds[2:]) for name, turn in turns.items()}

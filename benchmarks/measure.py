@@ -38,7 +38,9 @@ def make_checkpoint(shape: Shape, folder: Path, *, dtype: str, seed: int = 0) ->
     """Write a random Llama of the given shape with transformers and return its folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = LlamaConfig(
         num_hidden_layers=shape.num_hidden_layers,
