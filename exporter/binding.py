@@ -12,7 +12,8 @@ from plans.profile import ModelProfile, ShardIdentity, UnitProfile
 from plans.safetensors_header import DTYPE_BYTES
 from plans.sizes import format_bytes
 
-Warn = Callable[[str], None]
+Say = Callable[[str], None]
+"""Told one sentence for a person."""
 
 _SAME_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -20,7 +21,7 @@ _SAME_FIELDS = (
 )  # fmt: skip
 
 
-def bind(plan: Plan, *, checkpoint: Checkpoint, warn: Warn) -> Plan:
+def bind(plan: Plan, *, checkpoint: Checkpoint, warn: Say) -> Plan:
     """Check that `plan` was made for the tensors of `checkpoint` and return it, completed by the real headers.
 
     Another revision of the same shape is fine and only warned about; a plan made from a bare configuration gains the
@@ -84,7 +85,7 @@ def _completed(plan: Plan, checkpoint: Checkpoint) -> Plan:
     return plan.model_copy(update={"profile": plan.profile.model_copy(update={"model": model})})
 
 
-def _warn_about_revision(profile: ModelProfile, checkpoint: Checkpoint, warn: Warn) -> None:
+def _warn_about_revision(profile: ModelProfile, checkpoint: Checkpoint, warn: Say) -> None:
     planned, found = profile.model.config_sha256, checkpoint.config.sha256
     if planned != found:
         warn(
@@ -101,7 +102,7 @@ def _warn_about_revision(profile: ModelProfile, checkpoint: Checkpoint, warn: Wa
             return
 
 
-def choose_dtype(requested: str | None, *, plan: Plan, checkpoint: Checkpoint, warn: Warn) -> str | None:
+def choose_dtype(requested: str | None, *, plan: Plan, checkpoint: Checkpoint, warn: Say) -> str | None:
     """Return the dtype to convert the weights to, or None to keep every byte.
 
     Without a request the weights stay as stored, unless the plan was solved for a dtype of its own.

@@ -23,8 +23,19 @@ def convert_chunk(data: memoryview, *, source: str, target: str) -> memoryview:
         target: wanted dtype: F32, F16 or BF16. Values out of range become infinite, as torch rounds them.
 
     Example:
-        >>> bytes(convert_chunk(memoryview(bytearray(b"\\x00\\x00\\x80\\x3f")), source="F32", target="BF16")).hex()
+        >>> bytes(convert_chunk(memoryview(bytearray(b"\x00\x00\x80\x3f")), source="F32", target="BF16")).hex()
         '803f'
     """
-    values = torch.frombuffer(data, dtype=_TORCH_DTYPES[source]).to(_TORCH_DTYPES[target])
-    return memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return memoryview(_converted(data, source, target).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def count_overflows(data: memoryview, *, source: str, target: str) -> int:
+    """Return how many finite elements of `data` become infinite in the dtype `target`."""
+    values = torch.frombuffer(data, dtype=_TORCH_DTYPES[source])
+    if torch.finfo(values.dtype).max <= torch.finfo(_TORCH_DTYPES[target]).max:
+        return 0
+    return int((_converted(data, source, target).isinf() & ~values.isinf()).sum())
+
+
+def _converted(data: memoryview, source: str, target: str) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=_TORCH_DTYPES[source]).to(_TORCH_DTYPES[target])

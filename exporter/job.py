@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from exporter.binding import Say
 from exporter.layout import Layout, StageLayout
 from exporter.root_files import RootFiles
 from exporter.sources import Sources
@@ -34,10 +35,16 @@ class Job:
     staging: Staging
     workers: Workers
     progress: Progress
+    warn: Say
+    note: Say
 
     def run(self, plan: Plan, *, checkpoint: Checkpoint, root: RootFiles) -> Manifest:
         """Fill the staging folder, manifest last, and return the manifest."""
         whole = self._whole_files()
+        if whole:
+            self.note(
+                f"kept {len(whole)} of {len(self.layout.stages)} stage files that an interrupted run had finished"
+            )
         self.staging.target.check_space(self._missing_bytes(whole) + root.size_bytes)
         shards = {shard.name: self._hash_source(shard.name) for shard in checkpoint.shards}
         files = [self._entry(stage.name, digest) for stage, digest in self._stages(whole)]
@@ -93,6 +100,7 @@ class Job:
         try:
             sink = Sink(fd, self.staging.shown(stage.name), self.workers.digest)
             digest = stream_stage(stage, sources=self.sources, sink=sink, advance=advance)
+            self._warn_about_overflows(sink)
         except BaseException:
             if fd is not None:
                 os.close(fd)
@@ -104,6 +112,13 @@ class Job:
             if len(flushing) > MAX_UNFLUSHED:
                 flushing.pop(0).result()
         return digest
+
+    def _warn_about_overflows(self, sink: Sink) -> None:
+        if sink.num_overflows:
+            name, count = next(iter(sink.num_overflows.items()))
+            others = len(sink.num_overflows) - 1
+            more = f", and values of {others} more tensors" if others else ""
+            self.warn(f"{count} values of {name}{more} are too large for {self.layout.dtype} and became infinite")
 
     def _flush(self, fd: int, name: str, digest: FileDigest) -> None:
         try:

@@ -27,7 +27,7 @@ def _common_limits(plan: Plan, engine: str) -> list[str]:
 
 
 def _pipeline_limits(plan: Plan) -> list[str]:
-    """Engines with one GPU per rank: no CPU stages, ranks host by host, the same number on each."""
+    """Engines with one GPU per rank: no CPU stages, ranks host by host."""
     limits = [
         f"stage {i} is planned for {stage.device} ({kind_of(plan, stage)}); every rank of this engine is a GPU"
         for i, stage in enumerate(plan.stages)
@@ -43,21 +43,23 @@ def _pipeline_limits(plan: Plan) -> list[str]:
 
 def _host_limits(plan: Plan) -> list[str]:
     hosts = hosts_of(plan)
-    limits = []
     if [i for host in hosts for i in host.stages] != list(range(len(plan.stages))):
-        limits.append("the chain leaves a host and comes back to it; ranks are numbered host by host")
-    if len({len(host.stages) for host in hosts}) > 1:
-        numbers = ", ".join(f"{host.name} {len(host.stages)}" for host in hosts)
-        limits.append(f"hosts hold different numbers of stages ({numbers}); the engine expects the same on each")
-    return limits
+        return ["the chain leaves a host and comes back to it; ranks are numbered host by host"]
+    return []
+
+
+def _equal_hosts_limits(plan: Plan) -> list[str]:
+    hosts = hosts_of(plan)
+    if len({len(host.stages) for host in hosts}) == 1:
+        return []
+    numbers = ", ".join(f"{host.name} {len(host.stages)}" for host in hosts)
+    return [f"hosts hold different numbers of stages ({numbers}); the engine expects the same on each"]
 
 
 def _vllm_limits(plan: Plan) -> list[str]:
     limits = _pipeline_limits(plan)
-    if len(hosts_of(plan)) > 1:
-        limits.append(
-            "Ray puts the host that runs 'vllm serve' first and orders the others by address, not by the plan"
-        )
+    if len(hosts_of(plan)) > 2:
+        limits.append("Ray puts the host that runs 'vllm serve' first and orders the others itself, not by the plan")
     return limits + _share_limits(plan)
 
 
@@ -69,26 +71,29 @@ def _share_limits(plan: Plan) -> list[str]:
 
 
 def _sglang_limits(plan: Plan) -> list[str]:
-    return _pipeline_limits(plan) + _share_limits(plan)
+    return _pipeline_limits(plan) + _equal_hosts_limits(plan) + _share_limits(plan)
 
 
 def _tensorrt_limits(plan: Plan) -> list[str]:
-    limits = _pipeline_limits(plan) + _share_limits(plan)
+    limits = _pipeline_limits(plan) + _equal_hosts_limits(plan) + _share_limits(plan)
     if plan.workload.dtype == "fp32":
         limits.append("fp32 weights are planned; TensorRT-LLM's kernels are made for bf16 and fp16")
     return limits
 
 
-def _one_host_limits(plan: Plan) -> list[str]:
+def _require_one_host(plan: Plan) -> None:
     hosts = hosts_of(plan)
-    if len(hosts) == 1:
-        return []
-    names = ", ".join(host.name for host in hosts)
-    return [f"the plan spans {len(hosts)} hosts ({names}); this engine places layers on one machine only"]
+    if len(hosts) > 1:
+        names = ", ".join(host.name for host in hosts)
+        raise UsageError(
+            f"the plan spans {len(hosts)} hosts ({names}); this engine places layers on one machine only",
+            expected="vllm, sglang, tensorrt-llm or torchrun for several hosts",
+        )
 
 
 def _map_limits(plan: Plan) -> list[str]:
-    limits = _one_host_limits(plan)
+    _require_one_host(plan)
+    limits = []
     kinds = [kind_of(plan, stage) for stage in plan.stages]
     if "cpu" in kinds and set(kinds) != {"cpu"}:
         stages = [i for i, kind in enumerate(kinds) if kind == "cpu"]
@@ -100,6 +105,7 @@ def _map_limits(plan: Plan) -> list[str]:
 
 
 def _llama_cpp_limits(plan: Plan) -> list[str]:
+    _require_one_host(plan)
     kinds = [kind_of(plan, stage) for stage in plan.stages]
     on_cpu = [i for i, kind in enumerate(kinds) if kind == "cpu"]
     if len(on_cpu) > 1 or (on_cpu and on_cpu != [0]):
@@ -107,7 +113,7 @@ def _llama_cpp_limits(plan: Plan) -> list[str]:
             f"llama.cpp puts the first layers on the CPU and the rest on GPUs; here the CPU holds stages {on_cpu}",
             hint="fix an order in which one CPU stage comes first, and solve again",
         )
-    limits = _one_host_limits(plan)
+    limits = []
     if kinds[0] != "cpu":
         limits.append("the embedding is planned for a GPU; llama.cpp keeps it on the CPU")
     if kinds[-1] == "cpu" and len(kinds) == 1:
@@ -116,10 +122,7 @@ def _llama_cpp_limits(plan: Plan) -> list[str]:
 
 
 def _torchrun_limits(plan: Plan) -> list[str]:
-    hosts = hosts_of(plan)
-    if [i for host in hosts for i in host.stages] != list(range(len(plan.stages))):
-        return ["the chain leaves a host and comes back to it; torchrun numbers ranks host by host"]
-    return []
+    return _host_limits(plan)
 
 
 _LIMITS: Mapping[str, Callable[[Plan], list[str]]] = {

@@ -14,7 +14,7 @@ from typing import Self
 
 import xxhash
 
-from exporter.binding import Warn
+from exporter.binding import Say
 from exporter.journal import Journal, Record
 from exporter.owner import Owner, try_lock
 from exporter.syscalls import (
@@ -45,10 +45,10 @@ class Staging:
     folder_fd: int
     files_fd: int
     journal: Journal
-    warn: Warn
+    warn: Say
 
     @classmethod
-    def begin(cls, target: Target, *, key: str, force: bool, warn: Warn) -> Self:
+    def begin(cls, target: Target, *, key: str, force: bool, warn: Say) -> Self:
         """Create the staging folder, or take over what a dead run to the same target left.
 
         Args:
@@ -74,7 +74,7 @@ class Staging:
             raise
 
     @classmethod
-    def _open(cls, target: Target, name: str, *, key: str, warn: Warn) -> Self:
+    def _open(cls, target: Target, name: str, *, key: str, warn: Say) -> Self:
         folder_fd = open_folder(name, dir_fd=target.parent_fd, shown=target.parent / name)
         try_lock(folder_fd)
         journal = Journal.open(folder_fd, key=key)
@@ -193,7 +193,7 @@ def _create(target: Target, owner: Owner) -> str:
     return name
 
 
-def _take_over(target: Target, owner: Owner, *, warn: Warn) -> str | None:
+def _take_over(target: Target, owner: Owner, *, warn: Say) -> str | None:
     """Rename one dead run's folder to ours and remove the others; the rename decides who gets it."""
     taken = None
     for name in list_folder(target.parent_fd, shown=target.parent):

@@ -13,7 +13,7 @@ from exporter.syscalls import start_writeback, write_all
 from plans.digest import BUFFER_BYTES, FileDigest, RunningDigest
 from plans.safetensors_header import DTYPE_BYTES
 
-NUM_BUFFERS = 4
+NUM_BUFFERS = 8
 WRITEBACK_BYTES = 32 << 20
 Advance = Callable[[int], None]
 
@@ -26,6 +26,8 @@ class Sink:
     shown: object
     pool: ThreadPoolExecutor
     digest: RunningDigest = field(default_factory=RunningDigest)
+    num_overflows: dict[str, int] = field(default_factory=dict)
+    """Tensor name -> finite values that became infinite by a change of dtype."""
     _ring: list[memoryview] = field(
         default_factory=lambda: [memoryview(bytearray(BUFFER_BYTES)) for _ in range(NUM_BUFFERS)]
     )
@@ -121,7 +123,7 @@ def _copy(piece: Piece, *, sources: Sources, sink: Sink, advance: Advance) -> No
 
 
 def _convert(piece: Piece, *, sources: Sources, sink: Sink, advance: Advance) -> None:
-    from exporter.convert import convert_chunk  # imports torch
+    from exporter.convert import convert_chunk, count_overflows  # imports torch
 
     entry = piece.source.entry
     width = DTYPE_BYTES[entry.dtype]
@@ -131,6 +133,9 @@ def _convert(piece: Piece, *, sources: Sources, sink: Sink, advance: Advance) ->
         count = min(len(scratch) // width * width, entry.end - offset)
         sources.read(piece.source.file, buffer=scratch[:count], offset=offset)
         data = convert_chunk(scratch[:count], source=entry.dtype, target=piece.dtype)
+        overflows = count_overflows(scratch[:count], source=entry.dtype, target=piece.dtype)
+        if overflows:
+            sink.num_overflows[piece.name] = sink.num_overflows.get(piece.name, 0) + overflows
         sink.put(data)
         advance(len(data))
         offset += count

@@ -3,6 +3,7 @@
 Everything happens relative to a descriptor of the parent folder, so that a path swapped meanwhile changes nothing.
 """
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable
@@ -98,7 +99,7 @@ class Target:
         if not force:
             what = f"is {found}" if found == "a file" else f"already holds {found}"
             raise MachineError(what, where=self.path, hint="choose another folder or give --force", code="E-EXISTS")
-        if Path.cwd().is_relative_to(self.path) or Path.home().is_relative_to(self.path):
+        if any(folder.is_relative_to(self.path) for folder in _cherished()):
             raise MachineError("is your home or current folder and is never replaced", where=self.path, code="E-EXISTS")
         return found
 
@@ -139,6 +140,15 @@ class Target:
             return list_folder(fd, shown=self.path)
         finally:
             os.close(fd)
+
+
+def _cherished() -> list[Path]:
+    """The current and the home folder, as far as there are any."""
+    found = []
+    for find in (Path.cwd, Path.home):
+        with contextlib.suppress(OSError, RuntimeError):
+            found.append(find().resolve())
+    return found
 
 
 def _split(output: Path) -> tuple[Path, str]:

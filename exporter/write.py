@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from exporter.binding import Warn, bind, choose_dtype
+from exporter.binding import Say, bind, choose_dtype
 from exporter.job import Job, Progress
 from exporter.layout import Layout, lay_out
 from exporter.root_files import RootFiles, collect
@@ -32,7 +32,8 @@ def export(
     stages: Collection[int] | None = None,
     force: bool = False,
     progress: Progress = _ignore,
-    warn: Warn = _ignore,
+    warn: Say = _ignore,
+    note: Say = _ignore,
 ) -> Manifest:
     """Write the export of `plan`: one safetensors file per stage in a folder that is itself a checkpoint.
 
@@ -44,7 +45,8 @@ def export(
         stages: zero-based stages to write (what one host needs); None for all. The export id is the same.
         force: replace what is at `output`; the old content is kept until the new one is complete.
         progress: called now and then with (bytes done, bytes in all).
-        warn: called with one sentence per thing worth knowing.
+        warn: called with one sentence per thing that may be wrong.
+        note: called with one sentence per thing worth knowing.
 
     Returns:
         The manifest that was written.
@@ -72,9 +74,11 @@ def export(
     with Target.open(output, sources=files) as target, Sources.of(directory, shards=checkpoint.shards) as sources:
         key = job_key(bound, layout=layout, root=root, sources=sources)
         with Staging.begin(target, key=key, force=force, warn=warn) as staging, start_workers() as workers:
-            job = Job(layout, chosen, sources, staging, workers, progress)
+            job = Job(layout, chosen, sources, staging, workers, progress, warn, note)
             manifest = job.run(bound, checkpoint=checkpoint, root=root)
             staging.publish(force=force)
+    if layout.has_copied_head:
+        note("the tied embedding table is in the first file and, as lm_head.weight, in the last")
     return manifest
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from planner import cli_export, cli_solve, options
+from planner import cli_compare, cli_export, cli_solve, options
 from plans.console import Output, run_command
 from plans.errors import UsageError
 
@@ -139,6 +139,7 @@ def _write(path: Path, text: str, *, beside: Path | None) -> None:
 
 
 cli_solve.register(app)
+cli_compare.register(app)
 cli_export.register(app)
 
 if __name__ == "__main__":

@@ -75,13 +75,12 @@ def export_command(
             force=force,
             progress=progress,
             warn=screen.warn,
+            note=screen.note,
         )
     for line in stage_lines(manifest, stages):
         screen.show(line)
     screen.show(f"export id {manifest.export_id}")
     screen.data(manifest.model_dump(mode="json"))
-    if checked.profile.tied and len(manifest.stages) > 1:
-        screen.note("the tied embedding table is in the first file and, as lm_head.weight, in the last")
     if stages is None:
         screen.next_step(f"llamarun generate {shown(output)} -p 'Once upon a time'")
     else:

@@ -125,10 +125,12 @@ def _what(case: Case, shortage: Shortage | None) -> str:
         return "no device offers any memory"
     if case.strategy == "uniform" and problem.num_devices > problem.num_layers + 2 - (problem.num_layers > 1):
         return f"{problem.num_layers} layers cannot be spread evenly over {problem.num_devices} devices"
-    if shortage is None and case.fits(_all_connected(problem)):
-        return "the devices have the memory, but no chain of links connects them"
-    needed, offered = _least_bytes(problem), sum(max(d.limit_bytes, 0) for d in problem.devices if not d.rule.is_banned)
-    total = f"the model needs at least {format_bytes(needed)} in all, the devices offer {format_bytes(offered)}"
+    missing = _missing_link(problem)
+    if missing is not None and case.fits(_all_connected(problem)):
+        return f"the devices have the memory, but no chain of links connects enough of them; there is no way {missing}"
+    usable = [d.limit_bytes - d.overhead_bytes for d in problem.devices if not d.rule.is_banned]
+    needed, offered = format_bytes(_least_bytes(problem)), format_bytes(sum(max(size, 0) for size in usable))
+    total = f"weights and cache are {needed} in all, the devices offer {offered} beside their overhead"
     if shortage is None:
         return f"no plan exists under these demands; {total}"
     device = problem.devices[shortage.device]
@@ -155,6 +157,14 @@ def _unit_that_fits_nowhere(problem: Problem) -> str:
         if size > room:
             return f"; {name} alone needs {format_bytes(size)} and no device has more than {format_bytes(max(room, 0))}"
     return ""
+
+
+def _missing_link(problem: Problem) -> str | None:
+    for a, row in enumerate(problem.decode_hop):
+        for b, hop in enumerate(row):
+            if a != b and (hop is None or problem.return_hop[a][b] is None):
+                return f"from {problem.devices[a].name} to {problem.devices[b].name}"
+    return None
 
 
 def _all_connected(problem: Problem) -> Problem:

@@ -23,8 +23,8 @@ def quick_plan(problem: Problem, goal: Goal) -> tuple[Assignment, Fraction] | No
     best: tuple[Assignment, Fraction] | None = None
     for order in _orders(problem):
         lined_up = reordered(problem, order)
-        kind = "share" if goal.kind == "share" else "time"
-        found = certify(lined_up, Goal(kind, "latency"), time_limit=deadline - time.monotonic())
+        wanted = Goal("share" if goal.kind == "share" else "time", "latency")
+        found = certify(lined_up, wanted, time_limit=deadline - time.monotonic())
         if found is None or found.assignment is None:
             continue
         chain = tuple(StageChoice(order[s.device], s.start, s.end) for s in found.assignment)

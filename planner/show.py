@@ -50,7 +50,7 @@ def stage_table(plan: Plan) -> "Table":
             format_bytes(stage.total_bytes),
             format_bytes(stage.budget_bytes),
             f"{stage.total_bytes / stage.budget_bytes:.1%}",
-            milliseconds(stage.decode_seconds),
+            duration(stage.decode_seconds),
         )
     return table
 
@@ -99,7 +99,7 @@ def summary_lines(plan: Plan) -> Iterator[str]:
     if plan.trade_off is not None:
         trade = plan.trade_off
         yield (
-            f"mixed gives up {trade.time_given_up:.1%} of time (best alone {milliseconds(trade.best_time_seconds)}) "
+            f"mixed gives up {trade.time_given_up:.1%} of time (best alone {duration(trade.best_time_seconds)}) "
             f"and {trade.memory_share_given_up:.1%} of memory share (best alone {trade.best_memory_share:.1%})"
         )
     yield proof_line(plan)
@@ -110,18 +110,18 @@ def summary_lines(plan: Plan) -> Iterator[str]:
 
 def chain_line(plan: Plan) -> str:
     """Return the devices in chain order with the time of every hop."""
-    parts = [f"{stage.device} -{milliseconds(stage.hop_seconds)}-> " for stage in plan.stages[:-1]]
+    parts = [f"{stage.device} -{duration(stage.hop_seconds)}-> " for stage in plan.stages[:-1]]
     parts.append(plan.stages[-1].device)
     if len(plan.stages) > 1:
-        parts.append(f" -{milliseconds(plan.prediction.return_hop_seconds)}-> back to {plan.stages[0].device}")
+        parts.append(f" -{duration(plan.prediction.return_hop_seconds)}-> back to {plan.stages[0].device}")
     return "chain: " + "".join(parts)
 
 
 def _time_lines(plan: Plan) -> Iterator[str]:
     predicted = plan.prediction
-    first = milliseconds(predicted.time_to_first_token_seconds)
+    first = duration(predicted.time_to_first_token_seconds)
     yield (
-        f"predicted: {milliseconds(predicted.seconds_per_token)} per token "
+        f"predicted: {duration(predicted.seconds_per_token)} per token "
         f"({predicted.tokens_per_second:.4g} tokens/s), {first} to the first token"
     )
     if plan.workload.requests_in_flight > 1:
@@ -139,9 +139,8 @@ def proof_line(plan: Plan) -> str:
     if proof.status == "given":
         return f"given by hand: {value}; checked, not optimised"
     if proof.status != "optimal":
-        return (
-            f"feasible, not proved: {value}, at least {objective_text(plan, proof.bound)} (gap {proof.gap:.2%}) by {by}"
-        )
+        least = objective_text(plan, proof.bound)
+        return f"feasible, not proved: {value}; {by} excludes less than {least} (gap {proof.gap:.2%})"
     again = f" and again by {proof.certified_by}" if proof.certified_by else "; no second method reaches this size"
     return f"optimal: {value}, proved by {by}{again}"
 
@@ -153,7 +152,7 @@ def objective_text(plan: Plan, value: float) -> str:
     if plan.strategy == "mixed":
         return f"weighted sum {value:.4f}"
     names = {"latency": "per token", "request": "per request", "throughput": "per step"}
-    return f"{milliseconds(value)} {names[plan.objective]}"
+    return f"{duration(value)} {names[plan.objective]}"
 
 
 def unused_devices(plan: Plan) -> list[str]:
@@ -162,7 +161,7 @@ def unused_devices(plan: Plan) -> list[str]:
     return [device.name for device in plan.cluster.devices if device.name not in used]
 
 
-def milliseconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return a time with four significant digits, in the unit that suits it."""
     for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
         if seconds < limit:

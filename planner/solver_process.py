@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ class SolverSession:
             self._child = _start(self.code)
         deadline = None if limit is None else time.monotonic() + limit + GRACE_SECONDS
         try:
-            _send(self._child.stdin, pickle.dumps(question))
+            _send_aside(self._child.stdin, pickle.dumps(question))
             other = meanwhile()
             return _receive(self._child.stdout, deadline), other
         except TimeoutError:
@@ -124,7 +125,7 @@ class SolverSession:
         if child is None:
             return 0
         try:
-            code = child.wait(0.05) if child.poll() is not None else None
+            code = child.poll()
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
             return child.wait() if code is None else code
@@ -160,7 +161,17 @@ def _send(pipe: IO[bytes] | None, data: bytes) -> None:
     pipe.flush()
 
 
-def _receive(pipe: IO[bytes] | None, seconds: float | None) -> Any:
+def _send_aside(pipe: IO[bytes] | None, data: bytes) -> None:
+    """Send from a thread: the child may not be reading yet, or never will."""
+
+    def send() -> None:
+        with contextlib.suppress(OSError, ValueError):  # whoever waits for the reply sees that the child is gone
+            _send(pipe, data)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+def _receive(pipe: IO[bytes] | None, deadline: float | None) -> Any:
     """Read one pickled reply of our own child.
 
     Raises:
@@ -168,7 +179,6 @@ def _receive(pipe: IO[bytes] | None, seconds: float | None) -> Any:
         EOFError: the child ended.
     """
     assert pipe is not None
-    deadline = None if seconds is None else time.monotonic() + seconds
     size = int.from_bytes(_read(pipe.fileno(), 8, deadline), "little")
     return pickle.loads(_read(pipe.fileno(), size, deadline))
 

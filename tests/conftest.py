@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Tests run tiny models: one thread is faster than two that wait for each other, and numbers never depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A busy machine is no failure: properties have no time limit per example.
+settings.register_profile("llamaplan", deadline=None)
+settings.load_profile("llamaplan")
 
 SHIPPED = Path(__file__).parent / "checkpoint" / "python-llama"
 
@@ -39,7 +44,6 @@ def run_command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 
     def run(command: str, *arguments: object) -> Finished:
         from planner.cli import main as llamaplan
-
         from runtime.cli import main as llamarun
 
         monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
