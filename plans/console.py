@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 
+PIPE_WIDTH = 200
+
+
 @dataclass(slots=True)
 class Output:
     """Where a command writes: data to stdout, everything else to stderr.
@@ -33,7 +36,10 @@ class Output:
         from rich.console import Console
 
         if to_stderr not in self._consoles:
-            self._consoles[to_stderr] = Console(stderr=to_stderr, highlight=False, soft_wrap=False)
+            stream = sys.stderr if to_stderr else sys.stdout
+            # Nobody's window limits a pipe or a file: nothing in a table is cut there.
+            width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+            self._consoles[to_stderr] = Console(stderr=to_stderr, highlight=False, soft_wrap=False, width=width)
         return self._consoles[to_stderr]
 
     @property
