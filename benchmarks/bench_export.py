@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.measure import SHAPES, Shape, make_checkpoint
@@ -25,7 +26,8 @@ _MEASURE = """
 import resource, subprocess, sys, time
 began = time.perf_counter()
 subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)
-print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
+elapsed, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+print(elapsed, used.ru_utime + used.ru_stime, used.ru_maxrss << 10)
 """
 _EXPORT = "from planner.cli import main; main()"
 _SAVE = """
@@ -34,6 +36,16 @@ from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])
 os.sync()
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What one command needed."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all its threads; unlike the seconds, hardly changed by what else runs on the machine."""
+    peak_bytes: int
 
 
 def main() -> None:
@@ -57,20 +69,22 @@ def main() -> None:
             _seven_billion(folder)
 
 
-def _report(variants: dict[str, Callable[[], tuple[float, int]]], target: Path) -> None:
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    peaks: dict[str, int] = {}
+def _report(variants: dict[str, Callable[[], Used]], target: Path) -> None:
+    runs: dict[str, list[Used]] = {name: [] for name in variants}
     for _ in range(ROUNDS):
         for name, run in variants.items():
             shutil.rmtree(target, ignore_errors=True)
             os.sync()
-            elapsed, peaks[name] = run()
-            seconds[name].append(elapsed)
-    base = statistics.median(seconds["cp + sync"])
-    for name, values in seconds.items():
-        middle = statistics.median(values)
-        spread = f"{min(values):.2f}-{max(values):.2f}"
-        print(f"  {name:16} {middle:6.2f} s ({spread})  x{middle / base:.2f} of cp  peak {peaks[name] >> 20} MiB")
+            runs[name].append(run())
+    base = statistics.median(used.seconds for used in runs["cp + sync"])
+    for name, values in runs.items():
+        seconds = sorted(used.seconds for used in values)
+        middle, cpu = statistics.median(seconds), statistics.median(used.cpu_seconds for used in values)
+        peak = max(used.peak_bytes for used in values) >> 20
+        print(
+            f"  {name:16} {middle:6.2f} s ({seconds[0]:.2f}-{seconds[-1]:.2f})  x{middle / base:.2f} of cp  "
+            f"{cpu:.2f} s of CPU  peak {peak} MiB"
+        )
 
 
 def _export(plan: Path, model: Path, target: Path) -> list[str]:
@@ -78,16 +92,16 @@ def _export(plan: Path, model: Path, target: Path) -> list[str]:
     return [*command, "-q", "--force"]
 
 
-def _run(command: list[str]) -> tuple[float, int]:
-    """Run a command and return its seconds and peak resident bytes.
+def _run(command: list[str]) -> Used:
+    """Run a command and return what it used.
 
     A small process in between asks for the peak, since RUSAGE_CHILDREN covers all children and never falls.
     """
     done = subprocess.run([sys.executable, "-c", _MEASURE, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    elapsed, peak = done.stdout.split()[-2:]
-    return float(elapsed), int(peak)
+    elapsed, cpu, peak = done.stdout.split()[-3:]
+    return Used(float(elapsed), float(cpu), int(peak))
 
 
 def _plan(model: Path, folder: Path, *, layers: list[int]) -> Path:
@@ -104,8 +118,8 @@ def _seven_billion(folder: Path) -> None:
     model = folder / "7B"
     size = _write_holes(SHAPE_7B, model)
     plan = _plan(model, folder, layers=[11, 11, 10])
-    elapsed, peak = _run(_export(plan, model, folder / "out"))
-    print(f"{size / 1e9:.2f} GB (holes) in 3 stages: {elapsed:.1f} s, peak {peak >> 20} MiB")
+    used = _run(_export(plan, model, folder / "out"))
+    print(f"{size / 1e9:.2f} GB (holes) in 3 stages: {used.seconds:.1f} s, peak {used.peak_bytes >> 20} MiB")
 
 
 def _write_holes(shape: Shape, folder: Path) -> int:

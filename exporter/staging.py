@@ -8,7 +8,9 @@ import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -34,6 +36,7 @@ from plans.errors import MachineError
 
 FILES = "files"
 OLD = "old"
+PREVIOUS = "previous"
 
 
 @dataclass(slots=True)
@@ -78,11 +81,8 @@ class Staging:
         folder_fd = open_folder(name, dir_fd=target.parent_fd, shown=target.parent / name)
         try_lock(folder_fd)
         journal = Journal.open(folder_fd, key=key)
-        if not journal.records:
-            _remove(FILES, dir_fd=folder_fd)
         shown = target.parent / name / FILES
-        with naming("mkdir", shown), contextlib.suppress(FileExistsError):
-            os.mkdir(FILES, dir_fd=folder_fd)  # mode 0777 & ~umask, as any folder a person makes
+        _begin_files(folder_fd, kept=journal.records, shown=shown)
         files_fd = open_folder(FILES, dir_fd=folder_fd, shown=shown)
         return cls(target, name, folder_fd, files_fd, journal, warn)
 
@@ -154,7 +154,7 @@ class Staging:
         except OSError as error:
             if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
                 raise MachineError(
-                    "another export was faster; it is complete and was left alone",
+                    "something appeared there meanwhile, perhaps another export; it was left alone",
                     where=self.target.path,
                     code="E-EXISTS",
                 ) from None
@@ -184,6 +184,23 @@ class Staging:
         finally:
             os.close(fd)
         return size == record.size and running.hexdigest() == record.xxh3_128
+
+
+def _begin_files(folder_fd: int, *, kept: Iterable[str], shown: Path) -> None:
+    """Make the folder that will be published, and move into it the finished files of a run that was taken over.
+
+    The folder that run had is not used itself: it may be one that was just replaced, with a mode and files of its own.
+    """
+    _remove(PREVIOUS, dir_fd=folder_fd)
+    with naming("rename", shown), contextlib.suppress(FileNotFoundError):
+        os.rename(FILES, PREVIOUS, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+    with naming("mkdir", shown):
+        os.mkdir(FILES, dir_fd=folder_fd)  # mode 0777 & ~umask, as any folder a person makes
+    for name in kept:
+        if "/" not in name:
+            with contextlib.suppress(OSError):  # whatever is not there is written again
+                os.rename(f"{PREVIOUS}/{name}", f"{FILES}/{name}", src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+    _remove(PREVIOUS, dir_fd=folder_fd)
 
 
 def _create(target: Target, owner: Owner) -> str:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from planner import exact_counts, exact_order, exact_positions
 from planner.evaluate import share_of, time_of
-from planner.exact_tables import Limits
+from planner.exact_tables import FOREVER, Clock, Limits, OutOfTimeError
 from planner.goal import Goal
 from planner.groups import group_devices
 from planner.problem import Assignment, ChainCosts, Problem, Ticks, chain_costs, is_pipelined
@@ -35,10 +35,6 @@ class Certificate:
     method: str
     value: Fraction | None
     assignment: Assignment | None
-
-
-class CertificateTimeoutError(Exception):
-    """The time was up before the proof was complete."""
 
 
 class Search(Protocol):
@@ -72,10 +68,10 @@ def certify(problem: Problem, goal: Goal, *, time_limit: float | None = None) ->
     method = method_for(problem)
     if method is None or is_pipelined(problem, goal.objective):
         return None
-    deadline = None if time_limit is None else time.monotonic() + time_limit
+    clock = FOREVER if time_limit is None else Clock(time.monotonic() + time_limit)
     try:
-        best = _Prover(problem, goal, deadline).prove()
-    except CertificateTimeoutError:
+        best = _Prover(problem, goal, clock).prove()
+    except OutOfTimeError:
         return None
     if best is None:
         return Certificate(method, None, None)
@@ -83,21 +79,21 @@ def certify(problem: Problem, goal: Goal, *, time_limit: float | None = None) ->
     return Certificate(method, value, best)
 
 
-def search_for(problem: Problem, costs: ChainCosts) -> Search:
+def search_for(problem: Problem, costs: ChainCosts, *, clock: Clock = FOREVER) -> Search:
     """Return the dynamic program that `method_for` names."""
     if problem.keep_order:
-        return exact_order.OrderSearch(problem, costs)
+        return exact_order.OrderSearch(problem, costs, clock)
     if problem.has_identical_layers:
-        return exact_counts.CountsSearch(problem, costs)
-    return exact_positions.PositionsSearch(problem, costs)
+        return exact_counts.CountsSearch(problem, costs, clock)
+    return exact_positions.PositionsSearch(problem, costs, clock)
 
 
 class _Prover:
     """One goal over one problem."""
 
-    def __init__(self, problem: Problem, goal: Goal, deadline: float | None) -> None:
-        self.problem, self.goal, self.deadline = problem, goal, deadline
-        self.search = search_for(problem, chain_costs(problem, goal.objective))
+    def __init__(self, problem: Problem, goal: Goal, clock: Clock) -> None:
+        self.problem, self.goal, self.clock = problem, goal, clock
+        self.search = search_for(problem, chain_costs(problem, goal.objective), clock=clock)
 
     def prove(self) -> Assignment | None:
         if self.goal.kind == "time":
@@ -108,8 +104,7 @@ class _Prover:
         return self._least_sum()
 
     def _cheapest(self, problem: Problem, limits: Limits) -> Found | None:
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise CertificateTimeoutError
+        self.clock.check()
         return self.search.cheapest(problem, limits)
 
     def _least_time(self, problem: Problem) -> Found | None:
@@ -160,6 +155,8 @@ class _Prover:
                 low = middle
             else:
                 best, high = found, share_of(self.problem, found)
+                if isinstance(self.search, exact_counts.CountsSearch):
+                    self.search.keep_only(self.problem.with_share_limit(high))
         return best
 
     def _chain_under_share(self) -> Callable[[Problem], Assignment | None]:
@@ -180,34 +177,46 @@ class _Prover:
         """Best-first over intervals of shares.
 
         An interval (low, high) stands for the chains whose share lies strictly between, none of which is faster than
-        `fastest`; so none of them is worth less than weight * fastest + (1 - weight) * low.
+        `time`; so none of them is worth less than weight * time + (1 - weight) * low.
         """
         fastest = self._least_time(self.problem)
         if fastest is None:
             return None
-        best = fastest[1]
+        best, least_share = self._ends(fastest[1])
         best_value = self._value(best)
-        intervals = [(Fraction(0), Fraction(0), share_of(self.problem, best), fastest[0])]
-        while intervals:
-            bound, low, high, time_bound = heapq.heappop(intervals)
-            if bound >= best_value:
-                break
+        intervals: list[_Interval] = []
+        self._push(intervals, least_share, share_of(self.problem, fastest[1]), fastest[0])
+        while intervals and intervals[0][0] < best_value:
+            _bound, low, high, time_bound = heapq.heappop(intervals)
             is_fine = high - low <= _FINE
             limit = high if is_fine else _between(low, high)
-            limited = self.problem.with_share_limit(limit, is_strict=is_fine)
-            found = self._least_time(limited)
-            if found is None:
-                if not is_fine:
-                    self._push(intervals, limit, high, time_bound)
-                continue
-            share, value = share_of(self.problem, found[1]), self._value(found[1])
-            if value < best_value:
-                best, best_value = found[1], value
-            if share > low:
-                self._push(intervals, low, share, found[0])
+            found = self._least_time(self.problem.with_share_limit(limit, is_strict=is_fine))
+            if found is not None:
+                share, value = share_of(self.problem, found[1]), self._value(found[1])
+                if value < best_value:
+                    best, best_value = found[1], value
+                if share > low:
+                    self._push(intervals, low, share, found[0])
             if not is_fine:
                 self._push(intervals, limit, high, time_bound)
         return best
+
+    def _ends(self, fastest: Assignment) -> tuple[Assignment, Fraction]:
+        """Return the better of the fastest chain and the fastest of the least share, and the least share.
+
+        Afterwards the search leaves out what is too slow to be better than that even at the least share.
+        """
+        prover = _Prover(self.problem, Goal("share", self.goal.objective), self.clock)
+        smallest = prover.prove()
+        assert smallest is not None, "a problem that has a chain has a smallest one"
+        least_share = share_of(self.problem, smallest)
+        found = self._least_time(self.problem.with_share_limit(least_share))
+        best = min((fastest, found[1] if found else smallest), key=self._value)
+        if isinstance(self.search, exact_counts.CountsSearch) and self.goal.weight and self.goal.best_time:
+            # A step period is never below the time of a whole cycle, by which the search counts.
+            room = self._value(best) - self.goal.value(time=0, share=least_share)
+            self.search = self.search.narrow(int(room * self.goal.best_time / self.goal.weight))
+        return best, least_share
 
     def _push(self, heap: list[_Interval], low: Fraction, high: Fraction, t: Ticks) -> None:
         heapq.heappush(heap, (self.goal.value(time=t, share=low), low, high, t))

@@ -60,7 +60,7 @@ def _timeline(name: str, title: str, events: Sequence[Event], *, by_request: boo
 
 def _resources(events: Sequence[Event]) -> dict[str, bool]:
     """Devices and links in the order in which they are first used; True for a device."""
-    found = dict.fromkeys(event.resource for event in events)
+    found = dict.fromkeys(event.resource for event in events if event.end_seconds > event.start_seconds)
     is_device = {event.resource: event.kind in ("prefill", "decode") for event in events}
     if len(found) > MOST_ROWS_WITH_LINKS:
         return {name: True for name in found if is_device[name]}
@@ -86,7 +86,7 @@ def _labels(resources: dict[str, bool], tops: dict[str, float]) -> Iterator[Shap
     for name, is_device in resources.items():
         y = tops[name] + (17 if is_device else 10)
         css = "label" if is_device else "label quiet tiny"
-        yield Text(LEFT - 10, y, clipped(name, LEFT - 14), css, "end", name)
+        yield Text(LEFT - 10, y, clipped(name, LEFT - 14, size=12 if is_device else 9.5), css, "end", name)
 
 
 def _bar(event: Event, top: float, scale: float, *, by_request: bool) -> Rect:

@@ -5,7 +5,7 @@ down a column and on to the next. The token ids come back over the top.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from planner.chart_memory import stage_words
@@ -15,8 +15,9 @@ from plans.cluster import Cluster, Host
 from plans.plan import Plan
 
 WIDTH = 960
-COLUMN = 196
+COLUMN, WIDEST_COLUMN = 186, 250
 GAP = 72
+MARGIN, HOST_MARGIN = 12, 10
 HOST_TOP = 30
 """Height of a host's heading."""
 DEVICE = 46
@@ -25,7 +26,10 @@ TOP = 44
 """Room above the hosts for the way back."""
 ROW_GAP = 60
 MAX_UNUSED_PER_HOST = 3
+MOST_IN_A_COLUMN, DEVICES_IN_A_ROW = 5, 3
 SWITCH_WIDTH, SWITCH = 132, 26
+LINK_BEND = 24
+ROOM_FOR_A_BEND = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,17 @@ class Box:
 class Layout:
     """Everything's place."""
 
-    hosts: dict[str, Box]
-    devices: dict[str, Box]
-    switches: dict[str, Box]
-    hidden: dict[str, int]
+    hosts: dict[str, Box] = field(default_factory=dict)
+    devices: dict[str, Box] = field(default_factory=dict)
+    switches: dict[str, Box] = field(default_factory=dict)
+    hidden: dict[str, int] = field(default_factory=dict)
     """Unused devices of a host that are not drawn."""
-    height: float
+
+    @property
+    def height(self) -> float:
+        """Height of the drawing."""
+        bottom = max(box.y + box.height for box in (*self.hosts.values(), *self.switches.values()))
+        return bottom + MARGIN * (2 if self.switches else 1)
 
 
 def topology_drawing(plan: Plan) -> Drawing:
@@ -78,31 +87,54 @@ def topology_drawing(plan: Plan) -> Drawing:
 
 
 def lay_out(plan: Plan) -> Layout:
-    """Place hosts in columns, as many beside each other as fit, and hosts without devices (switches) below."""
+    """Place hosts in columns, as many beside each other as fit, and hosts without devices (switches) below.
+
+    The devices of a cluster's only host stand in rows, if there are many, and are visited there and back.
+    """
     order = _hosts_in_order(plan)
-    per_row = max(1, (WIDTH + GAP) // (COLUMN + GAP))
-    num_columns = min(per_row, len(order))
-    left = (WIDTH - num_columns * COLUMN - (num_columns - 1) * GAP) / 2
-    hosts: dict[str, Box] = {}
-    devices: dict[str, Box] = {}
-    hidden: dict[str, int] = {}
+    layout = Layout()
     top = float(TOP if len(plan.stages) > 1 else 8)
-    for start in range(0, len(order), per_row):
-        row = order[start : start + per_row]
-        shown = {name: _shown_devices(plan, name) for name in row}
-        tallest = max(len(names) for names, _hidden in shown.values())
-        height = HOST_TOP + tallest * DEVICE + (tallest - 1) * DEVICE_GAP + 24
-        for column, name in enumerate(row):
-            x = left + column * (COLUMN + GAP)
-            hosts[name] = Box(x, top, COLUMN, height, column)
-            names, hidden[name] = shown[name]
-            for index, device in enumerate(names):
-                y = top + HOST_TOP + index * (DEVICE + DEVICE_GAP)
-                devices[device] = Box(x + 10, y, COLUMN - 20, DEVICE, column)
-        top += height + ROW_GAP
-    switches = _switch_boxes(plan.cluster, top - ROW_GAP + 34)
-    bottom = max((box.y + box.height for box in (*hosts.values(), *switches.values())), default=top)
-    return Layout(hosts, devices, switches, hidden, bottom + 12)
+    num_devices = len(_shown_devices(plan, order[0])[0])
+    if len(order) == 1 and num_devices > MOST_IN_A_COLUMN:
+        _place_host(layout, plan, order[0], _Slot(HOST_MARGIN, top, num_columns=DEVICES_IN_A_ROW))
+        return layout
+    per_row = (WIDTH + GAP) // (COLUMN + GAP)
+    num_columns = min(per_row, len(order))
+    width = min(WIDEST_COLUMN, (WIDTH - (num_columns - 1) * GAP) / num_columns)
+    left = (WIDTH - num_columns * width - (num_columns - 1) * GAP) / 2
+    for number, start in enumerate(range(0, len(order), per_row)):
+        for place, name in enumerate(order[start : start + per_row]):
+            column = num_columns - 1 - place if number % 2 else place  # there and back
+            _place_host(layout, plan, name, _Slot(left + column * (width + GAP), top, width=width, column=column))
+        top = layout.height - MARGIN + ROW_GAP
+    layout.switches.update(_switch_boxes(plan.cluster, top - ROW_GAP + 34))
+    return layout
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """The room given to a host."""
+
+    x: float
+    y: float
+    width: float = 0.0
+    column: int = 0
+    num_columns: int = 1
+
+
+def _place_host(layout: Layout, plan: Plan, name: str, slot: _Slot) -> None:
+    names, layout.hidden[name] = _shown_devices(plan, name)
+    num_rows = -(-len(names) // slot.num_columns)
+    full_width = slot.width if slot.num_columns == 1 else WIDTH - 2 * HOST_MARGIN
+    inner = (full_width - 2 * HOST_MARGIN - (slot.num_columns - 1) * GAP) / slot.num_columns
+    height = HOST_TOP + num_rows * DEVICE + (num_rows - 1) * DEVICE_GAP + 24
+    layout.hosts[name] = Box(slot.x, slot.y, full_width, height, slot.column)
+    for index, device in enumerate(names):
+        row, place = divmod(index, slot.num_columns)
+        column = slot.num_columns - 1 - place if row % 2 else place  # there and back
+        x = slot.x + HOST_MARGIN + column * (inner + GAP)
+        y = slot.y + HOST_TOP + row * (DEVICE + DEVICE_GAP)
+        layout.devices[device] = Box(x, y, inner, DEVICE, slot.column + column)
 
 
 def _hosts_in_order(plan: Plan) -> list[str]:
@@ -160,8 +192,8 @@ def _device_shapes(plan: Plan, layout: Layout) -> Iterator[Shape]:
         yield Rect(box.x, box.y, box.width, box.height, "device", title, radius=6)
         yield Dot(box.x + 18, box.centre, 11, "badge")
         yield Text(box.x + 18, box.centre + 4, str(index + 1), "badge-text", "middle")
-        yield Text(box.x + 36, box.y + 20, clipped(name, box.width - 42), "label strong", title=name)
-        yield Text(box.x + 36, box.y + 36, clipped(words, box.width - 36), "label quiet small", title=words)
+        yield Text(box.x + 36, box.y + 20, clipped(name, box.width - 42, size=13), "label strong", title=name)
+        yield Text(box.x + 36, box.y + 36, clipped(words, box.width - 40, size=11), "label quiet small", title=words)
 
 
 def _link_shapes(cluster: Cluster, layout: Layout) -> Iterator[Shape]:
@@ -175,18 +207,15 @@ def _link_shapes(cluster: Cluster, layout: Layout) -> Iterator[Shape]:
             f"{link.from_} to {link.to}: {link.bandwidth_bytes_per_second / 1e9:.4g} GB/s, "
             f"{duration(link.latency_seconds)}"
         )
-        (ax, ay), (bx, by) = _link_end(a, b, layout), _link_end(b, a, layout)
-        bend = max(24.0, abs(by - ay) / 2)
-        curve = f"M{ax:.1f} {ay:.1f}C{ax:.1f} {ay + bend:.1f} {bx:.1f} {by + bend:.1f} {bx:.1f} {by:.1f}"
-        yield Path(curve, "link", title)
+        (ay, a_bend), (by, b_bend) = _link_end(a, b), _link_end(b, a)
+        curve = f"M{a.middle:.1f} {ay:.1f}C{a.middle:.1f} {ay + a_bend:.1f} {b.middle:.1f} {by + b_bend:.1f}"
+        yield Path(f"{curve} {b.middle:.1f} {by:.1f}", "link", title)
 
 
-def _link_end(box: Box, other: Box, layout: Layout) -> tuple[float, float]:
-    """Links hang below hosts and leave switches on the side that is nearer."""
-    is_switch = box in layout.switches.values()
-    if is_switch and other.y < box.y:
-        return box.middle, box.y
-    return box.middle, box.y + box.height
+def _link_end(box: Box, other: Box) -> tuple[float, float]:
+    """Return where a link leaves a box, and how far it goes straight on: up to what stands higher, else down."""
+    is_below = box.y >= other.y + other.height
+    return (box.y, -LINK_BEND) if is_below else (box.y + box.height, LINK_BEND)
 
 
 def _way_shapes(plan: Plan, layout: Layout) -> Iterator[Shape]:
@@ -194,7 +223,7 @@ def _way_shapes(plan: Plan, layout: Layout) -> Iterator[Shape]:
         start, end = layout.devices[a.device], layout.devices[b.device]
         hop = duration(a.hop_seconds)
         title = f"{a.device} to {b.device}: {hop} per decode step"
-        if start.column == end.column and start.x == end.x and 0 < end.y - start.y <= DEVICE + DEVICE_GAP:
+        if _is_next_below(start, end, layout):
             x, y = start.middle, start.y + start.height
             yield Path(f"M{x:.1f} {y:.1f}V{end.y - 3:.1f}", "way", title, has_arrow=True)
             yield Text(x + 10, (y + end.y) / 2 + 3, hop, "label way-text small", title=title)
@@ -202,14 +231,21 @@ def _way_shapes(plan: Plan, layout: Layout) -> Iterator[Shape]:
         yield from _curve(start, end, hop, title)
 
 
+def _is_next_below(start: Box, end: Box, layout: Layout) -> bool:
+    is_alone = not any(start.y < box.y < end.y for box in layout.devices.values() if box.column == start.column)
+    return start.column == end.column and start.y < end.y and is_alone
+
+
 def _curve(start: Box, end: Box, hop: str, title: str) -> Iterator[Shape]:
-    """A bend from side to side; over the right where both stand in one column."""
-    side = 1 if end.x >= start.x else -1
+    """A bend from side to side; beside both where they stand in one column."""
+    is_one_column = start.column == end.column
+    has_room = start.x + start.width + ROOM_FOR_A_BEND < WIDTH
+    side = (1 if has_room else -1) if is_one_column else (1 if end.x >= start.x else -1)
     x0 = start.x + start.width if side > 0 else start.x
     y0, y1 = start.centre, end.centre
-    if start.x == end.x:
-        x1, out0, out1 = end.x + end.width + 3, x0 + 46, end.x + end.width + 46
-        label_x, label_y = x0 + 38, (y0 + y1) / 2
+    if is_one_column:
+        x1, out0, out1 = x0 + side * 3, x0 + side * 46, x0 + side * 46
+        label_x, label_y = x0 + side * 38, (y0 + y1) / 2
     else:
         x1 = end.x - 3 if side > 0 else end.x + end.width + 3
         reach = max(30.0, abs(x1 - x0) * 0.5)
@@ -227,10 +263,11 @@ def _return_shapes(plan: Plan, layout: Layout) -> Iterator[Shape]:
     last, first = layout.devices[plan.stages[-1].device], layout.devices[plan.stages[0].device]
     seconds = duration(plan.prediction.return_hop_seconds)
     title = f"token ids back from {plan.stages[-1].device} to {plan.stages[0].device}: {seconds}"
-    x0, turn, up = last.x + last.width, last.x + last.width + 30, 18.0
-    x1, r = first.middle, 10.0
+    x0, y0, up = last.x + last.width, last.centre + 13, 18.0
+    turn = min(x0 + 15, WIDTH - 4)
+    x1, r = first.x + first.width - 26, 8.0
     path = (
-        f"M{x0:.1f} {last.centre:.1f}H{turn - r:.1f}Q{turn:.1f} {last.centre:.1f} {turn:.1f} {last.centre - r:.1f}"
+        f"M{x0:.1f} {y0:.1f}H{turn - r:.1f}Q{turn:.1f} {y0:.1f} {turn:.1f} {y0 - r:.1f}"
         f"V{up + r:.1f}Q{turn:.1f} {up:.1f} {turn - r:.1f} {up:.1f}H{x1 + r:.1f}"
         f"Q{x1:.1f} {up:.1f} {x1:.1f} {up + r:.1f}V{first.y - 3:.1f}"
     )

@@ -1,18 +1,20 @@
 """The report's trade-off: every proposal as a point, time against the largest memory share; the frontier as a line."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from planner.compare import Comparison, Row
-from planner.drawing import Dot, Drawing, Path, Shape, Text, clipped, nice_ticks
+from planner.drawing import CHARACTER_WIDTH, Dot, Drawing, Path, Shape, Text, clipped, log_ticks, nice_ticks
 from planner.show import duration
+from planner.show_compare import TIME_NAMES
 
-WIDTH, HEIGHT = 960, 380
-LEFT, RIGHT, TOP, BOTTOM = 64, 190, 16, 44
-LABEL = 15
-"""Height of a line of labels."""
-SPREAD = 12.0
-"""Points slower than this many times the fastest are left out: they would squeeze the others into a corner."""
+WIDTH, HEIGHT = 960, 400
+LEFT, RIGHT, TOP, BOTTOM = 52, 150, 36, 44
+LABEL, SIZE = 15, 11
+"""Height of a line of labels, and of its letters."""
+ROOM = 1.12
+"""Free space on either side of the points, as a factor: the axis of time is logarithmic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +32,36 @@ def tradeoff_drawing(found: Comparison, *, frontier: Sequence[Point] = ()) -> Dr
     points = _merged([*_row_points(found), *frontier])
     if not points:
         return None
-    fastest = min(point.seconds for point in points)
-    shown = [point for point in points if point.seconds <= SPREAD * fastest]
-    left_out = [point.label for point in points if point.seconds > SPREAD * fastest and point.label]
-    span = max(point.seconds for point in shown) * 1.04
-    top = max(1.0, *(point.share for point in shown))
-    scale = _Scale((WIDTH - LEFT - RIGHT) / span, (HEIGHT - TOP - BOTTOM) / top)
-    shapes = [*_axes(scale, span, top), *_line(scale, frontier), *_dots(scale, shown), *_labels(scale, shown)]
-    described = "; ".join(f"{p.label}: {duration(p.seconds)}, {p.share:.0%} of memory" for p in shown if p.label)
-    title = "Time against memory: lower and further left is better"
-    if left_out:
-        title += f" (far off to the right: {', '.join(left_out)})"
+    scale = _Scale(
+        min(point.seconds for point in points) / ROOM,
+        max(point.seconds for point in points) * ROOM,
+        max(1.0, *(point.share for point in points)),
+    )
+    shapes = [
+        *_axes(scale, TIME_NAMES[found.objective]),
+        *_line(scale, frontier),
+        *_dots(scale, points),
+        *_labels(scale, points),
+    ]
+    described = "; ".join(f"{p.label}: {duration(p.seconds)}, {p.share:.1%} of memory" for p in points if p.label)
+    title = "Time against the memory share of the fullest device; further down and to the left is better"
     return Drawing("tradeoff", title, described, WIDTH, HEIGHT, shapes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    per_second: float
-    per_share: float
+    """The axes: time from `first` to `last` seconds, logarithmic; shares from 0 to `top`."""
+
+    first: float
+    last: float
+    top: float
 
     def x(self, seconds: float) -> float:
-        return LEFT + seconds * self.per_second
+        place = math.log(seconds / self.first) / math.log(self.last / self.first)
+        return LEFT + place * (WIDTH - LEFT - RIGHT)
 
     def y(self, share: float) -> float:
-        return HEIGHT - BOTTOM - share * self.per_share
+        return HEIGHT - BOTTOM - share / self.top * (HEIGHT - TOP - BOTTOM)
 
 
 def _row_points(found: Comparison) -> list[Point]:
@@ -81,19 +89,19 @@ def _merged(points: Sequence[Point]) -> list[Point]:
     return merged
 
 
-def _axes(scale: _Scale, span: float, top: float) -> list[Shape]:
+def _axes(scale: _Scale, what: str) -> list[Shape]:
     shapes: list[Shape] = []
     floor = HEIGHT - BOTTOM
-    for tick in nice_ticks(span, count=6):
+    for tick in log_ticks(scale.first, scale.last):
         x = scale.x(tick)
         shapes.append(Path(f"M{x:.1f} {TOP}V{floor}", "grid"))
-        shapes.append(Text(x, floor + 18, duration(tick) if tick else "0", "label quiet small", "middle"))
-    for tick in nice_ticks(top, count=5):
+        shapes.append(Text(x, floor + 18, duration(tick), "label quiet small", "middle"))
+    for tick in nice_ticks(scale.top, count=5):
         y = scale.y(tick)
         shapes.append(Path(f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}", "grid"))
         shapes.append(Text(LEFT - 8, y + 4, f"{tick:.0%}", "label quiet small", "end"))
-    shapes.append(Text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "time", "label quiet small", "middle"))
-    shapes.append(Text(4, TOP + 2, "fullest device", "label quiet small"))
+    shapes.append(Text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, f"{what} (logarithmic)", "label quiet small", "middle"))
+    shapes.append(Text(LEFT - 8, 12, "fullest device", "label quiet small"))
     return shapes
 
 
@@ -102,8 +110,9 @@ def _line(scale: _Scale, frontier: Sequence[Point]) -> list[Shape]:
     if len(ordered) < 2:
         return []
     data = f"M{scale.x(ordered[0].seconds):.1f} {scale.y(ordered[0].share):.1f}"
-    for point in ordered[1:]:  # a plan between two points of the frontier is no better than the one on the left
-        data += f"H{scale.x(point.seconds):.1f}V{scale.y(point.share):.1f}"
+    for point in ordered[1:]:
+        # No plan with this share is faster than this point; with a little more share nobody looked.
+        data += f"V{scale.y(point.share):.1f}H{scale.x(point.seconds):.1f}"
     return [Path(data, "frontier", "no plan lies below and left of this line")]
 
 
@@ -118,15 +127,35 @@ def _dots(scale: _Scale, points: Sequence[Point]) -> list[Shape]:
 
 
 def _labels(scale: _Scale, points: Sequence[Point]) -> list[Shape]:
-    """Labels to the right of their points, pushed down where two would touch."""
-    placed: list[tuple[float, float, float]] = []
+    """A label beside each point, where it touches no dot, no other label and no axis."""
+    taken = [_Area(scale.x(p.seconds) - 6, scale.x(p.seconds) + 6, scale.y(p.share) + 4) for p in points]
     shapes: list[Shape] = []
     for point in sorted((p for p in points if p.label), key=lambda p: (-p.share, p.seconds)):
-        x, y = scale.x(point.seconds) + 10, scale.y(point.share) + 4
-        text = clipped(point.label, WIDTH - x)
-        width = len(text) * 6.6
-        while any(abs(y - other_y) < LABEL and x < end and x + width > start for start, end, other_y in placed):
-            y += 3
-        placed.append((x, x + width, y))
-        shapes.append(Text(x, y, text, "label small", title=point.label))
+        options = list(_places(scale.x(point.seconds), scale.y(point.share) + 4, point.label))
+        area = next((o for o in options if not any(o.touches(other) for other in taken)), options[0])
+        taken.append(area)
+        text = clipped(point.label, area.right - area.left, size=SIZE)
+        shapes.append(Text(area.left, area.y, text, "label small", title=point.label))
     return shapes
+
+
+def _places(x: float, y: float, label: str) -> Iterator["_Area"]:
+    """Yield where a label may stand: right of its point or left of it, then higher and lower."""
+    width = (len(label) + 1) * CHARACTER_WIDTH * SIZE / 12
+    right = _Area(x + 10, min(x + 10 + width, WIDTH), y)
+    left = _Area(x - 10 - width, x - 10, y)
+    sides = [side for side in (right, left) if side.right - side.left >= width and side.left >= LEFT] or [right]
+    for move in (0, *(sign * step for step in range(13, 105, 13) for sign in (1, -1))):
+        yield from (replace(side, y=y + move) for side in sides if TOP - 12 <= y + move <= HEIGHT - BOTTOM or not move)
+
+
+@dataclass(frozen=True, slots=True)
+class _Area:
+    """The place of a line of text: from left to right, and its baseline."""
+
+    left: float
+    right: float
+    y: float
+
+    def touches(self, other: "_Area") -> bool:
+        return abs(self.y - other.y) < LABEL - 3 and self.left < other.right and other.left < self.right

@@ -148,7 +148,8 @@ def report_command(
 
     Example: llamaplan report plan.json -o report.html
     """
-    from planner.report import compare_with, render_report, trace_text
+    from planner.alternatives import alternatives_to
+    from planner.report import render_report, trace_text
     from plans.check import read_plan
     from plans.files import write_text
 
@@ -156,8 +157,8 @@ def report_command(
     check_time_limit(time_limit)
     known = read_plan(plan)
     with cli_solve.spinner(screen, "comparing with other strategies and engines"):
-        found = compare_with(known, time_limit=time_limit) if compared else None
-    write_text(output, render_report(known, comparison=found))
+        found = alternatives_to(known, time_limit=time_limit) if compared else None
+    write_text(output, render_report(known, alternatives=found))
     screen.note(f"wrote {output}")
     if trace is not None:
         write_text(trace, trace_text(known))

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +14,7 @@ from plans.console import Output
 from plans.errors import UsageError
 
 if TYPE_CHECKING:
+    from planner.capacity import Capacity
     from plans.plan import Plan
 
 StrategyOption = Annotated[
@@ -66,6 +67,12 @@ TimeLimitOption = Annotated[float, typer.Option("--time-limit", metavar="SECONDS
 GapOption = Annotated[
     float, typer.Option("--mip-gap", metavar="RATIO", help="Stop this close to the optimum; 0 proves it.")
 ]
+MaxContextOption = Annotated[
+    bool, typer.Option("--max-ctx", help="Also say the largest context this cut, and any cut, can hold.")
+]
+MaxInFlightOption = Annotated[
+    bool, typer.Option("--max-in-flight", help="Also say the most requests in flight this cut, and any cut, can hold.")
+]
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan written by 'llamaplan solve'.")]
 
 
@@ -74,6 +81,9 @@ def register(app: typer.Typer) -> None:
     app.command("solve")(solve_command)
     app.command("show")(show_command)
     app.command("check")(check_command)
+    from planner.cli_frontier import frontier_command
+
+    app.command("frontier")(frontier_command)
 
 
 def solve_command(
@@ -102,6 +112,8 @@ def solve_command(
     solver: SolverOption = "auto",
     time_limit: TimeLimitOption = 60.0,
     mip_gap: GapOption = 0.0,
+    max_ctx: MaxContextOption = False,
+    max_in_flight: MaxInFlightOption = False,
     output: options.OutputOption = None,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
@@ -121,7 +133,7 @@ def solve_command(
     from plans.checkpoint import open_checkpoint
 
     screen = Output(json=as_json, quiet=quiet)
-    _check_number("--time-limit", time_limit, "above 0", is_good=0 < time_limit < math.inf)
+    check_time_limit(time_limit)
     _check_number("--mip-gap", mip_gap, "0 to below 1", is_good=0 <= mip_gap < 1)
     chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
     checkpoint = open_checkpoint(find_model(model))
@@ -158,19 +170,61 @@ def solve_command(
             time_limit=time_limit,
             mip_gap=mip_gap,
         )
+        capacities = capacities_of(
+            plan,
+            max_ctx=max_ctx,
+            max_in_flight=max_in_flight,
+            time_limit=time_limit,
+            keep_order=keep_order,
+            use_all=use_all,
+            layers=layers,
+            pins=pin or (),
+            bans=ban or (),
+        )
     seconds = time.monotonic() - started
     if output is not None:
         from plans.files import write_text
 
         write_text(output, plan.to_json())
-    screen.data(show.as_json(plan, solve_seconds=seconds))
+    screen.data(show.as_json(plan, solve_seconds=seconds, capacities=capacities))
     print_plan(plan, screen)
+    for capacity in capacities:
+        screen.show(show.capacity_line(capacity))
     screen.note(f"solved in {seconds:.2f} s" + (f", wrote {output}" if output is not None else ""))
     written = shlex.quote(str(output)) if output is not None else "plan.json"
     if output is None:
         screen.next_step("the same command with -o plan.json, to keep the plan")
     else:
         screen.next_step(f"llamaplan export {written} --model {shlex.quote(model)} -o shards/")
+
+
+def capacities_of(
+    plan: "Plan",
+    *,
+    max_ctx: bool,
+    max_in_flight: bool,
+    time_limit: float,
+    keep_order: bool,
+    use_all: bool,
+    layers: str | None,
+    pins: Sequence[str],
+    bans: Sequence[str],
+) -> "list[Capacity]":
+    """Answer --max-ctx and --max-in-flight for a plan made with these options."""
+    from planner.capacity import CapacityKey, measure_capacity
+    from planner.solver_process import SolverSession
+
+    wanted: list[CapacityKey] = ["context_tokens"] if max_ctx else []
+    wanted += ["requests_in_flight"] if max_in_flight else []
+    if not wanted:
+        return []
+    with SolverSession(time_limit=time_limit) as session:
+        return [
+            measure_capacity(
+                plan, key, session=session, keep_order=keep_order, use_all=use_all, layers=layers, pins=pins, bans=bans
+            )
+            for key in wanted
+        ]
 
 
 def show_command(
@@ -236,6 +290,11 @@ def refuse_inside(output: Path | None, folder: Path | None) -> None:
     """Refuse to write a result into the checkpoint it was made from."""
     if output is not None and folder is not None and output.absolute().parent.resolve() == folder.resolve():
         raise UsageError(f"--output {output} lies inside the checkpoint", hint="choose another folder")
+
+
+def check_time_limit(seconds: float) -> None:
+    """Refuse a time limit that is no time."""
+    _check_number("--time-limit", seconds, "above 0", is_good=0 < seconds < math.inf)
 
 
 def _check_number(option: str, value: float, expected: str, *, is_good: bool) -> None:

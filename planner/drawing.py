@@ -84,9 +84,9 @@ def number(value: float) -> str:
     return "0" if text == "-0" else text
 
 
-def clipped(text: str, width: float) -> str:
-    """Return `text`, cut with an ellipsis to what fits into `width` units."""
-    most = max(2, int(width / CHARACTER_WIDTH))
+def clipped(text: str, width: float, *, size: float = 12.0) -> str:
+    """Return `text`, cut with an ellipsis to what fits into `width` units at a text size."""
+    most = max(2, int(width / CHARACTER_WIDTH * 12.0 / size))
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -103,3 +103,15 @@ def nice_ticks(maximum: float, *, count: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     return [i * step for i in range(int(maximum / step * 1.000001) + 1)]
+
+
+def log_ticks(first: float, last: float) -> list[float]:
+    """Return the values of one, two or five times a power of ten from `first` to `last`, both positive.
+
+    Example:
+        >>> log_ticks(3.0, 60.0)
+        [5.0, 10.0, 20.0, 50.0]
+    """
+    powers = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
+    ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    return [tick for tick in ticks if first <= tick <= last]

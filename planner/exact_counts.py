@@ -7,17 +7,19 @@ cheapest filling, which gives the fastest devices as many layers as they hold.
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
 from math import prod
 
 import numpy as np
+from numpy.typing import NDArray
 
-from planner.exact_tables import INFINITE, Ints, Limits, hop_table, settle
+from planner.exact_tables import FOREVER, INFINITE, Clock, Ints, Limits, all_counts, hop_table, settle
 from planner.groups import Group, between, group_devices
 from planner.problem import Assignment, ChainCosts, Problem, StageChoice, max_layers
 
 METHOD = "Held-Karp over device groups"
-MOST_STATES = 25_000_000
+MOST_STATES = 12_000_000
+_BLOCK = 1 << 17
+"""Rows looked at in one go."""
 
 
 def num_states(groups: tuple[Group, ...]) -> int:
@@ -27,12 +29,17 @@ def num_states(groups: tuple[Group, ...]) -> int:
 
 @dataclass(frozen=True)
 class _Paths:
-    """All ways to visit devices: one row per (counts, first group, last group), with the least time of the hops."""
+    """All ways to visit devices: one row per (counts, first group, last group), by the least time of the hops."""
 
     states: Ints
     firsts: Ints
     lasts: Ints
     hops: Ints
+
+    def block(self, begin: int) -> "_Paths":
+        """Return the next rows from `begin` on."""
+        part = slice(begin, begin + _BLOCK)
+        return _Paths(self.states[part], self.firsts[part], self.lasts[part], self.hops[part])
 
 
 @dataclass
@@ -41,6 +48,7 @@ class CountsSearch:
 
     problem: Problem
     costs: ChainCosts
+    clock: Clock = FOREVER
     most_time: int | None = None
     """Only chains that take no longer are looked for; fewer rows to look at under tighter limits."""
     _paths: dict[int, _Paths] = field(default_factory=dict)
@@ -51,17 +59,18 @@ class CountsSearch:
         return group_devices(self.problem)
 
     @cached_property
-    def strides(self) -> list[int]:
-        """Position of each group's digit in the number of a state."""
-        sizes = [group.size + 1 for group in self.groups]
-        return [prod(sizes[g + 1 :]) for g in range(len(sizes))]
+    def _states(self) -> tuple[Ints, list[int]]:
+        return all_counts([group.size for group in self.groups])
 
-    @cached_property
+    @property
     def counts(self) -> Ints:
         """[state, group]: how many devices of the group are used."""
-        digits = product(*(range(group.size + 1) for group in self.groups))
-        flat = np.fromiter((d for row in digits for d in row), dtype=np.int64)
-        return flat.reshape(-1, len(self.groups))
+        return self._states[0]
+
+    @property
+    def strides(self) -> list[int]:
+        """How far on the state with one device more of a group is."""
+        return self._states[1]
 
     def cheapest(self, problem: Problem, limits: Limits) -> tuple[int, Assignment] | None:
         """Return the least time and a chain that has it; None if there is no chain (as `OrderSearch.cheapest`)."""
@@ -72,12 +81,17 @@ class CountsSearch:
 
     def narrow(self, most_time: int) -> "CountsSearch":
         """Return a search for chains of at most `most_time`, which keeps only the rows that can be that fast."""
-        narrowed = CountsSearch(self.problem, self.costs, most_time, _tables=self._tables)
+        narrowed = CountsSearch(self.problem, self.costs, self.clock, most_time, _tables=self._tables)
         rows = self._paths_within(Limits())
-        totals = _Filling(self, self.problem, Limits()).totals(rows)
-        keep = totals <= most_time
-        narrowed._paths[INFINITE] = _Paths(rows.states[keep], rows.firsts[keep], rows.lasts[keep], rows.hops[keep])
+        totals = _Filling(self, self.problem, Limits()).all_totals(rows)
+        narrowed._paths[self._distinct_hop(None)] = _select(rows, totals <= most_time)
         return narrowed
+
+    def keep_only(self, problem: Problem) -> None:
+        """Forget the rows that have no chain within `problem`; for a search whose limits only get tighter."""
+        key = self._distinct_hop(None)
+        rows = self._paths_within(Limits())
+        self._paths[key] = _select(rows, _Filling(self, problem, Limits()).all_totals(rows) < INFINITE // 2)
 
     def _alone(self, problem: Problem, limits: Limits) -> tuple[int, Assignment] | None:
         """The cheapest chain of a single stage."""
@@ -105,13 +119,20 @@ class CountsSearch:
         rows = self._paths_within(filling.limits)
         if not len(rows.states):
             return None
-        totals = filling.totals(rows)
-        best = int(totals.argmin())
-        if totals[best] >= INFINITE // 2:
+        best, at = INFINITE // 2, -1
+        fastest = min(units.layers[0] for units in self.costs.units) * self.problem.num_layers
+        for begin in range(0, len(rows.states), _BLOCK):
+            # Rows come by the time of their hops: once hops and the fastest layers are too slow, all others are.
+            if int(rows.hops[begin]) + fastest >= best:
+                break
+            totals = filling.totals(rows.block(begin))
+            here = int(totals.argmin())
+            if totals[here] < best:
+                best, at = int(totals[here]), begin + here
+        if at < 0:
             return None
-        state, first, last = int(rows.states[best]), int(rows.firsts[best]), int(rows.lasts[best])
-        order = self._order(state, first, last, filling.limits)
-        return int(totals[best]), filling.stages(order)
+        order = self._order(int(rows.states[at]), int(rows.firsts[at]), int(rows.lasts[at]), filling.limits)
+        return best, filling.stages(order)
 
     def _paths_within(self, limits: Limits) -> _Paths:
         """The rows that can be a chain at all; hops that are all allowed share one table."""
@@ -149,6 +170,7 @@ class CountsSearch:
         for level in range(2, int(totals.max()) + 1):
             states = np.flatnonzero(totals == level)
             for last in range(num):
+                self.clock.check()
                 here = states[self.counts[states, last] > 0]
                 before = table[here - self.strides[last]]
                 table[here, :, last] = settle((before + hops[:, last]).min(axis=-1))
@@ -164,8 +186,11 @@ class CountsSearch:
                 is_wanted &= self.counts[:, g] == group.size
         back = hop_table([[between(self.costs.back, b, a) for b in self.groups] for a in self.groups], limits.hop)
         table = np.where(is_wanted[:, None, None], table + back, INFINITE)
-        states, firsts, lasts = np.nonzero(table < INFINITE // 2)
-        return _Paths(states, firsts, lasts, table[states, firsts, lasts])
+        self.clock.check()
+        found = np.flatnonzero(table < INFINITE // 2)
+        found = found[np.argsort(table.ravel()[found], kind="stable")]
+        states, firsts, lasts = np.unravel_index(found, table.shape)
+        return _Paths(states, firsts, lasts, table.ravel()[found])
 
     def _order(self, state: int, first: int, last: int, limits: Limits) -> list[int]:
         """Return the groups along the cheapest path, walking the table backwards."""
@@ -177,6 +202,10 @@ class CountsSearch:
             state = before_state
             order.append(int(through.argmin()))
         return order[::-1]
+
+
+def _select(rows: _Paths, keep: NDArray[np.bool_]) -> _Paths:
+    return _Paths(rows.states[keep], rows.firsts[keep], rows.lasts[keep], rows.hops[keep])
 
 
 @dataclass(frozen=True)
@@ -209,8 +238,14 @@ class _Filling:
         devices = self.problem.devices
         return np.array([devices[g.first].rule.min_layers for g in self.search.groups], dtype=np.int64)
 
+    def all_totals(self, rows: _Paths) -> Ints:
+        """Return `totals` of all rows, block by block."""
+        blocks = [self.totals(rows.block(begin)) for begin in range(0, len(rows.states), _BLOCK)]
+        return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.int64)
+
     def totals(self, rows: _Paths) -> Ints:
         """Return the least time of every row with its layers placed; infinite where they do not fit."""
+        self.search.clock.check()
         firsts, lasts = self.ends
         counts = self.search.counts
         least_middle = np.maximum(self.least, 1)

@@ -9,7 +9,18 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.exact_tables import INFINITE, DeviceTable, Ints, Limits, hop_table, return_classes, settle, window_minima
+from planner.exact_tables import (
+    FOREVER,
+    INFINITE,
+    Clock,
+    DeviceTable,
+    Ints,
+    Limits,
+    hop_table,
+    return_classes,
+    settle,
+    window_minima,
+)
 from planner.problem import Assignment, ChainCosts, Problem, StageChoice
 
 METHOD = "dynamic programming over a fixed order"
@@ -21,6 +32,7 @@ class OrderSearch:
 
     problem: Problem
     costs: ChainCosts
+    clock: Clock = FOREVER
 
     def cheapest(self, problem: Problem, limits: Limits) -> tuple[int, Assignment] | None:
         """Return the least time and a chain that has it; None if there is no chain.
@@ -29,7 +41,7 @@ class OrderSearch:
             problem: the search's own problem, perhaps with less memory.
             limits: bounds on single stages and hops.
         """
-        return _Run(problem, self.costs, limits).answer()
+        return _Run(problem, self.costs, limits, self.clock).answer()
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class _Run:
     problem: Problem
     costs: ChainCosts
     limits: Limits
+    clock: Clock
 
     @cached_property
     def tables(self) -> list[DeviceTable]:
@@ -99,6 +112,7 @@ class _Run:
         num_counts = self.problem.max_stages or 1
         shape = (num_counts, self.back[1].shape[1], self.problem.num_layers + 1)
         for d, table in enumerate(self.tables):
+            self.clock.check()
             arriving = np.full(shape, INFINITE, dtype=np.int64)
             for before, column in enumerate(columns):
                 arriving = np.minimum(arriving, column.leaving(is_counted=self.is_counted) + self.hops[before, d])

@@ -5,13 +5,24 @@ As `exact_counts`, but which layers a device holds matters, so the position in t
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.exact_tables import INFINITE, DeviceTable, Ints, Limits, hop_table, return_classes, settle, window_minima
+from planner.exact_tables import (
+    FOREVER,
+    INFINITE,
+    Clock,
+    DeviceTable,
+    Ints,
+    Limits,
+    all_counts,
+    hop_table,
+    return_classes,
+    settle,
+    window_minima,
+)
 from planner.groups import Group, between, group_devices
 from planner.problem import Assignment, ChainCosts, Problem, StageChoice
 
@@ -30,10 +41,11 @@ class PositionsSearch:
 
     problem: Problem
     costs: ChainCosts
+    clock: Clock = FOREVER
 
     def cheapest(self, problem: Problem, limits: Limits) -> tuple[int, Assignment] | None:
         """Return the least time and a chain that has it; None if there is no chain (as `OrderSearch.cheapest`)."""
-        return _Run(problem, self.costs, limits).answer()
+        return _Run(problem, self.costs, limits, self.clock).answer()
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class _Run:
     problem: Problem
     costs: ChainCosts
     limits: Limits
+    clock: Clock
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -51,13 +64,16 @@ class _Run:
         return [DeviceTable(self.problem, self.costs, group.first, self.limits) for group in self.groups]
 
     @cached_property
-    def strides(self) -> list[int]:
-        sizes = [group.size + 1 for group in self.groups]
-        return [prod(sizes[g + 1 :]) for g in range(len(sizes))]
+    def states(self) -> tuple[Ints, list[int]]:
+        return all_counts([group.size for group in self.groups])
 
-    @cached_property
+    @property
     def counts(self) -> Ints:
-        return np.array(list(product(*(range(group.size + 1) for group in self.groups))), dtype=np.int64)
+        return self.states[0]
+
+    @property
+    def strides(self) -> list[int]:
+        return self.states[1]
 
     @cached_property
     def hops(self) -> Ints:
@@ -95,6 +111,7 @@ class _Run:
         for level in range(2, int(totals.max()) + 1):
             states = np.flatnonzero(totals == level)
             for g, table in enumerate(self.tables):
+                self.clock.check()
                 here = states[self.counts[states, g] > 0]
                 if len(here):
                     arriving = self._arriving(done, here, g)

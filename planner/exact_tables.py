@@ -3,8 +3,10 @@
 All times are whole ticks in 64 bits; `INFINITE` stands for what cannot be.
 """
 
+import time
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,25 @@ from planner.problem import ChainCosts, Problem, prefix_sums
 Ints = NDArray[np.int64]
 INFINITE = 1 << 61
 _ALMOST = 1 << 60
+
+
+class OutOfTimeError(Exception):
+    """The time was up before a proof was complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """When to give up, on the monotonic clock; None for never."""
+
+    deadline: float | None = None
+
+    def check(self) -> None:
+        """Raise OutOfTimeError when the time is up; called between pieces of work of well under a second."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTimeError
+
+
+FOREVER = Clock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +49,16 @@ class Limits:
 def settle(values: Ints) -> Ints:
     """Return `values` with everything that grew out of an impossible entry made impossible again."""
     return np.where(values >= _ALMOST, INFINITE, values)
+
+
+def all_counts(sizes: list[int]) -> tuple[Ints, list[int]]:
+    """Return [state, group]: how many devices of every group are used, for all combinations, and the strides.
+
+    Using one device more of group g is the state `strides[g]` further on.
+    """
+    shape = [size + 1 for size in sizes]
+    strides = [prod(shape[g + 1 :]) for g in range(len(shape))]
+    return np.indices(shape, dtype=np.int64).reshape(len(shape), -1).T, strides
 
 
 def hop_table(matrix: Any, limit: int | None) -> Ints:
@@ -77,34 +108,49 @@ class DeviceTable:
             starts = np.maximum(starts, _first_within(prefix_sums(device.decode.layers), self.limits.stage))
         return starts
 
-    def allows(self, start: int, end: int, *, embedding: bool, head: bool) -> bool:
-        """Return whether a stage with the embedding or the head is allowed."""
-        if not self.problem.allows(self.device, start, end, embedding=embedding, head=head):
-            return False
-        if self.limits.stage is None:
-            return True
-        times = self.problem.devices[self.device].decode
-        busy = sum(times.layers[start:end]) + times.embedding * embedding + times.head * head
-        return busy <= self.limits.stage
+    def allowed(self, starts: Ints, ends: Ints, *, embedding: bool, head: bool) -> NDArray[np.bool_]:
+        """Return, for every pair of start and end, whether a stage with the embedding or the head is allowed."""
+        problem, device, rule = self.problem, self.problem.devices[self.device], self.problem.devices[self.device].rule
+        if rule.is_banned or rule.embedding is (not embedding) or rule.head is (not head):
+            return np.zeros(np.broadcast(starts, ends).shape, dtype=np.bool_)
+        num = ends - starts
+        allowed = (num >= rule.min_layers) & (
+            num <= (problem.num_layers if rule.max_layers is None else rule.max_layers)
+        )
+        allowed &= (rule.max_start is None) | (starts <= (rule.max_start or 0))
+        allowed &= (rule.min_end is None) | (ends >= (rule.min_end or 0))
+        for layer in rule.banned:
+            allowed &= (starts > layer) | (ends <= layer)
+        prefix = np.array(problem.prefix_bytes, dtype=np.int64)
+        ends_only = problem.stage_bytes(self.device, 0, 0, embedding=embedding, head=head)
+        work = problem.activation_bytes(has_layers=True, embedding=embedding, head=head)
+        more = work - problem.activation_bytes(has_layers=False, embedding=embedding, head=head)
+        allowed &= ends_only + np.where(num > 0, more, 0) + prefix[ends] - prefix[starts] <= device.limit_bytes
+        if self.limits.stage is not None:
+            times = np.array(prefix_sums(device.decode.layers), dtype=np.int64)
+            busy = times[ends] - times[starts] + device.decode.embedding * embedding + device.decode.head * head
+            allowed &= busy <= self.limits.stage
+        return allowed
 
     @cached_property
     def first_stage(self) -> Ints:
         """Ticks of a first stage that ends at p (embedding and layers [0, p)), or infinite."""
-        size = self.problem.num_layers + 1
-        allowed = np.array([self.allows(0, p, embedding=True, head=False) for p in range(size)])
+        ends = np.arange(self.problem.num_layers + 1)
+        allowed = self.allowed(np.zeros_like(ends), ends, embedding=True, head=False)
         return np.where(allowed, self.prefix + self.costs.units[self.device].embedding, INFINITE)
 
     @cached_property
     def last_stage(self) -> Ints:
         """Ticks of a last stage that starts at p (layers [p, end) and the head), or infinite."""
-        size = self.problem.num_layers + 1
-        allowed = np.array([self.allows(p, size - 1, embedding=False, head=True) for p in range(size)])
+        starts = np.arange(self.problem.num_layers + 1)
+        allowed = self.allowed(starts, np.full_like(starts, self.problem.num_layers), embedding=False, head=True)
         return np.where(allowed, self.prefix[-1] - self.prefix + self.costs.units[self.device].head, INFINITE)
 
     @cached_property
     def only_stage(self) -> int:
         """Ticks of the whole model on this device, or infinite."""
-        if not self.allows(0, self.problem.num_layers, embedding=True, head=True):
+        whole = np.array([self.problem.num_layers])
+        if not self.allowed(whole * 0, whole, embedding=True, head=True)[0]:
             return INFINITE
         units = self.costs.units[self.device]
         return units.embedding + sum(units.layers) + units.head

@@ -6,13 +6,12 @@ other is the last one (layers that differ). Everything else is left to the exact
 """
 
 from dataclasses import replace
-from itertools import product
 from math import prod
 
 import numpy as np
 
 from planner.certificate import method_for, search_for
-from planner.exact_tables import Ints, Limits
+from planner.exact_tables import Ints, Limits, all_counts
 from planner.groups import Group, group_devices
 from planner.problem import Matrix, Problem, UnitTicks, chain_costs
 from planner.share_bound import has_room
@@ -68,8 +67,7 @@ def _reaches_the_end(problem: Problem, groups: tuple[Group, ...]) -> bool:
     num_layers = problem.num_layers
     if any(problem.allows(g.first, 0, num_layers, embedding=True, head=True) for g in groups):
         return True
-    counts = np.array(list(product(*(range(group.size + 1) for group in groups))), dtype=np.int64)
-    strides = [prod(group.size + 1 for group in groups[g + 1 :]) for g in range(len(groups))]
+    counts, strides = all_counts([group.size for group in groups])
     farthest = np.full(len(counts), -1, dtype=np.int64)
     ends = [_farthest_ends(problem, group.first) for group in groups]
     starts = [_earliest_start(problem, group.first) for group in groups]

@@ -87,8 +87,8 @@ def _kv_cache(plan: Plan) -> Source:
     per_token = 2 * model.num_key_value_heads * model.head_dim * width
     how = (
         f"2 (key, value) x {model.num_key_value_heads} heads x {model.head_dim} x {width} bytes = {per_token} bytes "
-        f"per token and layer, for {work.context_tokens} tokens (or its window) x {work.batch_size} sequences x "
-        f"{work.requests_in_flight} in flight"
+        f"per token and layer, for {work.context_tokens} tokens (or its window) x "
+        f"batch {work.batch_size} x {work.requests_in_flight} in flight"
     )
     total = sum(stage.kv_cache_bytes for stage in plan.stages)
     return Source("KV cache", format_bytes(total), "formula", how)

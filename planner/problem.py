@@ -136,6 +136,11 @@ class Problem:
         """Bytes of layers [0, i) for i from 0 to the number of layers."""
         return prefix_sums(self.units.layers)
 
+    def seconds(self, ticks: Fraction | Ticks, objective: Objective) -> float:
+        """Return a time objective in seconds; the ticks of `throughput` are step periods times requests in flight."""
+        in_flight = self.requests_in_flight if objective == "throughput" else 1
+        return float(Fraction(ticks) / in_flight) * self.tick_seconds
+
     def stage_bytes(self, device: int, start: int, end: int, *, embedding: bool, head: bool) -> int:
         """Return the bytes a stage needs on `device`, as `plans.memory.stage_memory` counts them."""
         units = self.units

@@ -1,21 +1,19 @@
 """A plan as one self-contained page: no scripts, nothing fetched, the same bytes every time."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from planner import show_compare
+from planner.alternatives import Alternatives, Option
 from planner.chart_memory import PARTS, memory_drawing, stage_words
 from planner.chart_timeline import decode_drawing, prefill_drawing
 from planner.chart_topology import topology_drawing
 from planner.chart_tradeoff import Point, tradeoff_drawing
-from planner.compare import Comparison, Row, compare, stages_of
+from planner.compare import Comparison, Row
 from planner.costs import CostModel
-from planner.drawing import Drawing, number
-from planner.origins import MEANINGS, Origin, Source, decode_origin, hop_origin, sources_of
-from planner.rules import Split
+from planner.drawing import number
+from planner.origins import MEANINGS, Origin, decode_origin, hop_origin, sources_of
 from planner.show import duration, objective_text, proof_line, unused_devices
 from planner.simulate import Simulation, simulate_plan
 from planner.trace import trace
@@ -35,6 +33,7 @@ class Tile:
 
     label: str
     value: str
+    unit: str
     detail: str
 
 
@@ -50,7 +49,8 @@ class StageRow:
     decode_origin: Origin
     prefill: str
     hop: str
-    hop_origin: Origin
+    hop_origin: Origin | None
+    """None where nothing travels."""
     busy: str
 
 
@@ -59,7 +59,7 @@ class CompareRow:
     """One proposal in the comparison, everything already in words."""
 
     row: Row
-    layers: str
+    layers: list[str]
     verdict: str
     per_token: str
     first_token: str
@@ -72,16 +72,24 @@ class CompareRow:
     share_bar: float
 
 
-def render_report(
-    plan: Plan, *, comparison: Comparison | None = None, frontier: Sequence[Point] = (), frontier_note: str = ""
-) -> str:
+@dataclass(frozen=True, slots=True)
+class OptionRow:
+    """The best plan with so many devices, in words."""
+
+    num_devices: int
+    layers: list[str]
+    time: str
+    ratio: str
+    share: str
+    status: str
+
+
+def render_report(plan: Plan, *, alternatives: Alternatives | None = None) -> str:
     """Return the page as HTML.
 
     Args:
         plan: a checked plan.
-        comparison: what else could be done, from `planner.compare.compare`; left out if None.
-        frontier: the Pareto frontier of time against memory share, drawn into the comparison.
-        frontier_note: a sentence on how the frontier was made.
+        alternatives: what else could be done, from `planner.alternatives.alternatives_to`; left out if None.
     """
     model = CostModel(plan.profile, workload=plan.workload, cluster=plan.cluster, execution=plan.execution)
     simulation = simulate_plan(plan)
@@ -97,41 +105,41 @@ def render_report(
         timelines=(prefill_drawing(simulation, plan), decode_drawing(simulation, plan)),
         rows=_stage_rows(plan, model, simulation),
         return_hop=duration(plan.prediction.return_hop_seconds),
-        unused=unused_devices(plan),
-        compared=[] if comparison is None else _compare_rows(comparison),
-        notes=[] if comparison is None else list(show_compare.note_lines(comparison)),
-        tradeoff=None if comparison is None else tradeoff_drawing(comparison, frontier=frontier),
-        frontier_note=frontier_note,
+        unused=unused_words(plan),
+        **_alternatives(alternatives),
         sources=sources_of(plan, model),
         meanings=MEANINGS,
     )  # fmt: skip
 
 
-def compare_with(plan: Plan, *, time_limit: float | None) -> Comparison:
-    """Return what else could be done for a plan's own question; the plan itself is the first row.
-
-    Args:
-        time_limit: seconds for each strategy that is solved again.
-
-    Raises:
-        MachineError: no solver works here.
-    """
-    found = compare(
-        plan.profile,
-        cluster=plan.cluster,
-        workload=plan.workload,
-        objective=plan.objective,
-        weight=0.5 if plan.mixed_weight is None else plan.mixed_weight,
-        execution=plan.execution,
-        partitions=[("this plan", Split("this plan", stages_of(plan)))],
-        time_limit=time_limit,
-    )
-    return replace(found, rows=(found.rows[-1], *found.rows[:-1]))
-
-
 def trace_text(plan: Plan) -> str:
     """Return the simulated timeline of a plan for Perfetto, as JSON."""
     return dump_json(trace(simulate_plan(plan)))
+
+
+def _alternatives(found: Alternatives | None) -> dict[str, Any]:
+    if found is None:
+        return {"compared": [], "notes": [], "tradeoff": None, "has_frontier": False, "fewer": []}
+    line = [Point(option.seconds, option.memory_share, "", "point ours") for option in found.by_share]
+    is_proved = all(option.status == "optimal" for option in found.by_share)
+    return {
+        "compared": _compare_rows(found.comparison),
+        "notes": list(show_compare.note_lines(found.comparison)),
+        "tradeoff": tradeoff_drawing(found.comparison, frontier=line if is_proved else []),
+        "has_frontier": is_proved and len(line) > 1,
+        "fewer": [_option_row(option, found.by_devices[-1].seconds) for option in found.by_devices],
+    }
+
+
+def _option_row(option: Option, best_seconds: float) -> OptionRow:
+    return OptionRow(
+        num_devices=len(option.stages),
+        layers=show_compare.layers_text(option.stages).split(", "),
+        time=duration(option.seconds),
+        ratio=f"{option.seconds / best_seconds:.2f}x" if best_seconds else "",
+        share=f"{option.memory_share:.1%}",
+        status=option.status,
+    )
 
 
 def answer(plan: Plan, simulation: Simulation) -> str:
@@ -143,7 +151,13 @@ def answer(plan: Plan, simulation: Simulation) -> str:
     num = plan.workload.requests_in_flight
     rate = simulation.pipelined_tokens_per_second if num > 1 else simulation.tokens_per_second
     first = duration(simulation.time_to_first_token_seconds)
-    return f"{plan.profile.model.name} runs on {where} at {rate:.3g} tokens per second, the first after {first}."
+    return (
+        f"{plan.profile.model.name} runs on {where} at {_rate_text(rate)} tokens per second, the first after {first}."
+    )
+
+
+def _rate_text(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def chain_words(plan: Plan) -> list[tuple[str, str]]:
@@ -151,28 +165,42 @@ def chain_words(plan: Plan) -> list[tuple[str, str]]:
     return [(stage.device, stage_words(stage)) for stage in plan.stages]
 
 
+def unused_words(plan: Plan) -> str:
+    """Return which devices hold nothing, and whether it is known that nothing is lost by it; empty if all are used."""
+    names = ", ".join(unused_devices(plan))
+    is_proved = plan.proof.status == "optimal" and plan.strategy in ("compute", "memory", "mixed")
+    return f"Not used: {names}{'; no plan gains by it' if is_proved else ''}." if names else ""
+
+
 def _tiles(plan: Plan, simulation: Simulation) -> list[Tile]:
     work, proof = plan.workload, plan.proof
     fullest = max(plan.stages, key=lambda stage: stage.total_bytes / stage.budget_bytes)
     batch = f"batch {work.batch_size}, " if work.batch_size > 1 else ""
     tiles = [
-        Tile("per token", duration(simulation.seconds_per_token), f"{batch}context {work.decode_context_tokens}"),
-        Tile("one request", f"{simulation.tokens_per_second:.4g} tokens/s", "alone in the pipeline"),
-        Tile("first token", duration(simulation.time_to_first_token_seconds), f"after {work.prompt_tokens} tokens"),
-        Tile("fullest device", f"{plan.prediction.max_memory_share:.1%}", fullest.device),
-        Tile("proof", proof.status, "by hand" if proof.status == "given" else f"gap {proof.gap:.3g}"),
+        _tile("per token", duration(simulation.seconds_per_token), f"{batch}context {work.decode_context_tokens}"),
+        _tile("one request", f"{simulation.tokens_per_second:.4g} tokens/s", "alone in the pipeline"),
+        _tile("first token", duration(simulation.time_to_first_token_seconds), f"after {work.prompt_tokens} tokens"),
+        _tile("fullest device", f"{plan.prediction.max_memory_share:.1%}", fullest.device),
+        _tile("proof", proof.status, "by hand" if proof.status == "given" else f"gap {proof.gap:.3g}"),
     ]
     if work.requests_in_flight > 1:
         together = f"{simulation.pipelined_tokens_per_second:.4g} tokens/s"
-        tiles.insert(2, Tile("all together", together, f"{work.requests_in_flight} requests in flight"))
+        tiles.insert(2, _tile("all together", together, f"{work.requests_in_flight} requests in flight"))
     return tiles
 
 
+def _tile(label: str, text: str, detail: str) -> Tile:
+    value, _space, unit = text.partition(" ")
+    return Tile(label, value, unit, detail)
+
+
 def _stage_rows(plan: Plan, model: CostModel, simulation: Simulation) -> list[StageRow]:
+    num_stages = len(plan.stages)
     rows = []
-    following: list[Stage | None] = [b for _a, b in pairwise(plan.stages)]
-    for index, (stage, after) in enumerate(zip(plan.stages, [*following, None], strict=True)):
-        way = after.device if after else plan.stages[0].device
+    for index, stage in enumerate(plan.stages):
+        is_last, way = index == num_stages - 1, plan.stages[(index + 1) % num_stages].device
+        hop = plan.prediction.return_hop_seconds if is_last else stage.hop_seconds
+        origin = hop_origin(plan.cluster, stage.device, way, execution=plan.execution) if num_stages > 1 else None
         rows.append(
             StageRow(
                 number=index + 1,
@@ -182,8 +210,8 @@ def _stage_rows(plan: Plan, model: CostModel, simulation: Simulation) -> list[St
                 decode=duration(stage.decode_seconds),
                 decode_origin=decode_origin(stage, model),
                 prefill=duration(stage.prefill_seconds),
-                hop=duration(stage.hop_seconds if after else plan.prediction.return_hop_seconds),
-                hop_origin=hop_origin(plan.cluster, stage.device, way, execution=plan.execution),
+                hop=duration(hop) if num_stages > 1 else "-",
+                hop_origin=origin,
                 busy=f"{min(1.0, simulation.busy_shares[index]):.0%}",
             )
         )
@@ -202,12 +230,12 @@ def _compare_row(found: Comparison, row: Row, slowest: float) -> CompareRow:
     rate = None if score is None else score.pipelined_tokens_per_second if many else score.tokens_per_second
     return CompareRow(
         row=row,
-        layers=show_compare.layers_text(row.stages),
+        layers=show_compare.layers_text(row.stages).split(", ") if row.stages else [],
         verdict=show_compare.verdict(row),
         per_token="" if score is None else duration(score.seconds_per_token),
         first_token="" if score is None else duration(score.time_to_first_token_seconds),
         rate="" if rate is None else f"{rate:.4g}",
-        share="" if share is None else f"{share:.0%}",
+        share="" if share is None else f"{share:.1%}",
         ratio=show_compare.ratio_text(found, row),
         is_best=row is found.best,
         time_bar=seconds / slowest if row.fits and seconds and slowest else 0.0,
@@ -231,6 +259,3 @@ def _templates() -> "jinja2.Environment":
     environment.filters["num"] = number
     environment.globals["objective_text"] = objective_text
     return environment
-
-
-__all__ = ["Drawing", "Point", "Source", "render_report"]

@@ -38,7 +38,7 @@ def minimise(problem: Problem, goal: Goal, *, session: SolverSession) -> Settled
     """
     answer, certificate = session.ask(problem, goal, lambda: certify(problem, goal, time_limit=session.seconds_left))
     if certificate is None:
-        return _with_fallback(problem, goal, _alone(answer))
+        return _with_fallback(problem, goal, _alone(answer), deadline=session.overtime_deadline)
     if not _agree(answer, certificate):
         # A solver that is wrong by itself is often right without presolve, or is outvoted by the other one.
         answer, _ = session.ask(problem, goal, lambda: None, is_second_opinion=True)
@@ -47,11 +47,11 @@ def minimise(problem: Problem, goal: Goal, *, session: SolverSession) -> Settled
     return _together(answer, certificate)
 
 
-def _with_fallback(problem: Problem, goal: Goal, settled: Settled) -> Settled:
+def _with_fallback(problem: Problem, goal: Goal, settled: Settled, *, deadline: float) -> Settled:
     """Where the time was up, a plan found quickly is better than none, and may be better than the solver's."""
     if settled.status not in ("time_limit", "feasible"):
         return settled
-    quick = quick_plan(problem, goal)
+    quick = quick_plan(problem, goal, deadline=deadline)
     if quick is None or (settled.value is not None and settled.value <= quick[1]):
         return settled
     return replace(settled, status="feasible", assignment=quick[0], value=quick[1])
@@ -65,13 +65,15 @@ def _alone(answer: IlpAnswer) -> Settled:
 
 
 def _together(answer: IlpAnswer, certificate: Certificate) -> Settled:
-    solver, version = answer.solver, answer.solver_version
-    if certificate.value is None:
-        return Settled("infeasible", solver, version, certificate.method)
-    # The solver's plan stands if it is exactly as good; ties may fall either way.
-    is_exact = answer.value == certificate.value
-    chosen = answer.assignment if is_exact else certificate.assignment
-    return Settled("optimal", solver, version, certificate.method, chosen, certificate.value, certificate.value)
+    """What both say; a solver that was stopped before its proof is not named.
+
+    Of equally good plans the certificate's is taken, so that ties do not depend on the solver, its version or its time.
+    """
+    has_proved = answer.status in ("optimal", "infeasible")
+    solver, version = (answer.solver, answer.solver_version) if has_proved else ("none", "none")
+    value = certificate.value
+    status: SolveStatus = "infeasible" if value is None else "optimal"
+    return Settled(status, solver, version, certificate.method, certificate.assignment, value, value)
 
 
 def _agree(answer: IlpAnswer, certificate: Certificate) -> bool:

@@ -33,11 +33,17 @@ def has_room(problem: Problem, groups: tuple[Group, ...]) -> bool:
         return True
     middles = [max(room(g, embedding=False, head=False), 0) for g in groups]
     total = sum(g.size * layers for g, layers in zip(groups, middles, strict=True))
-    firsts = [room(g, embedding=True, head=False) for g in groups]
-    lasts = [room(g, embedding=False, head=True) for g in groups]
+    # What a device holds more (or less) than between the ends when it is the first, or the last; None: it cannot be.
+    firsts = [_gain(room(g, embedding=True, head=False), m) for g, m in zip(groups, middles, strict=True)]
+    lasts = [_gain(room(g, embedding=False, head=True), m) for g, m in zip(groups, middles, strict=True)]
+    ranked = sorted((gain, b) for b, gain in enumerate(lasts) if gain is not None)[-2:]
     return any(
-        total - middles[a] - middles[b] + first + last >= problem.num_layers
+        total + first + last >= problem.num_layers
         for a, first in enumerate(firsts)
-        for b, last in enumerate(lasts)
-        if first >= 0 and last >= 0 and (a != b or groups[a].size > 1)
+        for last, b in ranked
+        if first is not None and (a != b or groups[a].size > 1)
     )
+
+
+def _gain(room: int, middle: int) -> int | None:
+    return room - middle if room >= 0 else None

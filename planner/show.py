@@ -1,6 +1,7 @@
 """A plan as a person sees it in a terminal: memory bars, the chain with its hops, the times, the proof."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from plans.plan import Plan, Stage
@@ -9,6 +10,8 @@ from plans.sizes import format_bytes
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+    from planner.capacity import Capacity
 
 BAR_CELLS = 24
 _PARTS = (
@@ -141,6 +144,8 @@ def proof_line(plan: Plan) -> str:
     if proof.status != "optimal":
         least = objective_text(plan, proof.bound)
         return f"feasible, not proved: {value}; {by} excludes less than {least} (gap {proof.gap:.2%})"
+    if proof.solver == "none":
+        return f"optimal: {value}, proved by {proof.certified_by}; the integer program was stopped before its proof"
     again = f" and again by {proof.certified_by}" if proof.certified_by else "; no second method reaches this size"
     return f"optimal: {value}, proved by {by}{again}"
 
@@ -169,9 +174,19 @@ def duration(seconds: float) -> str:
     return f"{seconds:.4g} s"
 
 
-def as_json(plan: Plan, *, solve_seconds: float | None = None) -> dict[str, Any]:
+def capacity_line(capacity: "Capacity") -> str:
+    """Return how far a number of the workload may rise, and who proved that it may rise no further."""
+    name = {"context_tokens": "context", "requests_in_flight": "requests in flight"}[capacity.key]
+    proved = " and ".join(capacity.proved_by)
+    beyond = f"{capacity.any_cut + 1} proved infeasible by {proved}" if proved else "as many as can be asked for"
+    return f"largest {name}: {capacity.this_cut} with this cut, {capacity.any_cut} with any cut ({beyond})"
+
+
+def as_json(plan: Plan, *, solve_seconds: float | None = None, capacities: "Sequence[Capacity]" = ()) -> dict[str, Any]:
     """Return the plan's own keys, and beside them what only this run knows."""
     extra: dict[str, Any] = {"unused_devices": unused_devices(plan)}
+    if capacities:
+        extra["capacities"] = [asdict(capacity) for capacity in capacities]
     if solve_seconds is not None:
         extra["solve_seconds"] = solve_seconds
     return plan.model_dump(mode="json", by_alias=True) | extra

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MAX_STAGES_IN_WORDS = 6
+TIME_NAMES = {"latency": "time per token", "request": "time of a whole request", "throughput": "time per pipeline step"}
 
 
 def comparison_table(found: Comparison) -> "Table":
@@ -77,7 +78,9 @@ def verdict(row: Row) -> str:
     if row.reason or short:
         return row.reason or ", ".join(short)
     twice = "; a device holds two stages" if row.has_repeats else ""
-    proof = {"optimal": ", proved", "feasible": ", not proved"}.get(row.status or "", "")
+    proof = (
+        "" if row.name == "uniform" else {"optimal": ", proved", "feasible": ", not proved"}.get(row.status or "", "")
+    )
     return f"yes{proof}{twice}"
 
 
@@ -86,8 +89,10 @@ def note_lines(found: Comparison) -> Iterator[str]:
     for row in found.rows:
         if row.note:
             yield f"{row.name}: {row.note}"
-    names = {"latency": "time per token", "request": "time of a whole request", "throughput": "time per pipeline step"}
-    yield f"vs best: {names[found.objective]} against the fastest that fits; every row is scored by one simulator"
+    if found.best is None:
+        yield "nothing fits; 'llamaplan solve' with the same options says what would"
+        return
+    yield f"vs best: {TIME_NAMES[found.objective]} against the fastest that fits; every row is scored by one simulator"
 
 
 def as_json(found: Comparison) -> dict[str, Any]:

@@ -208,11 +208,6 @@ def _make_stage(
     )
 
 
-def _to_seconds(problem: Problem, outcome: Outcome, ticks: Fraction | int) -> float:
-    in_flight = problem.requests_in_flight if outcome.goal.objective == "throughput" else 1
-    return float(Fraction(ticks) / in_flight) * problem.tick_seconds
-
-
 def _proof(problem: Problem, outcome: Outcome, prediction: Prediction, *, time_seconds: float) -> Proof:
     """The first key and what is known about it; times as predicted, so that the plan agrees with itself."""
     kind = outcome.goal.kind
@@ -220,7 +215,7 @@ def _proof(problem: Problem, outcome: Outcome, prediction: Prediction, *, time_s
     bound = value
     if outcome.status not in ("optimal", "given"):
         known = outcome.bound or Fraction(0)
-        bound = min(value, _to_seconds(problem, outcome, known) if kind == "time" else float(known))
+        bound = min(value, problem.seconds(known, outcome.goal.objective) if kind == "time" else float(known))
     return Proof(
         status=outcome.status,
         objective=value,
@@ -235,7 +230,8 @@ def _proof(problem: Problem, outcome: Outcome, prediction: Prediction, *, time_s
 def _trade_off(problem: Problem, outcome: Outcome, prediction: Prediction, *, time_seconds: float) -> TradeOff | None:
     if outcome.best_time is None or outcome.best_share is None:
         return None
-    best_time, best_share = _to_seconds(problem, outcome, outcome.best_time), float(outcome.best_share)
+    best_time = problem.seconds(outcome.best_time, outcome.goal.objective)
+    best_share = float(outcome.best_share)
     return TradeOff(
         best_time_seconds=best_time,
         best_memory_share=best_share,

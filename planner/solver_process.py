@@ -27,6 +27,10 @@ from plans.errors import LlamaplanError, MachineError
 
 GRACE_SECONDS = 1.0
 """How long after the limit the solver may still be tidying up."""
+OVERTIME_SECONDS = 0.7
+"""What a makeshift plan may take after that; all together stays below two seconds."""
+PATIENCE_SECONDS = 10.0
+"""How long the solver may go on when the answer is already proved by other means."""
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from planner.solver_process import serve; serve()"
 
 
@@ -80,10 +84,20 @@ class SolverSession:
             return None
         return max(0.0, self._started + self.time_limit - time.monotonic())
 
+    @property
+    def overtime_deadline(self) -> float:
+        """Until when, on the monotonic clock, a makeshift plan may be looked for: a little beyond the time limit."""
+        soon = time.monotonic() + OVERTIME_SECONDS
+        if self.time_limit is None:
+            return soon
+        return min(soon, self._started + self.time_limit + GRACE_SECONDS + OVERTIME_SECONDS)
+
     def ask(
         self, problem: Problem, goal: Goal, meanwhile: Callable[[], T], *, is_second_opinion: bool = False
     ) -> tuple[IlpAnswer, T]:
         """Minimise `goal` over `problem` (see `planner.ilp.solve_ilp`) and do something else at the same time.
+
+        Once that has a result that is not None, the solver gets `PATIENCE_SECONDS` more.
 
         Raises:
             MachineError: no solver works here.
@@ -112,6 +126,9 @@ class SolverSession:
         try:
             _send_aside(self._child.stdin, pickle.dumps(question))
             other = meanwhile()
+            if other is not None:
+                patience = time.monotonic() + PATIENCE_SECONDS
+                deadline = patience if deadline is None else min(deadline, patience)
             return _receive(self._child.stdout, deadline), other
         except TimeoutError:
             self._stop()

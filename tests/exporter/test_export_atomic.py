@@ -265,6 +265,40 @@ def test_staged_files_that_are_not_whole_are_written_again(prepared: Prepared, t
     assert manifest.plan_sha256 == plan.sha256
 
 
+def test_what_a_killed_replacement_left_behind_does_not_leak_into_the_next_export(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    model, plan, expected = prepared
+    out = tmp_path / "out"
+    (out / "folder" / "deeper").mkdir(parents=True)
+    (out / "precious.txt").write_text("mine")
+    out.chmod(0o700)
+
+    def die_after_the_exchange() -> None:
+        import exporter.staging
+
+        real = exporter.staging.exchange
+
+        def exchange(*arguments: Any, **options: Any) -> bool:
+            real(*arguments, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+            return True
+
+        exporter.staging.exchange = exchange  # type: ignore[attr-defined]
+        export(plan, model=model, output=out, force=True)
+
+    assert os.WIFSIGNALED(in_child(die_after_the_exchange))
+    assert tree(out) == expected
+    (staging,) = left_behind(tmp_path)
+    assert (tmp_path / staging / "files" / "precious.txt").exists()
+    export(plan, model=model, output=out, force=True)
+    assert tree(out) == expected
+    (tmp_path / "plain").mkdir()
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain").rmdir()
+    assert names(tmp_path) == ["out"]
+
+
 def staging_name(target: str, **changes: Any) -> str:
     own = Owner.this_process(target)
     from dataclasses import replace

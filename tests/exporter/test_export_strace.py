@@ -19,7 +19,7 @@ from export_helpers import ROOT, make_plan, names, tree
 from exporter import export
 
 CHANGING = ("mkdir", "mkdirat", "write", "fsync", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir")
-SAMPLE = 1 if os.environ.get("LLAMAPLAN_EVERY_CALL") else 7
+SAMPLE = 1 if os.environ.get("LLAMAPLAN_EVERY_CALL") else 4
 
 EXPORT = """
 import sys

@@ -158,6 +158,6 @@ def test_two_planners_in_one_folder_do_not_meet(shipped: Path, tmp_path: Path) -
         )
         for i in range(2)
     ]
-    assert [run.wait(60) for run in runs] == [0, 0]
+    assert [run.wait(200) for run in runs] == [0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json"]
     assert (tmp_path / "0.json").read_bytes() == (tmp_path / "1.json").read_bytes()

@@ -5,8 +5,6 @@ largest number of layers each device holds; a hop of 32,768 bytes at 1e9 B/s + 1
 of the token ids cost nothing here.
 """
 
-from collections import Counter
-
 import pytest
 
 from planner.certificate import certify
@@ -53,15 +51,10 @@ def test_compute_finds_the_known_layers(golden: Problem) -> None:
     assert outcome.assignment is not None
     assert violations(golden, outcome.assignment) == []
     assert (outcome.status, outcome.value) == ("optimal", OPTIMUM_TICKS)
-    layers: dict[str, Counter[int]] = {}
+    layers: dict[str, list[int]] = {}
     for stage in outcome.assignment:
-        kind = golden.devices[stage.device].name.split("-")[0]
-        layers.setdefault(kind, Counter())[stage.end - stage.start] += 1
-    # The L4 hold 32 layers in 5 stages; how they share them is a tie, all of them as good as the known answer.
-    assert layers["A100"] == Counter(OPTIMUM_LAYERS["A100"])
-    assert sum(n * times for n, times in layers["L4"].items()) == sum(OPTIMUM_LAYERS["L4"])
-    assert sum(layers["L4"].values()) == len(OPTIMUM_LAYERS["L4"])
-    assert set(layers) == {"A100", "L4"}
+        layers.setdefault(golden.devices[stage.device].name.split("-")[0], []).append(stage.end - stage.start)
+    assert layers == OPTIMUM_LAYERS
 
 
 def test_all_devices_at_once_balance_to_the_known_share(golden: Problem) -> None:
