@@ -155,6 +155,7 @@ def report_command(
 
     screen = Output(json=as_json, quiet=quiet)
     check_time_limit(time_limit)
+    refuse_same_file(plan, output, trace)
     known = read_plan(plan)
     with cli_solve.spinner(screen, "comparing with other strategies and engines"):
         found = alternatives_to(known, time_limit=time_limit) if compared else None
@@ -165,6 +166,13 @@ def report_command(
         screen.note(f"wrote {trace}; open it at https://ui.perfetto.dev or in chrome://tracing")
     screen.data({"report": str(output), "trace": None if trace is None else str(trace)})
     screen.next_step(f"open {shlex.quote(str(output))} in a browser")
+
+
+def refuse_same_file(plan: Path, *written: Path | None) -> None:
+    """Refuse to write a result over the plan, or two results into one file."""
+    paths = [path.absolute().resolve() for path in (plan, *written) if path is not None]
+    if len(set(paths)) < len(paths):
+        raise UsageError("the plan, --output and --trace are not three different files")
 
 
 def check_time_limit(seconds: float) -> None:

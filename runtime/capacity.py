@@ -1,8 +1,11 @@
 """Is there room? What a run needs on each device, against what is free there, compared before anything is loaded."""
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -12,6 +15,8 @@ from plans.config import DTYPE_SIZES
 from plans.errors import MachineError
 from plans.sizes import format_bytes
 from runtime.ranges import StageSpec, describe_stage, owns_unit
+
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +46,44 @@ def stage_need(checkpoint: Checkpoint, spec: StageSpec, *, dtype: str, context_t
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that are free on a device right now."""
+    """Return the bytes that are free on a device right now; on a CPU within the container's limit, if it has one."""
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
         return int(free)
-    return int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)
+    limit = _container_free_bytes()
+    return available if limit is None else min(available, limit)
+
+
+def _container_free_bytes() -> int | None:
+    """Return what a control group leaves; file pages it counts as used can be dropped again."""
+    try:
+        folder = Path("/sys/fs/cgroup")
+        limit, used = (int((folder / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):
+        return None  # no limit ("max"), another version of control groups, or another system
+    return max(0, limit - used + (int(cached[1]) if cached else 0))
+
+
+@contextmanager
+def memory_faults(doing: str) -> Iterator[None]:
+    """Turn a failed allocation inside the block into an error a person can act on.
+
+    Raises:
+        MachineError: memory ran out while `doing`.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+            raise
+        free = free_bytes(torch.device("cpu"))
+        raise MachineError(
+            f"memory ran out while {doing} ({format_bytes(free)} ({free} bytes) are free on the CPU now)",
+            hint="lower --ctx-size, --batch-size or --prefill-chunk, or map a stage elsewhere with --device-map",
+            code="E-MEMORY",
+        ) from None
 
 
 def check_room(needs: Sequence[Need], specs: Sequence[StageSpec], devices: Sequence[torch.device]) -> None:

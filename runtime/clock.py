@@ -1,10 +1,12 @@
-"""Where a step's time goes: compute per stage, and hops between stages."""
+"""Where a step's time goes: compute per stage, hops between stages, and the part of computing spent on caches."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from transformers.cache_utils import Cache
 
 from runtime.chain import Chain
 from runtime.devices import synchronize
@@ -17,14 +19,20 @@ class StageTime:
     compute_seconds: float = 0.0
     hop_seconds: float = 0.0
     """Time to bring hidden states (and shared tensors) to this stage from the one before it."""
+    cache_seconds: float = 0.0
+    """Time to add keys and values to the cache, a part of `compute_seconds`; measured for stages on a CPU."""
 
     def copy(self) -> "StageTime":
         """Return the totals as they are now."""
-        return StageTime(self.compute_seconds, self.hop_seconds)
+        return StageTime(self.compute_seconds, self.hop_seconds, self.cache_seconds)
 
     def since(self, before: "StageTime") -> "StageTime":
         """Return what was added after an earlier copy."""
-        return StageTime(self.compute_seconds - before.compute_seconds, self.hop_seconds - before.hop_seconds)
+        return StageTime(
+            self.compute_seconds - before.compute_seconds,
+            self.hop_seconds - before.hop_seconds,
+            self.cache_seconds - before.cache_seconds,
+        )
 
 
 @contextmanager
@@ -44,6 +52,35 @@ def stage_clock(chain: Chain) -> Iterator[list[StageTime]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def cache_clock(chain: Chain, cache: Cache, totals: Sequence[StageTime]) -> Iterator[None]:
+    """Measure every update of `cache` inside the block and add it to the totals of `stage_clock`.
+
+    Only stages on a CPU are measured: an accelerator would have to be synchronised twice per layer.
+    """
+    layers = {
+        layer: totals[index]
+        for index, (stage, device) in enumerate(zip(chain.stages, chain.stage_devices, strict=True))
+        for layer in range(stage.start_layer, stage.end_layer)
+        if device.type == "cpu"
+    }
+    patched: Any = cache
+    update = patched.update
+
+    def timed(keys: Any, values: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = update(keys, values, layer_idx, *args, **kwargs)
+        if layer_idx in layers:
+            layers[layer_idx].cache_seconds += time.perf_counter() - started
+        return result
+
+    patched.update = timed
+    try:
+        yield
+    finally:
+        del patched.update
 
 
 def _watch(chain: Chain, index: int, total: StageTime) -> list[Any]:

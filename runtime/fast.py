@@ -7,6 +7,7 @@ Shapes: B sequences, S new tokens, E hidden size, D head size, V vocabulary.
 """
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -82,15 +83,14 @@ class FastStage:
         self._layers = (Layer * len(layers))(*(_layer(layer, config) for layer in layers))
         self._dtype: torch.dtype = next(p.dtype for m in self._modules for p in m.parameters())
         self._shape = _shape(layers[0] if len(layers) else None, config, self._dtype)
-        self._norm, self._head = norm, head
+        self._norm: Any = norm
+        self._head: Any = head
         self._logits_scaling = float(getattr(config, "logits_scaling", 1.0))
         self._scratch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._bound: list[weakref.ref[torch.Tensor]] = []  # weak: an old cache is free to go
+        self._capacity = 0
 
-    def can_step(self, batch: int, new_tokens: int) -> bool:
-        """Whether `decode` takes a step of this size."""
-        return batch > 0 and 0 < new_tokens <= MAX_ROWS
-
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(
         self,
         hidden: torch.Tensor,
@@ -113,42 +113,69 @@ class FastStage:
             Hidden states [B, S, E].
         """
         batch, new_tokens, _ = hidden.shape
-        if not self._layers:
+        if not self._layers or batch == 0 or new_tokens == 0:
             return hidden
-        hidden = hidden.contiguous()
-        cos, sin = (table.expand(batch, -1, -1).to(self._dtype).contiguous() for table in (cos, sin))
+        assert hidden.dtype == self._dtype
+        assert start.shape == (batch,)
         assert cos.shape[-1] <= self._shape.head_dim
-        assert start.dtype == torch.int64 and start.is_contiguous()
-        self._shape.rotary_dim = cos.shape[-1]
-        outputs = torch.empty_like(hidden)
+        cos, sin = cos.to(self._dtype).expand(batch, -1, -1), sin.to(self._dtype).expand(batch, -1, -1)
         with self._lock:
-            past, capacity = self._bind(cache, batch=batch, new_tokens=new_tokens)
-            for first in range(0, batch, MAX_ROWS // new_tokens):
-                count = min(batch - first, MAX_ROWS // new_tokens)
-                workspace, counters, threads = self._workspace(count * new_tokens)
-                step = Step(
-                    openmp=self._library.openmp_address,
-                    threads=threads,
-                    num_layers=len(self._layers),
-                    first_sequence=first,
-                    batch=count,
-                    new_tokens=new_tokens,
-                    past=past,
-                    capacity=capacity,
-                    inputs=_row(hidden, first),
-                    outputs=_row(outputs, first),
-                    cos=_row(cos, first),
-                    sin=_row(sin, first),
-                    start=_row(start, first),
-                    workspace=workspace,
-                    counters=counters,
-                )
-                self._library.decode_layers(self._shape, self._layers, step)
+            self._bind(cache, batch=batch, new_tokens=new_tokens)
+            if batch * new_tokens <= MAX_ROWS:
+                outputs = self._decode_rows(hidden, cos, sin, start, past=cache[0].length)
+            else:
+                outputs = torch.empty_like(hidden)
+                for tokens in _slices(new_tokens, MAX_ROWS):
+                    for rows in _slices(batch, MAX_ROWS // (tokens.stop - tokens.start)):
+                        outputs[rows, tokens] = self._decode_rows(
+                            hidden[rows, tokens],
+                            cos[rows, tokens],
+                            sin[rows, tokens],
+                            start[rows],
+                            past=cache[0].length + tokens.start,
+                            first_sequence=rows.start,
+                        )
         for layer in cache:
             layer.length += new_tokens
         return outputs
 
-    @torch.inference_mode()
+    def _decode_rows(
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        start: torch.Tensor,
+        *,
+        past: int,
+        first_sequence: int = 0,
+    ) -> torch.Tensor:
+        """Run one native call: at most MAX_ROWS rows, of the cache's sequences from `first_sequence` on."""
+        batch, new_tokens, _ = hidden.shape
+        inputs, cos, sin, start = (tensor.contiguous() for tensor in (hidden, cos, sin, start))
+        outputs = torch.empty_like(inputs)
+        self._shape.rotary_dim = cos.shape[-1]
+        workspace, counters, threads = self._workspace(batch * new_tokens)
+        step = Step(
+            openmp=self._library.openmp_address,
+            threads=threads,
+            num_layers=len(self._layers),
+            first_sequence=first_sequence,
+            batch=batch,
+            new_tokens=new_tokens,
+            past=past,
+            capacity=self._capacity,
+            inputs=inputs.data_ptr(),
+            outputs=outputs.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            start=start.data_ptr(),
+            workspace=workspace,
+            counters=counters,
+        )
+        self._library.decode_layers(self._shape, self._layers, step)
+        return outputs
+
+    @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., V] of hidden states [..., E], in the model's dtype."""
         assert self._norm is not None
@@ -157,36 +184,46 @@ class FastStage:
         rows = hidden.reshape(-1, hidden_size).contiguous()
         logits = rows.new_empty((len(rows), vocab_size))
         with self._lock:
-            for first in range(0, len(rows), MAX_ROWS):
-                count = min(len(rows) - first, MAX_ROWS)
-                workspace, counters, threads = self._workspace(count)
+            for part in _slices(len(rows), MAX_ROWS):
+                workspace, counters, threads = self._workspace(part.stop - part.start)
                 step = Head(
                     openmp=self._library.openmp_address,
                     threads=threads,
                     dtype=DTYPES[self._dtype],
-                    rows=count,
+                    rows=part.stop - part.start,
                     hidden_size=hidden_size,
                     vocab_size=vocab_size,
                     norm_eps=self._norm.variance_epsilon,
                     logits_scaling=self._logits_scaling,
-                    inputs=_row(rows, first),
+                    inputs=rows[part].data_ptr(),
                     norm=self._norm.weight.data_ptr(),
                     weight=self._head.weight.data_ptr(),
-                    logits=_row(logits, first),
+                    logits=logits[part].data_ptr(),
                     workspace=workspace,
                     counters=counters,
                 )
                 self._library.compute_logits(step)
         return logits.view(*hidden.shape[:-1], vocab_size)
 
-    def _bind(self, cache: Sequence[FastLayer], *, batch: int, new_tokens: int) -> tuple[int, int]:
+    def _bind(self, cache: Sequence[FastLayer], *, batch: int, new_tokens: int) -> None:
         """Point the layers at the cache's buffers, with room for the new tokens."""
-        past = cache[0].length
+        if self._is_bound(cache) and cache[0].length + new_tokens <= self._capacity:
+            return
+        kv_heads, head_dim = self._shape.num_kv_heads, self._shape.head_dim
         for entry, layer in zip(self._layers, cache, strict=True):
+            layer.start(batch, kv_heads, head_dim, dtype=self._dtype)
             layer.reserve(new_tokens)
-            assert layer.buffers is not None and layer.length == past and layer.buffers[0].shape[0] == batch
-            entry.keys, entry.values = layer.buffers[0].data_ptr(), layer.buffers[1].data_ptr()
-        return past, cache[0].capacity
+            keys, values = layer.buffers
+            assert layer.length == cache[0].length
+            assert keys.shape == values.shape == (batch, kv_heads, cache[0].capacity, head_dim)
+            assert keys.dtype == values.dtype == self._dtype
+            entry.keys, entry.values = keys.data_ptr(), values.data_ptr()
+        self._bound = [weakref.ref(layer.buffers[0]) for layer in cache]
+        self._capacity = cache[0].capacity
+
+    def _is_bound(self, cache: Sequence[FastLayer]) -> bool:
+        pairs = zip(self._bound, cache, strict=False)
+        return len(self._bound) == len(cache) and all(known() is layer.buffers[0] for known, layer in pairs)
 
     def _workspace(self, rows: int) -> tuple[int, int, int]:
         """Return the addresses of scratch space and counters, and how many threads it is for."""
@@ -209,13 +246,14 @@ def first_slots(attention_mask: torch.Tensor | None, *, batch: int) -> torch.Ten
         return torch.zeros(batch, dtype=torch.int64)
     if attention_mask.dim() != 2:
         return None
-    start = attention_mask.shape[1] - attention_mask.count_nonzero(dim=1)
-    is_left_padded = (attention_mask != 0).to(torch.int8).diff(dim=1).ge(0).all()
-    return start if bool(is_left_padded) and bool((attention_mask[:, -1] != 0).all()) else None
+    is_token = attention_mask != 0
+    start = is_token.shape[1] - is_token.sum(dim=1)
+    is_left_padded = torch.equal(is_token, torch.arange(is_token.shape[1]) >= start[:, None])
+    return start if is_left_padded else None
 
 
-def _row(tensor: torch.Tensor, index: int) -> int:
-    return int(tensor.data_ptr() + index * tensor.stride(0) * tensor.element_size())
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
 
 def _shape(layer: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Shape:
@@ -279,7 +317,7 @@ def _fused(linear: Any, rows: dict[str, int]) -> Iterator[tuple[str, int]]:
     assert linear.bias is None
     first = 0
     for name, count in rows.items():
-        yield name, _row(linear.weight, first)
+        yield name, linear.weight[first].data_ptr()
         first += count
 
 

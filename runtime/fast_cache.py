@@ -14,54 +14,65 @@ STEP_SLOTS = 256
 """Buffers grow by at least this many slots at a time."""
 
 
-class FastLayer(DynamicLayer):  # type: ignore[misc]
+class FastLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's keys and values [B, K, C, D], of which the first `length` slots are filled.
 
     A drop-in for transformers' `DynamicLayer`. Layers with a sliding window keep all their slots too: masks and
     kernels leave out what is out of sight.
+
+    Attributes:
+        buffers: keys and values; empty tensors before the first use.
+        length: filled slots.
     """
 
     def __init__(self) -> None:
-        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.buffers = (torch.empty(0), torch.empty(0))
         self.length = 0
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> torch.Tensor | None:
         """The filled keys [B, K, length, D], a view."""
-        return None if self.buffers is None else self.buffers[0][:, :, : self.length]
+        return self.buffers[0][:, :, : self.length] if self.is_initialized else None
 
     @keys.setter
     def keys(self, keys: torch.Tensor | None) -> None:
-        assert keys is None, "the buffers are replaced together, by `fill`"
+        """transformers' constructor sets None; nothing else may: keys and values are replaced together, by `fill`."""
 
     @property
     def values(self) -> torch.Tensor | None:
         """The filled values [B, K, length, D], a view."""
-        return None if self.buffers is None else self.buffers[1][:, :, : self.length]
+        return self.buffers[1][:, :, : self.length] if self.is_initialized else None
 
     @values.setter
     def values(self, values: torch.Tensor | None) -> None:
-        assert values is None, "the buffers are replaced together, by `fill`"
+        """As for keys."""
 
     @property
     def capacity(self) -> int:
         """Slots that fit without growing."""
-        return 0 if self.buffers is None else self.buffers[0].shape[2]
+        return self.buffers[0].shape[2] if self.is_initialized else 0
+
+    def start(self, batch: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype) -> None:
+        """Become an empty cache of these sizes, unless this is one already."""
+        if not self.is_initialized:
+            empty = torch.empty((batch, kv_heads, 0, head_dim), dtype=dtype)
+            self.lazy_initialization(empty, empty)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take dtype, device and sizes from the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.buffers = (_buffer(key_states, 0), _buffer(value_states, 0))
+        self.length = 0
         self.is_initialized = True
 
     def reserve(self, num_slots: int) -> None:
         """Make room for `num_slots` more slots."""
-        assert self.buffers is not None
         needed = self.length + num_slots
         if needed > self.capacity:
             capacity = -(-max(needed, self.length * 5 // 4) // STEP_SLOTS) * STEP_SLOTS
-            self.buffers = (self._grown(self.buffers[0], capacity), self._grown(self.buffers[1], capacity))
+            keys, values = self.buffers
+            self.buffers = (self._grown(keys, capacity), self._grown(values, capacity))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -71,17 +82,15 @@ class FastLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[2]
         self.reserve(count)
-        assert self.buffers is not None
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.length : self.length + count] = states
+        new = slice(self.length, self.length + count)
         self.length += count
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys, self.values
+        views = tuple(buffer[:, :, : self.length] for buffer in self.buffers)
+        for view, states in zip(views, (key_states, value_states), strict=True):
+            view[:, :, new] = states
+        return views[0], views[1]
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Replace everything by `keys` and `values` [B, K, S, D]; the batch size may change."""
-        self.length = 0
         self.lazy_initialization(keys, values)
         self.update(keys, values)
 
@@ -91,7 +100,8 @@ class FastLayer(DynamicLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all slots."""
-        self.buffers, self.length, self.is_initialized = None, 0, False
+        self.is_initialized = False
+        self.buffers, self.length = (torch.empty(0), torch.empty(0)), 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` slots."""
@@ -140,9 +150,10 @@ def adopt(cache: Cache, *, num_layers: int) -> bool:
     return True
 
 
-def _is_whole(layer: object) -> bool:
+def _is_whole(layer: Any) -> bool:
     if type(layer) is DynamicSlidingWindowLayer:
-        return not layer.record_past and (not layer.is_initialized or layer.keys.shape[2] == layer.cumulative_length)
+        keys = layer.keys
+        return not layer.record_past and (keys is None or not keys.numel() or keys.shape[2] == layer.cumulative_length)
     return type(layer) in (DynamicLayer, FastLayer)
 
 
@@ -157,4 +168,5 @@ def _converted(layer: Any) -> FastLayer:
 
 def _buffer(like: torch.Tensor, capacity: int) -> torch.Tensor:
     batch, heads, _, head_dim = like.shape
-    return like.new_empty((batch, heads, capacity, head_dim))
+    with torch.inference_mode(mode=False):  # else the buffer could only be written in inference mode
+        return torch.empty((batch, heads, capacity, head_dim), dtype=like.dtype, device=like.device)

@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens so far (padding included), V vocabulary.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +18,30 @@ from transformers.cache_utils import Cache
 
 from runtime.batch import TokenBatch
 from runtime.chain import Chain
-from runtime.clock import StageTime, stage_clock
+from runtime.clock import StageTime, cache_clock, stage_clock
 from runtime.limits import Limits, check_cached, check_prompts
 from runtime.numerics import require_finite
 from runtime.sampling import Sampling, TokenChooser
+from runtime.steps import OnStep, StepTrace, since
 from runtime.text import Decode
 from runtime.writer import GeneratedSequence, OnText, SequenceWriter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sequence to continue.
+
+    Attributes:
+        prompt_ids: token ids, not empty.
+        sampling: how its tokens are chosen.
+        limits: when it stops. Of a batch, the first one's `prefill_chunk_tokens` holds for all.
+        sequence_index: decides, with the seed, its random draws; its place in a batch does not.
+    """
+
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    limits: Limits
+    sequence_index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +50,16 @@ class Generation:
 
     sequences: tuple[GeneratedSequence, ...]
     num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens that were in the cache already and were not read again."""
     time_to_first_token_seconds: float
     step_seconds: tuple[float, ...]
     """One entry per decode step after the first token: forward, choice of the token, and text."""
     prefill_stages: tuple[StageTime, ...]
     decode_stages: tuple[StageTime, ...]
     """Per stage; empty when stage times were not asked for."""
+    cache: Cache
+    """Holds everything but the last new token of each sequence."""
 
     @property
     def num_new_tokens(self) -> int:
@@ -66,6 +88,12 @@ class _Timing:
     step_seconds: list[float] = field(default_factory=list)
     prefill_stages: tuple[StageTime, ...] = ()
     decode_stages: tuple[StageTime, ...] = ()
+
+    def add(self, seconds: float, *, is_first: bool) -> None:
+        if is_first:
+            self.time_to_first_token_seconds = seconds
+        else:
+            self.step_seconds.append(seconds)
 
 
 def prefill(chain: Chain, state: Decoding, *, chunk_tokens: int | None = None) -> torch.Tensor:
@@ -99,15 +127,36 @@ def generate(
     cache: Cache | None = None,
     measure_stages: bool = False,
 ) -> Generation:
-    """Continue every prompt.
+    """Continue every prompt with the same settings; arguments and errors as `generate_requests`."""
+    requests = [
+        Request(prompt_ids=prompt, sampling=sampling, limits=limits, sequence_index=index)
+        for index, prompt in enumerate(prompts)
+    ]
+    return generate_requests(
+        chain, requests, decode=decode, on_text=on_text, cache=cache, measure_stages=measure_stages
+    )
+
+
+def generate_requests(
+    chain: Chain,
+    requests: Sequence[Request],
+    *,
+    decode: Decode | None = None,
+    on_text: OnText | None = None,
+    on_step: OnStep | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    cache: Cache | None = None,
+    measure_stages: bool = False,
+) -> Generation:
+    """Continue every request; several are padded on the left and run as one batch.
 
     Args:
         chain: the model.
-        prompts: token ids; several prompts are padded on the left and run as one batch.
-        sampling: how tokens are chosen.
-        limits: when to stop.
+        requests: prompts with their settings.
         decode: token ids -> text; needed for text, streaming and stop strings.
-        on_text: receives text as soon as it is certain, whole characters only.
+        on_text: receives the place in `requests` and text as soon as it is certain, whole characters only.
+        on_step: told what each step did.
+        should_stop: asked after every step; once true, unfinished sequences end as `interrupted`.
         cache: cache that already holds the beginning of the (only) prompt; extended in place.
         measure_stages: also measure every stage; on accelerators this adds synchronisation.
 
@@ -116,31 +165,50 @@ def generate(
         NonFiniteError: NaN or infinity in the logits; nothing of that step is printed.
     """
     cache = DynamicCache(config=chain.config) if cache is None else cache
+    prompts = [request.prompt_ids for request in requests]
+    limits = [request.limits for request in requests]
     rooms = check_prompts(prompts, limits=limits, vocab_size=chain.config.vocab_size, has_decode=decode is not None)
-    check_cached(prompts, num_cached_tokens=int(cache.get_seq_length()))
+    num_cached = int(cache.get_seq_length())
+    check_cached(prompts, num_cached_tokens=num_cached)
     writers = [
-        SequenceWriter(
-            index,
-            prompt_ids=prompt,
-            max_tokens=room,
-            eos_token_ids=limits.eos_token_ids,
-            stop_strings=limits.stop_strings,
-            decode=decode,
-            on_text=on_text,
-        )
-        for index, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
+        _writer(request, place=place, room=room, decode=decode, on_text=on_text)
+        for place, (request, room) in enumerate(zip(requests, rooms, strict=True))
     ]
-    choosers = [TokenChooser(sampling, sequence_index=index) for index in range(len(prompts))]
+    choosers = [TokenChooser(request.sampling, sequence_index=request.sequence_index) for request in requests]
     batch = TokenBatch(prompts, num_new_tokens=max(rooms), pad_token_id=_pad_token_id(chain))
     state = Decoding(batch, cache)
-    timing = _run(chain, state, writers, choosers, limits, measure_stages=measure_stages)
+    watch = _Watch(on_step=on_step, should_stop=should_stop, measures_stages=measure_stages)
+    timing = _run(chain, state, writers, choosers, watch, chunk_tokens=limits[0].prefill_chunk_tokens)
     return Generation(
         sequences=tuple(writer.result() for writer in writers),
         num_prompt_tokens=sum(map(len, prompts)),
+        num_cached_tokens=num_cached,
         time_to_first_token_seconds=timing.time_to_first_token_seconds,
         step_seconds=tuple(timing.step_seconds),
         prefill_stages=timing.prefill_stages,
         decode_stages=timing.decode_stages,
+        cache=state.cache,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    on_step: OnStep | None
+    should_stop: Callable[[], bool] | None
+    measures_stages: bool
+
+
+def _writer(
+    request: Request, *, place: int, room: int, decode: Decode | None, on_text: OnText | None
+) -> SequenceWriter:
+    return SequenceWriter(
+        place,
+        prompt_ids=request.prompt_ids,
+        max_tokens=room,
+        eos_token_ids=request.limits.eos_token_ids,
+        stop_strings=request.limits.stop_strings,
+        decode=decode,
+        on_text=on_text,
     )
 
 
@@ -149,28 +217,38 @@ def _run(
     state: Decoding,
     writers: Sequence[SequenceWriter],
     choosers: Sequence[TokenChooser],
-    limits: Limits,
+    watch: _Watch,
     *,
-    measure_stages: bool,
+    chunk_tokens: int | None,
 ) -> _Timing:
     timing = _Timing()
     if all(writer.is_finished for writer in writers):
         return timing
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        totals = stack.enter_context(stage_clock(chain)) if measure_stages else []
-        started = time.perf_counter()
-        logits = prefill(chain, state, chunk_tokens=limits.prefill_chunk_tokens)
-        _take_tokens(chain, state, logits, writers, choosers)
-        timing.time_to_first_token_seconds = time.perf_counter() - started
-        timing.prefill_stages = tuple(total.copy() for total in totals)
+        totals = stack.enter_context(stage_clock(chain)) if watch.measures_stages else []
+        if totals:
+            stack.enter_context(cache_clock(chain, state.cache, totals))
         while not all(writer.is_finished for writer in writers):
+            before, past, length = [t.copy() for t in totals], int(state.cache.get_seq_length()), state.batch.length
             started = time.perf_counter()
-            logits = decode_one_token(chain, state)
-            _take_tokens(chain, state, logits, writers, choosers)
-            timing.step_seconds.append(time.perf_counter() - started)
-    timing.decode_stages = tuple(t.since(before) for t, before in zip(totals, timing.prefill_stages, strict=True))
+            is_first = state.step == 0
+            logits = prefill(chain, state, chunk_tokens=chunk_tokens) if is_first else decode_one_token(chain, state)
+            tokens = _take_tokens(chain, state, logits, writers, choosers)
+            timing.add(time.perf_counter() - started, is_first=is_first)
+            timing.prefill_stages = tuple(t.copy() for t in totals) if is_first else timing.prefill_stages
+            if watch.on_step is not None:
+                stages = since(totals, before)
+                watch.on_step(StepTrace(state.step - 1, len(writers), length - past, past, stages, tuple(tokens)))
+            if watch.should_stop is not None and watch.should_stop():
+                _interrupt(writers)
+    timing.decode_stages = since(totals, timing.prefill_stages)
     return timing
+
+
+def _interrupt(writers: Sequence[SequenceWriter]) -> None:
+    for writer in writers:
+        writer.interrupt()
 
 
 def _forward(model: Any, state: Decoding, *, start: int, end: int, next_sequence_length: int | None) -> torch.Tensor:
@@ -198,7 +276,7 @@ def _take_tokens(
     logits: torch.Tensor,
     writers: Sequence[SequenceWriter],
     choosers: Sequence[TokenChooser],
-) -> None:
+) -> list[int]:
     require_finite(chain, logits, batch=state.batch, step=state.step)
     tokens = _choose(state.batch, logits, writers, choosers)
     # A finished sequence keeps its row, filled with padding, until the whole batch is done.
@@ -207,6 +285,7 @@ def _take_tokens(
             writer.add(token)
     state.batch.append(tokens)
     state.step += 1
+    return tokens
 
 
 def _choose(
@@ -215,7 +294,7 @@ def _choose(
     writers: Sequence[SequenceWriter],
     choosers: Sequence[TokenChooser],
 ) -> list[int]:
-    if choosers[0].is_plain_argmax:
+    if all(chooser.is_plain_argmax for chooser in choosers):
         best: list[int] = logits.argmax(dim=-1).tolist()
         return [batch.pad_token_id if w.is_finished else token for w, token in zip(writers, best, strict=True)]
     return [

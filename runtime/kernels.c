@@ -30,11 +30,20 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 /* Keep a loaded value in its register: the compiler would rather load it again for every use. */
-#if defined(__x86_64__)
+#if defined(__AVX512F__)
+#define KEEP(value) __asm__("" : "+v"(value))
+#elif defined(__x86_64__)
 #define KEEP(value) __asm__("" : "+x"(value))
+#elif defined(__aarch64__)
+#define KEEP(value) __asm__("" : "+w"(value))
 #else
 #define KEEP(value) (void)0
 #endif
+/* Call a function with its dtype as a constant, so that its loops become vector code for each dtype. */
+#define BY_DTYPE(dtype, function, ...)             \
+    ((dtype) == F32    ? function(F32, __VA_ARGS__)  \
+     : (dtype) == BF16 ? function(BF16, __VA_ARGS__) \
+                       : function(F16, __VA_ARGS__))
 #define ALIGNED(count) (((size_t)(count) + 15) / 16 * 16)
 #if defined(__clang__) || __GNUC__ >= 12
 #define MIX(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
@@ -49,7 +58,7 @@ typedef words words_at __attribute__((aligned(1), may_alias));
 typedef float quad __attribute__((vector_size(16)));
 
 enum { F32, F16, BF16 };
-enum { BLOCK = 2 * LANES, PANEL = 32, MAX_ROWS = 16, MAX_HEAD = 256, CHUNK_FLOATS = 4096,
+enum { BLOCK = 2 * LANES, PANEL = 32, SLOTS = 512, MAX_ROWS = 16, MAX_HEAD = 256, CHUNK_FLOATS = 4096,
        STREAM_ROWS = 2, AHEAD_BYTES = 1024, AHEAD_ROWS = 4 };
 
 /* ---- What Python hands over: 8-byte fields only, mirrored in native.py. ---- */
@@ -58,7 +67,6 @@ typedef struct {
     void (*parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
     void (*barrier)(void);
     int (*thread_number)(void);
-    int (*thread_count)(void);
 } OpenMP;
 
 typedef struct {
@@ -358,20 +366,19 @@ INLINE void panel_of(int dtype, const char *w, const Order *order, int count, co
 
 /* out[n][m] = weight row m . activation row n, for `count` <= PANEL rows of weights. */
 static void panel(int dtype, const void *w, const Order *order, int count, const float *x, float *out) {
-    if (dtype == F32) panel_of(F32, w, order, count, x, out);
-    else if (dtype == BF16) panel_of(BF16, w, order, count, x, out);
-    else panel_of(F16, w, order, count, x, out);
+    BY_DTYPE(dtype, panel_of, w, order, count, x, out);
+}
+
+INLINE void add_bias(int dtype, const void *bias, size_t first, int count, float *sums) {
+    for (int m = 0; m < count; m++)
+        sums[m] = rounded(dtype, bias ? sums[m] + read_at(dtype, bias, first + m) : sums[m]);
 }
 
 /* The same for rows `first` and on of a linear layer: bias added, rounded as the model stores it. */
 static void linear(int dtype, const void *w, const void *bias, const Order *order, size_t first, int count,
                    const float *x, float *out) {
     panel(dtype, (const char *)w + first * order->columns * size_of(dtype), order, count, x, out);
-    for (size_t n = 0; n < order->rows; n++)
-        for (int m = 0; m < count; m++) {
-            float sum = out[n * PANEL + m] + (bias ? read_at(dtype, bias, first + m) : 0.0f);
-            out[n * PANEL + m] = rounded(dtype, sum);
-        }
+    for (size_t n = 0; n < order->rows; n++) BY_DTYPE(dtype, add_bias, bias, first, count, out + n * PANEL);
 }
 
 /* ---- Norms and rotary positions. ---- */
@@ -391,10 +398,14 @@ INLINE float inverse_rms(const float *values, size_t count, double eps) {
     return 1.0f / sqrtf((total[0] + total[1]) / count + (float)eps);
 }
 
-static void rms_norm(int dtype, const void *weight, double eps, size_t count, const float *from, float *to) {
+INLINE void rms_norm_of(int dtype, const void *weight, double eps, size_t count, const float *from, float *to) {
     float scale = inverse_rms(from, count, eps);
     for (size_t i = 0; i < count; i++)
         to[i] = rounded(dtype, rounded(dtype, from[i] * scale) * read_at(dtype, weight, i));
+}
+
+static void rms_norm(int dtype, const void *weight, double eps, size_t count, const float *from, float *to) {
+    BY_DTYPE(dtype, rms_norm_of, weight, eps, count, from, to);
 }
 
 /* Norm all rows of hidden [R, E] into x; `row` is room for one row. */
@@ -407,14 +418,11 @@ static void norm_rows(int dtype, const void *weight, double eps, const Order *or
 }
 
 /* Turn a head by its position: halves paired, each product and the sum rounded as the eager model does. */
-static void rotate(int dtype, size_t rotary_dim, const void *cos, const void *sin, size_t first, float *head) {
-    size_t half = rotary_dim / 2;
+INLINE void rotate(int dtype, size_t half, const float *cos, const float *sin, float *head) {
     for (size_t i = 0; i < half; i++) {
         float a = head[i], b = head[half + i];
-        float cos_a = read_at(dtype, cos, first + i), sin_a = read_at(dtype, sin, first + i);
-        float cos_b = read_at(dtype, cos, first + half + i), sin_b = read_at(dtype, sin, first + half + i);
-        head[i] = rounded(dtype, rounded(dtype, a * cos_a) - rounded(dtype, b * sin_a));
-        head[half + i] = rounded(dtype, rounded(dtype, b * cos_b) + rounded(dtype, a * sin_b));
+        head[i] = rounded(dtype, rounded(dtype, a * cos[i]) - rounded(dtype, b * sin[i]));
+        head[half + i] = rounded(dtype, rounded(dtype, b * cos[half + i]) + rounded(dtype, a * sin[half + i]));
     }
 }
 
@@ -425,6 +433,7 @@ typedef struct {
     const Layer *layers;
     const Step *step;
     Order by_hidden, by_heads, by_ffn; /* of activations entering q/k/v and gate/up, o, and down */
+    float *cos, *sin;                  /* [R, rotary_dim] */
     float *hidden;                     /* [R, E], the residual stream */
     float *qkv;                        /* [R, (H + 2 K) D] */
     float *attended, *activated;       /* arranged */
@@ -440,6 +449,8 @@ static size_t lay_out(Decode *d, const Shape *shape, size_t rows, size_t threads
     d->by_heads = order_of((int)shape->dtype, rows, num_heads * shape->head_dim);
     d->by_ffn = order_of((int)shape->dtype, rows, shape->intermediate_size);
     d->own_floats = ALIGNED(shape->hidden_size) + floats_in(d->by_hidden);
+    d->cos = next, next += ALIGNED(rows * shape->rotary_dim);
+    d->sin = next, next += ALIGNED(rows * shape->rotary_dim);
     d->hidden = next, next += ALIGNED(rows * shape->hidden_size);
     d->qkv = next, next += ALIGNED(rows * wide);
     d->attended = next, next += floats_in(d->by_heads);
@@ -488,7 +499,7 @@ static void prepare_head(const Decode *d, const Layer *layer, const void *norm, 
     if (norm) rms_norm((int)s->dtype, norm, s->norm_eps, s->head_dim, from, to);
     else memcpy(to, from, 4 * s->head_dim);
     if (layer->has_rope)
-        rotate((int)s->dtype, s->rotary_dim, d->step->cos, d->step->sin, n * s->rotary_dim, to);
+        BY_DTYPE(s->dtype, rotate, s->rotary_dim / 2, d->cos + n * s->rotary_dim, d->sin + n * s->rotary_dim, to);
 }
 
 static void append(const Decode *d, const Layer *layer, int64_t kv_head, size_t n, size_t slot, char *keys, char *values) {
@@ -503,55 +514,80 @@ static void append(const Decode *d, const Layer *layer, int64_t kv_head, size_t 
     }
 }
 
-/* Softmax over one block of scores with the running maximum `top` and sum `total`; `sum` [D] is rescaled to match. */
-static void soften(float *scores, int count, float scale, float *top, float *total, float *sum, size_t head_dim) {
-    float largest = *top, part = 0.0f;
-    for (int i = 0; i < count; i++) {
-        scores[i] *= scale;
-        largest = scores[i] > largest ? scores[i] : largest;
+/* scores[h][slot] = key . query h. */
+static void score(int dtype, const char *keys, const Order *order, int count, const float *query, float *scores) {
+    float out[MAX_ROWS * PANEL];
+    for (int slot = 0; slot < count; slot += PANEL) {
+        int part = count_from(slot, count);
+        panel(dtype, keys + slot * order->columns * size_of(dtype), order, part, query, out);
+        for (size_t h = 0; h < order->rows; h++) memcpy(scores + h * SLOTS + slot, out + h * PANEL, 4 * part);
     }
-    float shrink = exponential(*top - largest);
-    for (int i = 0; i < count; i++) scores[i] = exponential(scores[i] - largest);
-    for (int i = 0; i < count; i++) part += scores[i];
-    if (largest > *top)
-        for (size_t i = 0; i < head_dim; i++) sum[i] *= shrink;
-    *total = *total * shrink + part;
+}
+
+INLINE floats larger(floats a, floats b) {
+    words is_larger = (words)(a > b);
+    return (floats)(((words)a & is_larger) | ((words)b & ~is_larger));
+}
+
+/* Softmax over one block of scores with the running maximum `top` and sum `total`; `sum` [D] is rescaled to match.
+ * The weights are rounded, their total is not: so does torch's attention on CPUs, in blocks of the same size. */
+static void soften(int dtype, float *scores, int count, float scale, float *top, float *total, float *sum,
+                   size_t head_dim) {
+    floats *blocks = (floats *)scores, tops = (floats){0} - INFINITY, part[4] = {{0}};
+    int num_blocks = (count + LANES - 1) / LANES;
+    float largest = *top, shrink;
+    for (int i = count; i < num_blocks * LANES; i++) scores[i] = -INFINITY;
+    for (int i = 0; i < num_blocks; i++) {
+        blocks[i] *= scale;
+        tops = larger(blocks[i], tops);
+    }
+    for (int i = 0; i < LANES; i++) largest = tops[i] > largest ? tops[i] : largest;
+    shrink = exponential(*top - largest);
+    for (int i = 0; i < num_blocks * LANES; i++) scores[i] = exponential(scores[i] - largest);
+    for (int i = 0; i < num_blocks; i++) part[i % 4] += blocks[i];
+    for (int i = 0; i < num_blocks * LANES; i++) scores[i] = rounded(dtype, scores[i]);
+    for (size_t i = 0; i < head_dim && *top > -INFINITY; i++) sum[i] *= shrink;
+    quad sums = totals(part);
+    *total = *total * shrink + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
     *top = largest;
 }
 
-/* sums[n] [D] += weights[n][slot] * values[slot] for N heads, D in the order of `place`. */
-INLINE void mix(int dtype, int N, const char *values, size_t head_dim, int count, const float *weights, float *sums) {
-    size_t i = 0, pitch = head_dim * size_of(dtype);
-    for (; i + BLOCK <= head_dim; i += BLOCK) {
-        floats low[4], high[4];
-        UNROLL for (int n = 0; n < N; n++) {
-            low[n] = *(const floats_at *)(sums + n * MAX_HEAD + i);
-            high[n] = *(const floats_at *)(sums + n * MAX_HEAD + i + LANES);
-        }
-        for (int slot = 0; slot < count; slot++) {
-            floats first = read_half_block(dtype, values + slot * pitch, i, 0);
-            floats second = read_half_block(dtype, values + slot * pitch, i, 1);
-            UNROLL for (int n = 0; n < N; n++) {
-                low[n] += weights[n * PANEL + slot] * first;
-                high[n] += weights[n * PANEL + slot] * second;
-            }
-        }
-        UNROLL for (int n = 0; n < N; n++) {
-            *(floats_at *)(sums + n * MAX_HEAD + i) = low[n];
-            *(floats_at *)(sums + n * MAX_HEAD + i + LANES) = high[n];
-        }
+/* sums[n] [D] += weights[n][slot] * values[slot] for N heads and the C blocks from column i on, D in the order of
+ * `place`. */
+INLINE void mix(int dtype, int N, int C, const char *values, size_t head_dim, size_t i, int count, const float *weights,
+                float *sums) {
+    floats sum[4][8], part[8];
+    UNROLL for (int n = 0; n < N; n++)
+        UNROLL for (int c = 0; c < 2 * C; c++) sum[n][c] = *(const floats_at *)(sums + n * MAX_HEAD + i + c * LANES);
+    for (int slot = 0; slot < count; slot++, values += head_dim * size_of(dtype)) {
+        UNROLL for (int c = 0; c < 2 * C; c++) part[c] = read_half_block(dtype, values, i + c / 2 * BLOCK, c % 2);
+        UNROLL for (int n = 0; n < N; n++)
+            UNROLL for (int c = 0; c < 2 * C; c++) sum[n][c] += weights[n * SLOTS + slot] * part[c];
     }
+    UNROLL for (int n = 0; n < N; n++)
+        UNROLL for (int c = 0; c < 2 * C; c++) *(floats_at *)(sums + n * MAX_HEAD + i + c * LANES) = sum[n][c];
+}
+
+/* The same for whole heads. */
+INLINE void mix_heads(int dtype, int N, const char *values, size_t head_dim, int count, const float *weights,
+                      float *sums) {
+    const int C = N == 1 ? 4 : N == 2 ? 2 : 1;
+    size_t i = 0;
+    for (; i + C * BLOCK <= head_dim; i += C * BLOCK) mix(dtype, N, C, values, head_dim, i, count, weights, sums);
+    for (; i + BLOCK <= head_dim; i += BLOCK) mix(dtype, N, 1, values, head_dim, i, count, weights, sums);
     for (; i < head_dim; i++)
         for (int n = 0; n < N; n++)
             for (int slot = 0; slot < count; slot++)
-                sums[n * MAX_HEAD + i] += weights[n * PANEL + slot] * read_at(dtype, values + slot * pitch, i);
+                sums[n * MAX_HEAD + i] += weights[n * SLOTS + slot] * read_at(dtype, values, slot * head_dim + i);
 }
 
-INLINE void mix_heads(int dtype, int heads, const char *values, size_t head_dim, int count, const float *weights,
-                      float *sums) {
-    int n = 0;
-    for (; n + 4 <= heads; n += 4) mix(dtype, 4, values, head_dim, count, weights + n * PANEL, sums + n * MAX_HEAD);
-    for (; n < heads; n++) mix(dtype, 1, values, head_dim, count, weights + n * PANEL, sums + n * MAX_HEAD);
+INLINE void mix_all(int dtype, int heads, const char *values, size_t head_dim, int count, const float *weights,
+                    float *sums) {
+    for (; heads >= 4; heads -= 4, weights += 4 * SLOTS, sums += 4 * MAX_HEAD)
+        mix_heads(dtype, 4, values, head_dim, count, weights, sums);
+    if (heads == 3) mix_heads(dtype, 3, values, head_dim, count, weights, sums);
+    if (heads == 2) mix_heads(dtype, 2, values, head_dim, count, weights, sums);
+    if (heads == 1) mix_heads(dtype, 1, values, head_dim, count, weights, sums);
 }
 
 /* Query heads head .. head + heads - 1 of row n over slots first .. end - 1 of the key/value head they share. */
@@ -560,26 +596,26 @@ static void attend_heads(const Decode *d, const Layer *layer, size_t n, size_t h
     int dtype = (int)d->shape->dtype;
     size_t D = d->shape->head_dim, wide = (d->shape->num_heads + 2 * d->shape->num_kv_heads) * D;
     Order order = order_of(dtype, heads, D);
-    float query[CHUNK_FLOATS], scores[MAX_ROWS * PANEL], sums[MAX_ROWS * MAX_HEAD], one[MAX_HEAD];
-    float top[MAX_ROWS], total[MAX_ROWS];
+    float query[CHUNK_FLOATS], sums[MAX_ROWS * MAX_HEAD], one[MAX_HEAD];
+    float scores[MAX_ROWS * SLOTS] __attribute__((aligned(sizeof(floats))));
+    float top[MAX_ROWS], total[MAX_ROWS], scale = (float)d->shape->attention_scale;
     for (int h = 0; h < heads; h++) {
         prepare_head(d, layer, layer->q_norm, n, d->qkv + n * wide + (head + h) * D, one);
         arrange(&order, h, 0, D, one, query);
         memset(sums + h * MAX_HEAD, 0, 4 * D);
         top[h] = -INFINITY, total[h] = 0.0f;
     }
-    for (size_t slot = first; slot < end; slot += PANEL) {
-        int count = count_from(slot, end);
+    for (size_t slot = first; slot < end; slot += SLOTS) {
+        int count = (int)(end - slot < SLOTS ? end - slot : SLOTS);
         const char *block = values + slot * D * size_of(dtype);
-        panel(dtype, keys + slot * D * size_of(dtype), &order, count, query, scores);
+        score(dtype, keys + slot * D * size_of(dtype), &order, count, query, scores);
         for (int h = 0; h < heads; h++)
-            soften(scores + h * PANEL, count, (float)d->shape->attention_scale, top + h, total + h, sums + h * MAX_HEAD, D);
-        if (dtype == F32) mix_heads(F32, heads, block, D, count, scores, sums);
-        else if (dtype == BF16) mix_heads(BF16, heads, block, D, count, scores, sums);
-        else mix_heads(F16, heads, block, D, count, scores, sums);
+            soften(dtype, scores + h * SLOTS, count, scale, top + h, total + h, sums + h * MAX_HEAD, D);
+        BY_DTYPE(dtype, mix_all, heads, block, D, count, scores, sums);
     }
     for (int h = 0; h < heads; h++) {
-        for (size_t i = 0; i < D; i++) one[i] = rounded(dtype, sums[h * MAX_HEAD + place(&order, i)] / total[h]);
+        float part = total[h] == 0.0f ? 0.0f : 1.0f / total[h]; /* a padding token sees nothing */
+        for (size_t i = 0; i < D; i++) one[i] = rounded(dtype, sums[h * MAX_HEAD + place(&order, i)] * part);
         arrange(&d->by_heads, n, (head + h) * D, D, one, d->attended);
     }
 }
@@ -606,6 +642,10 @@ static void attend(const Decode *d, const Layer *layer, int64_t *counter) {
 
 /* ---- Phases 3 and 5: o and down, added to the residual stream. ---- */
 
+INLINE void add_rounded(int dtype, const float *from, float multiplier, int count, float *to) {
+    for (int m = 0; m < count; m++) to[m] = rounded(dtype, to[m] + rounded(dtype, from[m] * multiplier));
+}
+
 static void add_linear(const Decode *d, const void *w, const void *bias, const Order *order, const float *x,
                        int64_t *counter) {
     int dtype = (int)d->shape->dtype;
@@ -615,14 +655,16 @@ static void add_linear(const Decode *d, const void *w, const void *bias, const O
         int count = count_from(first, E);
         linear(dtype, w, bias, order, first, count, x, out);
         for (size_t n = 0; n < order->rows; n++)
-            for (int m = 0; m < count; m++) {
-                float *at = d->hidden + n * E + first + m;
-                *at = rounded(dtype, *at + rounded(dtype, out[n * PANEL + m] * multiplier));
-            }
+            BY_DTYPE(dtype, add_rounded, out + n * PANEL, multiplier, count, d->hidden + n * E + first);
     }
 }
 
 /* ---- Phase 4: gate and up, SiLU. ---- */
+
+INLINE void activate(int dtype, int count, const float *up, float *gate) {
+    for (int m = 0; m < count; m++)
+        gate[m] = rounded(dtype, rounded(dtype, gate[m] / (1.0f + exponential(-gate[m]))) * up[m]);
+}
 
 static void gate_and_up(const Decode *d, const Layer *layer, const float *x, int64_t *counter) {
     int dtype = (int)d->shape->dtype;
@@ -633,10 +675,8 @@ static void gate_and_up(const Decode *d, const Layer *layer, const float *x, int
         linear(dtype, layer->gate, layer->gate_bias, &d->by_hidden, first, count, x, gate);
         linear(dtype, layer->up, layer->up_bias, &d->by_hidden, first, count, x, up);
         for (size_t n = 0; n < d->by_hidden.rows; n++) {
-            float *g = gate + n * PANEL, *u = up + n * PANEL;
-            for (int m = 0; m < count; m++)
-                g[m] = rounded(dtype, rounded(dtype, g[m] / (1.0f + exponential(-g[m]))) * u[m]);
-            arrange(&d->by_ffn, n, first, count, g, d->activated);
+            BY_DTYPE(dtype, activate, count, up + n * PANEL, gate + n * PANEL);
+            arrange(&d->by_ffn, n, first, count, gate + n * PANEL, d->activated);
         }
     }
 }
@@ -672,8 +712,16 @@ void decode_layers(const Shape *shape, const Layer *layers, const Step *step) {
     lay_out(&decode, shape, rows, step->threads, step->workspace);
     memset(step->counters, 0, step->num_layers * 5 * sizeof *step->counters);
     for (size_t i = 0; i < count; i++) decode.hidden[i] = read_at(dtype, step->inputs, i);
+    for (size_t i = 0; i < rows * shape->rotary_dim; i++) {
+        decode.cos[i] = read_at(dtype, step->cos, i);
+        decode.sin[i] = read_at(dtype, step->sin, i);
+    }
     step->openmp->parallel(decode_body, &decode, (unsigned)step->threads, 0);
     for (size_t i = 0; i < count; i++) write_at(dtype, step->outputs, i, decode.hidden[i]);
+}
+
+INLINE void store(int dtype, const float *from, float divisor, int count, void *to, size_t first) {
+    for (int m = 0; m < count; m++) write_at(dtype, to, first + m, rounded(dtype, from[m] / divisor));
 }
 
 static void head_body(void *data) {
@@ -688,10 +736,7 @@ static void head_body(void *data) {
         int count = count_from(first, h->vocab_size);
         linear(dtype, h->weight, NULL, &order, first, count, x, out);
         for (size_t n = 0; n < order.rows; n++)
-            for (int m = 0; m < count; m++) {
-                float logit = rounded(dtype, out[n * PANEL + m] / (float)h->logits_scaling);
-                write_at(dtype, h->logits, n * h->vocab_size + first + m, logit);
-            }
+            BY_DTYPE(dtype, store, out + n * PANEL, (float)h->logits_scaling, count, h->logits, n * h->vocab_size + first);
     }
 }
 

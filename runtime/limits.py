@@ -25,17 +25,22 @@ class Limits:
     prefill_chunk_tokens: int | None = None
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], *, limits: Limits, vocab_size: int, has_decode: bool) -> list[int]:
-    """Return how many new tokens each prompt may get.
+def check_prompts(
+    prompts: Sequence[Sequence[int]], *, limits: Sequence[Limits], vocab_size: int, has_decode: bool
+) -> list[int]:
+    """Return how many new tokens each prompt may get under its own limits.
 
     Raises:
         UsageError: no prompt, an empty one, a token id outside the vocabulary, or more tokens than the context holds.
     """
     if not prompts:
         raise UsageError("there is no prompt", expected="at least one", code="E-PROMPT")
-    if limits.stop_strings and not has_decode:
+    if not has_decode and any(limit.stop_strings for limit in limits):
         raise UsageError("stop strings need a tokenizer", hint="give decode", code="E-STOP")
-    return [_check_prompt(vocab_size, index, prompt, limits) for index, prompt in enumerate(prompts)]
+    pairs = enumerate(zip(prompts, limits, strict=True))
+    return [
+        check_prompt(prompt, limit, vocab_size=vocab_size, where=f"prompt {index}") for index, (prompt, limit) in pairs
+    ]
 
 
 def check_cached(prompts: Sequence[Sequence[int]], *, num_cached_tokens: int) -> None:
@@ -55,8 +60,8 @@ def check_cached(prompts: Sequence[Sequence[int]], *, num_cached_tokens: int) ->
         )
 
 
-def _check_prompt(vocab_size: int, index: int, prompt: Sequence[int], limits: Limits) -> int:
-    where = f"prompt {index}"
+def check_prompt(prompt: Sequence[int], limits: Limits, *, vocab_size: int, where: object) -> int:
+    """Return how many new tokens a prompt may get; errors as `check_prompts`, naming `where`."""
     if not prompt:
         raise UsageError(
             "has no tokens", where=where, hint="give some text, or a tokenizer that adds a first token", code="E-PROMPT"

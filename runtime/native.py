@@ -5,7 +5,6 @@ A machine where it cannot be built or loaded gets `Unavailable` with the reason,
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -30,7 +29,7 @@ COUNTERS_PER_LAYER = 5
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _COMPILERS = ("cc", "gcc", "clang")
-_OPTIONS = ("-std=gnu11", "-O3", "-shared", "-fPIC")
+_OPTIONS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _MACHINE_OPTIONS = ("-march=native", "-mcpu=native", "")  # the spelling depends on compiler and processor
 _COMPILE_SECONDS = 120.0
 _Pointer = ctypes.c_void_p
@@ -49,7 +48,6 @@ class _OpenMP(ctypes.Structure):
         ("parallel", _Pointer),
         ("barrier", _Pointer),
         ("thread_number", _Pointer),
-        ("thread_count", _Pointer),
     )
 
 
@@ -108,7 +106,12 @@ class _Scan(ctypes.Structure):
 
 
 class Library:
-    """The loaded kernels. Calls release the GIL and use the OpenMP threads that torch already runs."""
+    """The loaded kernels. Calls release the GIL and use the OpenMP threads that torch already runs.
+
+    Attributes:
+        path: the file they were loaded from.
+        openmp_address: what every call's `openmp` field takes.
+    """
 
     def __init__(self, path: Path) -> None:
         """Load a library built by `build`.
@@ -116,7 +119,8 @@ class Library:
         Raises:
             OSError: it cannot be loaded on this machine, or torch brings no OpenMP runtime.
         """
-        self._functions = ctypes.CDLL(str(path.resolve()))  # a bare name would be searched for elsewhere
+        self.path = path.resolve()  # a bare name would be searched for elsewhere
+        self._functions = ctypes.CDLL(str(self.path))
         self._functions.workspace_floats.restype = _Int
         self._functions.workspace_floats.argtypes = (ctypes.POINTER(Shape), _Int, _Int)
         self._openmp = _torch_openmp()
@@ -152,7 +156,6 @@ class Library:
         return sum(sizes)
 
 
-@functools.cache
 def load(*, on_build: Callable[[str], None] | None = None) -> Library | Unavailable:
     """Return this machine's kernels, compiling them first where the cache folder has none that fit.
 
@@ -167,10 +170,13 @@ def load(*, on_build: Callable[[str], None] | None = None) -> Library | Unavaila
     compiler = find_compiler()
     if isinstance(compiler, Unavailable):
         return compiler
-    name = f"kernels-{_fingerprint(compiler)}.so"
+    try:
+        name = f"kernels-{_fingerprint(compiler)}.so"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Unavailable(f"{compiler[0]} does not run: {error}")
     try:
         folder = _cache_folder()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         return _load_private(compiler, name, reason=str(error), on_build=on_build)
     return load_from(folder / name, compiler=compiler, on_build=on_build)
 
@@ -196,30 +202,28 @@ def load_from(
 
 def build(path: Path, *, compiler: Sequence[str]) -> Unavailable | None:
     """Compile `kernels.c` into `path`: complete or absent at any moment, whoever else builds it at the same time."""
-    failure = ""
-    for machine_option in _MACHINE_OPTIONS:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            partial = Path(file.name)
-        command = [*compiler, *_OPTIONS, *machine_option.split(), str(_SOURCE), "-o", str(partial), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
-            partial.replace(path)
-            return None
-        except subprocess.CalledProcessError as error:
-            failure = failure or next(iter(error.stderr.splitlines()), f"exit status {error.returncode}")
-        except (OSError, subprocess.TimeoutExpired) as error:
-            failure = failure or str(error)
-        finally:
-            partial.unlink(missing_ok=True)
-    return Unavailable(f"{compiler[0]} cannot compile the decode kernels: {failure}")
+    failures = []
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+        partial = Path(folder) / path.name
+        for machine_option in _MACHINE_OPTIONS:
+            command = [*compiler, *_OPTIONS, *machine_option.split(), str(_SOURCE), "-o", str(partial), "-lm"]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+                partial.replace(path)
+                return None
+            except subprocess.CalledProcessError as error:
+                failures.append(next(iter(error.stderr.splitlines()), f"exit status {error.returncode}"))
+            except (OSError, subprocess.TimeoutExpired) as error:
+                failures.append(str(error))
+    return Unavailable(f"{compiler[0]} cannot compile the decode kernels: {failures[0]}")
 
 
 def find_compiler() -> tuple[str, ...] | Unavailable:
     """Return the command of the C compiler: $CC if set, else the first of cc, gcc and clang on the PATH."""
-    wanted = shlex.split(os.environ.get("CC", ""))
-    for command in [wanted] if wanted else [[name] for name in _COMPILERS]:
-        if path := shutil.which(command[0]):
-            return (path, *command[1:])
+    wanted = os.environ.get("CC", "").split()
+    for name, *options in [wanted] if wanted else [[name] for name in _COMPILERS]:
+        if path := shutil.which(name):
+            return (path, *options)
     return Unavailable(f"there is no C compiler here (looked for {wanted[0] if wanted else ', '.join(_COMPILERS)})")
 
 
@@ -246,6 +250,8 @@ def _cache_folder() -> Path:
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise PermissionError(f"{folder} belongs to or can be written by someone else")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")
     return folder
 
 
@@ -273,7 +279,7 @@ def _torch_openmp() -> _OpenMP:
     """
     try:
         loaded = ctypes.CDLL(torch._C.__file__)
-        names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+        names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num")
         return _OpenMP(*(ctypes.cast(getattr(loaded, name), _Pointer) for name in names))
     except AttributeError as error:
         raise OSError(f"torch brings no OpenMP runtime with a GNU interface ({error})") from None

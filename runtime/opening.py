@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from plans.bundle import Export, check_fast, check_unchanged, open_export
+from plans.bundle import Export, check_unchanged, open_export
 from plans.check import read_plan
 from plans.checkpoint import Checkpoint, check_same_shapes, open_checkpoint, require_full
 from plans.errors import InputError, UsageError
@@ -57,17 +57,6 @@ def open_source(target: Path, *, model: Path | None, expect_id: str | None = Non
     if expect_id is not None:
         raise UsageError("--expect-id belongs to an export", where=target, code="E-USAGE")
     return _open_plain(target)
-
-
-def verify_weights(source: Source) -> None:
-    """Compare every stage's bytes with the export's fast checksums; nothing to compare for a plain checkpoint.
-
-    Raises:
-        IntegrityError: a bundle is damaged.
-    """
-    if source.export is not None:
-        for index in source.export.bundles:
-            check_fast(source.export, stage=index)
 
 
 def check_sources_unchanged(source: Source) -> None:

@@ -1,39 +1,61 @@
 """Everything a command needs to run a model: the chain, its tokenizer, and what it may use."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from plans.checkpoint import require_full
 from plans.config import DTYPE_NAMES
 from plans.errors import UsageError
-from runtime.capacity import check_room, stage_need
+from runtime.capacity import check_room, memory_faults, stage_need
 from runtime.chain import Chain
 from runtime.families import parse_model_config
 from runtime.loading import FolderTensors, load_chain, place_stages, read_generation_config, stored_dtype
-from runtime.opening import Source, open_source, verify_weights
+from runtime.opening import Source, open_source
 from runtime.tokenizer import eos_token_ids, load_tokenizer
+from runtime.verification import Verification
+
+DEFAULT_PREFILL_CHUNK_TOKENS = 2048
+"""Longer prompts are read in pieces: what a step needs beside weights and cache then stops growing with the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
-    """A loaded model.
+class Prepared:
+    """A model before its weights are loaded: prompts can be read and refused without waiting for them.
 
     Attributes:
-        source: what it was loaded from.
-        chain: the model.
+        source: what it will be loaded from.
+        device_map: zero-based stage index -> device, where it differs from the plan's.
+        dtype: `fp32`, `bf16` or `fp16`.
         tokenizer: its tokenizer.
+        generation_config: the checkpoint's defaults.
         context_tokens: prompt and new tokens together may not exceed this.
         eos_token_ids: tokens that end a sequence.
     """
 
     source: Source
-    chain: Chain
+    device_map: Mapping[int, str]
+    dtype: str
     tokenizer: PreTrainedTokenizerBase
+    generation_config: GenerationConfig
     context_tokens: int
     eos_token_ids: frozenset[int]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding; every token id is below it."""
+        return self.source.checkpoint.config.vocab_size
+
+    @property
+    def prefill_chunk_tokens(self) -> int:
+        """Prompt tokens per step: what the plan counted on if it reads prompts in pieces, else a bound for memory."""
+        workload = None if self.source.plan is None else self.source.plan.workload
+        if workload is not None and workload.prefill_chunk_tokens < workload.prompt_tokens:
+            return workload.prefill_chunk_tokens
+        return DEFAULT_PREFILL_CHUNK_TOKENS
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens left out."""
@@ -41,12 +63,58 @@ class Session:
         return str(text)
 
 
-def open_session(
-    source: Source,
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A loaded model.
+
+    Attributes:
+        prepared: what was known before loading.
+        chain: the model.
+        load_seconds: how long loading took, the comparison with checksums included.
+    """
+
+    prepared: Prepared
+    chain: Chain
+    load_seconds: float
+
+    @property
+    def source(self) -> Source:
+        """What it was loaded from."""
+        return self.prepared.source
+
+
+def prepare_session(
+    source: Source, *, device_map: Mapping[int, str], dtype: str | None = None, context_tokens: int | None = None
+) -> Prepared:
+    """Read everything but the weights.
+
+    Args:
+        source: from `open_source`.
+        device_map: zero-based stage index -> device, where it differs from the plan's.
+        dtype: `fp32`, `bf16` or `fp16`; None keeps the plan's or the checkpoint's.
+        context_tokens: None takes the plan's context, else the model's.
+
+    Raises:
+        UsageError: a context longer than the model's, or a dtype that is not known.
+        MachineError: a device is missing.
+        InputError: the files are not what they should be.
+    """
+    place_stages(source.stages, device_map=device_map)
+    vocab_size = source.checkpoint.config.vocab_size
+    chosen_dtype, context = _choose_dtype(source, dtype), _choose_context(source, context_tokens)
+    model_config = parse_model_config(source.checkpoint.config.raw)
+    tokenizer = load_tokenizer(source.folder, vocab_size=vocab_size)
+    defaults = read_generation_config(require_full(source.checkpoint)) or GenerationConfig.from_model_config(
+        model_config
+    )
+    ends = eos_token_ids(defaults, tokenizer, vocab_size=vocab_size)
+    return Prepared(source, device_map, chosen_dtype, tokenizer, defaults, context, ends)
+
+
+def load_session(
+    prepared: Prepared,
     *,
-    device_map: Mapping[int, str],
-    dtype: str | None = None,
-    context_tokens: int | None = None,
+    cache_tokens: int | None = None,
     batch_size: int = 1,
     verifies: bool = True,
     progress: Callable[[str], None] = lambda _text: None,
@@ -54,36 +122,34 @@ def open_session(
     """Load a model onto its devices, after checking that there is room for it.
 
     Args:
-        source: from `open_source`.
-        device_map: zero-based stage index -> device, where it differs from the plan's.
-        dtype: `fp32`, `bf16` or `fp16`; None keeps the plan's or the checkpoint's.
-        context_tokens: None takes the plan's context, else the model's.
+        prepared: from `prepare_session`.
+        cache_tokens: the longest any sequence will become; None for the whole context.
         batch_size: sequences that will run at once.
-        verifies: compare the weights with the export's checksums.
+        verifies: compare the weights with the export's checksums, while they are loaded.
         progress: told what is being done.
 
     Raises:
-        UsageError: a context longer than the model's, or a dtype that an export does not hold.
-        MachineError: a device is missing, or memory is short; with both numbers.
+        MachineError: memory is short; with both numbers.
         InputError, IntegrityError: the files are not what they should be.
     """
-    config = source.checkpoint.config
-    chosen_dtype = _choose_dtype(source, dtype)
-    context = _choose_context(source, context_tokens)
-    devices = place_stages(source.stages, device_map=device_map)
+    started = time.perf_counter()
+    source = prepared.source
+    tokens = min(cache_tokens or prepared.context_tokens, prepared.context_tokens)
     needs = [
-        stage_need(source.checkpoint, stage, dtype=chosen_dtype, context_tokens=context, batch_size=batch_size)
+        stage_need(source.checkpoint, stage, dtype=prepared.dtype, context_tokens=tokens, batch_size=batch_size)
         for stage in source.stages
     ]
-    check_room(needs, source.stages, devices)
-    tokenizer = load_tokenizer(source.folder, vocab_size=config.vocab_size)
-    if verifies:
-        progress("checking the bundles")
-        verify_weights(source)
+    check_room(needs, source.stages, place_stages(source.stages, device_map=prepared.device_map))
     progress("loading")
-    chain = _load(source, device_map=device_map, dtype=chosen_dtype)
-    ends = eos_token_ids(chain.generation_config, tokenizer, vocab_size=config.vocab_size)
-    return Session(source, chain, tokenizer, context, ends)
+    with Verification(source if verifies else None) as verification, memory_faults("loading the weights"):
+        chain = _load(source, device_map=prepared.device_map, dtype=prepared.dtype)
+        verification.wait(progress)
+    return Session(prepared, chain, time.perf_counter() - started)
+
+
+def open_session(source: Source, *, device_map: Mapping[int, str], dtype: str | None = None) -> Session:
+    """Prepare and load in one go; arguments and errors as `prepare_session` and `load_session`."""
+    return load_session(prepare_session(source, device_map=device_map, dtype=dtype))
 
 
 def _load(source: Source, *, device_map: Mapping[int, str], dtype: str) -> Chain:
@@ -145,5 +211,7 @@ def load(
         >>> chain = load("shards", device_map={1: "cpu"})  # doctest: +SKIP
     """
     source = open_source(Path(path), model=None if model is None else Path(model))
-    verify_weights(source)
-    return _load(source, device_map=device_map or {}, dtype=_choose_dtype(source, dtype))
+    with Verification(source) as verification:
+        chain = _load(source, device_map=device_map or {}, dtype=_choose_dtype(source, dtype))
+        verification.wait()
+    return chain

@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from plans.sizes import format_bytes
@@ -10,6 +11,7 @@ from runtime.clock import StageTime
 from runtime.generate import Generation
 from runtime.ranges import StageRange, describe_stage
 from runtime.session import Session
+from runtime.traffic import decode_read_bytes
 
 
 def peak_memory_bytes() -> int:
@@ -18,40 +20,54 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def run_document(session: Session, generation: Generation, *, load_seconds: float) -> dict[str, Any]:
+def run_document(session: Session, generation: Generation) -> dict[str, Any]:
     """Return everything a run measured as plain data."""
-    source = session.source
-    steps = sorted(generation.step_seconds)
     return {
-        "schema_version": 1,
-        "kind": "run",
-        "plan_sha256": source.plan.sha256 if source.plan else None,
-        "export_id": source.export.export_id if source.export else None,
-        "dtype": str(session.chain.dtype).removeprefix("torch."),
+        **identity(session, kind="run"),
         "prompt_tokens": generation.num_prompt_tokens,
         "new_tokens": generation.num_new_tokens,
-        "load_seconds": load_seconds,
         "time_to_first_token_seconds": generation.time_to_first_token_seconds,
         "tokens_per_second": generation.decode_tokens_per_second,
-        "median_seconds_per_token": steps[len(steps) // 2] if steps else None,
+        "median_seconds_per_token": median(generation.step_seconds) if generation.step_seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
-        "stages": [
-            {
-                "device": str(device),
-                "start_layer": stage.start_layer,
-                "end_layer": stage.end_layer,
-                "has_embedding": stage.has_embedding,
-                "has_head": stage.has_head,
-                **_seconds("prefill", generation.prefill_stages, index),
-                **_seconds("decode", generation.decode_stages, index),
-            }
-            for index, (stage, device) in enumerate(zip(session.chain.stages, session.chain.stage_devices, strict=True))
-        ],
+        "stages": stage_documents(session, generation),
         "sequences": [
             {"text": s.text, "token_ids": list(s.token_ids), "finish_reason": s.finish_reason}
             for s in generation.sequences
         ],
     }
+
+
+def identity(session: Session, *, kind: str) -> dict[str, Any]:
+    """Return what says which model was measured, and how long it took to load."""
+    source = session.source
+    return {
+        "schema_version": 1,
+        "kind": kind,
+        "plan_sha256": source.plan.sha256 if source.plan else None,
+        "export_id": source.export.export_id if source.export else None,
+        "dtype": str(session.chain.dtype).removeprefix("torch."),
+        "load_seconds": session.load_seconds,
+    }
+
+
+def stage_documents(session: Session, generation: Generation) -> list[dict[str, Any]]:
+    """Return, per stage, what it is and its seconds: totals of the run, and bytes read per decode step."""
+    chain, batch_size = session.chain, len(generation.sequences)
+    return [
+        {
+            "device": str(device),
+            "start_layer": stage.start_layer,
+            "end_layer": stage.end_layer,
+            "has_embedding": stage.has_embedding,
+            "has_head": stage.has_head,
+            "decode_steps": len(generation.step_seconds),
+            "decode_read_bytes": decode_read_bytes(chain, index, batch_size=batch_size),
+            **_seconds("prefill", generation.prefill_stages, index),
+            **_seconds("decode", generation.decode_stages, index),
+        }
+        for index, (stage, device) in enumerate(zip(chain.stages, chain.stage_devices, strict=True))
+    ]
 
 
 def _seconds(phase: str, times: Sequence[StageTime], index: int) -> dict[str, float]:
@@ -60,6 +76,7 @@ def _seconds(phase: str, times: Sequence[StageTime], index: int) -> dict[str, fl
     return {
         f"{phase}_compute_seconds": times[index].compute_seconds,
         f"{phase}_hop_seconds": times[index].hop_seconds,
+        f"{phase}_cache_seconds": times[index].cache_seconds,
     }
 
 
@@ -68,15 +85,23 @@ def summary_lines(document: dict[str, Any]) -> list[str]:
     first = document["time_to_first_token_seconds"]
     tokens = f"{document['prompt_tokens']} prompt tokens, {document['new_tokens']} new tokens"
     speed = f"time to first token {1000 * first:.0f} ms, then {document['tokens_per_second']:.1f} tokens/s"
+    rate = decode_rate(document)
+    speed += f" ({rate / 1e9:.1f} GB/s of weights)" if rate else ""
     rest = f"loaded in {document['load_seconds']:.1f} s; peak memory {format_bytes(document['peak_memory_bytes'])}"
     lines = [f"{tokens} ({document['sequences'][0]['finish_reason']})", f"{speed}; {rest}"]
-    steps = max(1, document["new_tokens"] - len(document["sequences"]))
-    for number, stage in enumerate(document["stages"], start=1):
-        lines.append(_stage_line(number, stage, steps))
-    return lines
+    return lines + [stage_line(number, stage) for number, stage in enumerate(document["stages"], start=1)]
 
 
-def _stage_line(number: int, stage: dict[str, Any], steps: int) -> str:
+def decode_rate(document: dict[str, Any]) -> float:
+    """Return the weight bytes read per second of decoding; 0 when nothing was decoded."""
+    seconds = document["median_seconds_per_token"]
+    read: int = sum(stage["decode_read_bytes"] for stage in document["stages"])
+    return read / seconds if seconds else 0.0
+
+
+def stage_line(number: int, stage: dict[str, Any]) -> str:
+    """Return one stage's seconds in words."""
+    steps = max(1, stage["decode_steps"])
     name = describe_stage(
         StageRange(
             stage["device"],
@@ -88,8 +113,10 @@ def _stage_line(number: int, stage: dict[str, Any], steps: int) -> str:
     )
     if "decode_compute_seconds" not in stage:
         return f"  stage {number} on {stage['device']}: {name}"
-    compute, hop = stage["decode_compute_seconds"], stage["decode_hop_seconds"]
+    compute, hop, cache = (stage[f"decode_{part}_seconds"] / steps for part in ("compute", "hop", "cache"))
+    rate = stage["decode_read_bytes"] / compute / 1e9 if compute else 0.0
     return (
         f"  stage {number} on {stage['device']}: {name}: prefill {1000 * stage['prefill_compute_seconds']:.1f} ms, "
-        f"decode {1000 * compute / steps:.2f} ms/token, hop {1000 * hop / steps:.3f} ms/token"
+        f"decode {1000 * compute:.2f} ms/token ({rate:.1f} GB/s; cache {1000 * cache:.2f} ms), "
+        f"hop {1000 * hop:.3f} ms/token"
     )

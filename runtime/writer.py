@@ -6,7 +6,7 @@ from typing import Literal
 
 from runtime.text import Decode, StopMatcher, TextStream
 
-FinishReason = Literal["eos", "stop_string", "length"]
+FinishReason = Literal["eos", "stop_string", "length", "interrupted"]
 OnText = Callable[[int, str], None]
 """Called with the sequence index and its next piece of text."""
 
@@ -73,6 +73,11 @@ class SequenceWriter:
             self.finish_reason = "stop_string"
         elif len(self.token_ids) >= self._max_tokens:
             self._finish("length")
+
+    def interrupt(self) -> None:
+        """End the sequence where it is, unless it is finished."""
+        if not self.is_finished:
+            self._finish("interrupted")
 
     def result(self) -> GeneratedSequence:
         """Return the finished sequence."""

@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import SHIPPED, RunCommand
 
-INPUT, USAGE, INFEASIBLE, INTEGRITY, MACHINE = 3, 2, 4, 5, 6
+INPUT, USAGE, INFEASIBLE, INTEGRITY, MACHINE, NUMERICAL = 3, 2, 4, 5, 6, 8
 
 Prepare = Callable[[Path], list[object]]
 """Prepare a folder and return the command line that meets the fault; `tmp/model` is a copy of the checkpoint."""
@@ -310,6 +310,125 @@ rows(
     },
 )
 
+# --- K: tokenizer and prompt templates -----------------------------------------------------------------------------
+
+
+def change_json(path: Path, change: Callable[[Any], object]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def generate_model(*arguments: object) -> Prepare:
+    return lambda tmp: ["llamarun", "generate", model_in(tmp), *arguments]
+
+
+def break_tokenizer(change: Callable[[Path], object]) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        change(model_in(tmp) / "tokenizer.json")
+        return generate_model("-p", "x", "-n", "1")(tmp)
+
+    return prepare
+
+
+def set_vocab(**ids: int) -> Prepare:
+    return break_tokenizer(lambda path: change_json(path, lambda t: t["model"]["vocab"].update(ids)))
+
+
+rows(
+    "K1",
+    INPUT,
+    {
+        "tokenizer missing": (break_tokenizer(lambda path: path.unlink()), "tokenizer.json"),
+        "tokenizer empty": (break_tokenizer(lambda path: path.write_bytes(b"")), "tokenizer.json"),
+        "tokenizer null": (break_tokenizer(lambda path: path.write_bytes(b"null")), "tokenizer.json"),
+        "tokenizer truncated": (
+            break_tokenizer(lambda path: os.truncate(path, path.stat().st_size // 2)),
+            "tokenizer.json",
+        ),
+        "tokenizer of 500 MB": (break_tokenizer(lambda path: os.truncate(path, 500 << 20)), "524288000"),
+        "tokenizer of an unknown kind": (
+            break_tokenizer(lambda path: change_json(path, lambda t: t["model"].update(type="Magic"))),
+            "tokenizer",
+        ),
+    },
+)
+rows(
+    "K2",
+    INPUT,
+    {
+        "token id beyond the vocabulary": (set_vocab(zzzz=2048), "2048"),
+        "token id 2^32 - 1": (set_vocab(zzzz=2**32 - 1), "4294967295"),
+        "two tokens with one id": (set_vocab(zzzz=100), "share an id"),
+    },
+)
+
+
+def set_eos(value: object) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        change_json(model_in(tmp) / "generation_config.json", lambda config: config.update(eos_token_id=value))
+        return generate_model("-p", "x", "-n", "1")(tmp)
+
+    return prepare
+
+
+for value in (2048, [2, 4096], -1):
+    rows("K3", INPUT, {f"eos {value}": (set_eos(value), "eos_token_id")})
+
+
+@row("K4", "more tokens than embedding rows", INPUT, "0 to 1999")
+def _(tmp: Path) -> list[object]:
+    from safetensors.torch import load_file, save_file
+
+    model = without(tmp, "nothing")
+    tensors = load_file(model / "model.safetensors")
+    narrow = {n: t[:2000].clone() if "embed_tokens" in n or "lm_head" in n else t for n, t in tensors.items()}
+    save_file(narrow, model / "model.safetensors", metadata={"format": "pt"})
+    edit_config(vocab_size=2000)(tmp)
+    return generate_model("-p", "x", "-n", "1")(tmp)
+
+
+def set_template(text: str | None) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        path = model_in(tmp) / "chat_template.jinja"
+        path.unlink()
+        if text is not None:
+            path.write_text(text)
+        return ["llamarun", "chat", model_in(tmp)]
+
+    return prepare
+
+
+rows(
+    "K5",
+    INPUT,
+    {
+        "no chat template": (set_template(None), "llamarun generate"),
+        "template reaches for the interpreter": (
+            set_template("{{ cycler.__init__.__globals__.os.system('touch owned') }}"),
+            "unsafe",
+        ),
+        "template writes 10 GB": (set_template("{{ 'a' * 10000000000 }}"), "MiB"),
+        "template loops for hours": (
+            set_template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+            "longer than",
+        ),
+        "template computes a huge power": (set_template("{{ 10 ** 10 ** 9 }}"), "operator **"),
+        "template is malformed": (set_template("{% if %}"), "template"),
+        "template refuses": (set_template("{{ raise_exception('no thanks') }}"), "no thanks"),
+    },
+)
+rows(
+    "K6",
+    INTEGRITY,
+    {
+        "tokenizer of another model in an export": (
+            break_bundle(lambda d: change_json(d / "tokenizer.json", lambda t: t["model"]["merges"].pop())),
+            "tokenizer.json",
+        )
+    },
+)
+
 # --- X: values on the command line ---------------------------------------------------------------------------------
 
 rows(
@@ -564,6 +683,70 @@ rows(
         "prompt and new tokens exceed it": (generate("-p", "x", "-n", "100", "-c", "64"), "64"),
     },
 )
+rows(
+    "R2",
+    MACHINE,
+    {
+        "a full cache needs more than is free": (
+            lambda tmp: edit_config(max_position_embeddings=10**9)(tmp) and generate_model("-p", "x")(tmp),
+            "are free",
+        )
+    },
+)
+
+
+@row("R5", "empty prompt, and no begin-of-sequence token", USAGE, "empty")
+def _(tmp: Path) -> list[object]:
+    change_json(model_in(tmp) / "tokenizer.json", lambda tokenizer: tokenizer.update(post_processor=None))
+    return generate_model("-p", "", "-n", "1")(tmp)
+
+
+def prompt_file(data: bytes, *, size: int = 0) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        with (tmp / "prompt.txt").open("wb") as file:
+            file.write(data)
+            file.truncate(max(size, len(data)))
+        return generate_model("--file", tmp / "prompt.txt", "-n", "1")(tmp)
+
+    return prepare
+
+
+rows(
+    "R6",
+    INPUT,
+    {
+        "prompt file not UTF-8": (prompt_file(b"abc\xff"), "byte 3"),
+        "prompt file UTF-16": (prompt_file("abc".encode("utf-16")), "byte 0"),
+        "prompt file with NUL": (prompt_file(b"ab\0c"), "byte 2"),
+        "prompt file of 1 GB": (prompt_file(b"", size=1 << 30), "1073741824"),
+    },
+)
+rows("R6", USAGE, {"a lone surrogate on the command line": (generate("-p", "caf\udce9", "-n", "1"), "character 3")})
+for ids in ("-1", "1.5", "2048", "99999999999999999999", "", "1,,2", "true"):
+    rows("R7", USAGE, {f"token ids {ids!r}": (generate("--prompt-ids", ids, "-n", "1"), "prompt")})
+
+
+def spoil_weight(value: float, *options: str) -> Prepare:
+    """Put a value into layer 3, which belongs to stage 2, and run the plan without an export."""
+
+    def prepare(tmp: Path) -> list[object]:
+        from safetensors.torch import load_file, save_file
+
+        shard = next(p for p in sorted(model_in(tmp).glob("*.safetensors")) if LAYER_3 in load_file(p))
+        tensors = load_file(shard)
+        tensors[LAYER_3].fill_(value)
+        save_file(tensors, shard, metadata={"format": "pt"})
+        command = ["llamarun", "generate", tmp / "plan.json", "--model", model_in(tmp), "--device-map", "cpu"]
+        return [*command, "-p", "x", "-n", "4", *options]
+
+    return prepare
+
+
+LAYER_3 = "model.layers.3.mlp.down_proj.weight"
+
+rows("R10", NUMERICAL, {"NaN in the weights": (spoil_weight(float("nan")), "stage 2")})
+rows("R11", USAGE, {"an empty stop string": (generate("-p", "x", "--stop", ""), "stop")})
+rows("R17", NUMERICAL, {"weights that fp16 cannot hold": (spoil_weight(1e6, "--dtype", "fp16"), "stage 2")})
 
 
 # --- the test ------------------------------------------------------------------------------------------------------
@@ -629,3 +812,35 @@ def test_an_unreadable_file_or_folder_is_named_with_its_errno(workplace: Path, n
     assert done.returncode == MACHINE, done.stderr
     assert "errno 13" in done.stderr
     assert str(target) in done.stderr
+
+
+def test_python_code_in_a_checkpoint_is_warned_of_and_never_run(workplace: Path, run_command: RunCommand) -> None:
+    """Row C9."""
+    marker = workplace / "ran"
+    model = model_in(workplace)
+    (model / "modeling_evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    edit_config(auto_map={"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"})(workplace)
+    for command in (["llamaplan", "analyze", model], ["llamarun", "generate", model, "-p", "x", "-n", "1"]):
+        done = run_command(*map(str, command))
+        assert done.code == 0, done.err
+        assert "never run" in done.err
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["with space", "new\nline", "-dash", "übung", "quote'\"", "$HOME", "caf\udce9"])
+def test_odd_paths_work(workplace: Path, run_command: RunCommand, name: str) -> None:
+    """Row X5."""
+    odd = workplace / name
+    model_in(workplace).rename(odd)
+    done = run_command("llamaplan", "analyze", f"{odd}/", "-o", f"{odd}.json")
+    assert done.code == 0, done.err
+    assert json.loads(Path(f"{odd}.json").read_text())["total_parameters"] > 0
+
+
+def test_a_relative_path_and_a_trailing_slash_work(
+    workplace: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row X5."""
+    monkeypatch.chdir(workplace)
+    for path in ("model", "./model/", "model/config.json"):
+        assert run_command("llamaplan", "analyze", path).code == 0

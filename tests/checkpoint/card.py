@@ -31,7 +31,7 @@ byte-level BPE tokenizer with a chat template), the size is not.
 | hidden size / feed-forward size | {hidden_size} / {intermediate_size} |
 | query heads / key-value heads / head dimension | {num_attention_heads} / {num_key_value_heads} / {head_dim} |
 | vocabulary | {vocab_size} (all 256 bytes, so any text can be written) |
-| positions | {max_position_embeddings}, all of them trained |
+| positions | {max_position_embeddings}, all of them trained, the last 400 on few windows only |
 | weights | bfloat16, head not tied to the embedding |
 
 ## Training

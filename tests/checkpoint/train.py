@@ -2,7 +2,8 @@
 
     python tests/checkpoint/train.py --out tests/checkpoint/python-llama
 
-One CPU thread and about 50 minutes. The seed fixes everything; the corpus is that of the Python that runs this script.
+One CPU thread, about 50 minutes when the core is free. The seed fixes everything; the corpus is that of the Python
+that runs this script.
 """
 
 import argparse

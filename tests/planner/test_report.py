@@ -393,3 +393,13 @@ def test_a_page_that_cannot_be_written_is_the_machines_fault(run_command: RunCom
     assert done.code == ExitCode.ENVIRONMENT
     done = run_command("llamaplan", "report", plan, "--time-limit", "0")
     assert done.code == ExitCode.USAGE
+
+
+def test_a_report_never_overwrites_its_plan(run_command: RunCommand, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(make_plan().to_json(), encoding="utf-8")
+    for arguments in (("-o", plan), ("-o", tmp_path / "a", "--trace", tmp_path / "a")):
+        done = run_command("llamaplan", "report", plan, *arguments, "--no-compare")
+        assert done.code == ExitCode.USAGE
+        assert "three different files" in done.err
+    assert plan.read_text(encoding="utf-8") == make_plan().to_json()

@@ -175,7 +175,7 @@ def accelerate() -> Iterator[Any]:
 
 LIVE_CASES = [
     (seed, is_tied, num_gpus, has_cpu)
-    for seed in range(12)
+    for seed in range(6)
     for is_tied in (False, True)
     for num_gpus in (0, 1, 2, 4)
     for has_cpu in (False, True)
@@ -201,7 +201,7 @@ def test_accelerate_itself_places_the_same_units_on_the_same_devices(accelerate:
             split = rule(profile, cluster(*parts))
             assert list(split.stages) == _expected(placed, profile.model.num_hidden_layers)
             outcomes["disk" if split.reason else "one" if len(split.stages) == 1 else "several"] += 1
-    assert min(outcomes.values()) > 20, outcomes  # every kind of answer was compared
+    assert min(outcomes.values()) > 10, outcomes  # every kind of answer was compared
 
 
 def _random_model(rng: np.random.Generator, *, is_tied: bool) -> tuple[ModelProfile, Any]:

@@ -39,7 +39,8 @@ def test_the_wheel_holds_the_packages_templates_and_type_markers(wheel: Path) ->
     for package in ("plans", "planner", "exporter", "runtime"):
         assert f"{package}/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
-    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "exporter").rglob("*.j2")}
+    sources = {p.relative_to(ROOT).as_posix() for home in ("exporter", "planner") for p in (ROOT / home).rglob("*.j2")}
+    assert sources
     assert sources <= set(names)
 
 

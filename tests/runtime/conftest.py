@@ -12,6 +12,9 @@ from parity import model_step, reference_model, save_model, trace
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from runtime.native import Library
+from runtime.native import load as load_kernels
+
 SHIPPED = Path(__file__).parents[1] / "checkpoint" / "python-llama"
 
 logging.disable_progress_bar()
@@ -71,3 +74,11 @@ def tiny_config() -> LlamaConfig:
 def tiny(make_checkpoint: Callable[[PreTrainedConfig], Path], tiny_config: LlamaConfig) -> Path:
     """A checkpoint of `tiny_config`."""
     return make_checkpoint(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Library:
+    """The compiled decode kernels, built if this machine has none yet."""
+    found = load_kernels()
+    assert isinstance(found, Library), found.reason
+    return found

@@ -1,0 +1,88 @@
+"""Run the jobs of a batch file: sorted by length, so that little is padded, and a batch at a time."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.batch_input import Job
+from runtime.batch_output import ResultFile
+from runtime.capacity import memory_faults
+from runtime.generate import generate_requests
+from runtime.session import Prepared, Session
+from runtime.writer import GeneratedSequence
+
+
+@dataclass(slots=True)
+class BatchNumbers:
+    """What a run did (an earlier run's results are not counted)."""
+
+    num_lines: int = 0
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all sequences per second, reading the prompts included."""
+        return self.num_new_tokens / self.seconds if self.seconds else 0.0
+
+
+def model_id(prepared: Prepared) -> str:
+    """Return what tells a model from others: the export id, else configuration and headers; and the dtype."""
+    source = prepared.source
+    if source.export is not None:
+        return f"{source.export.export_id} {prepared.dtype}"
+    checkpoint = source.checkpoint
+    headers = [shard.header.header_sha256 for shard in checkpoint.shards]
+    return f"{hashlib.sha256(' '.join([checkpoint.config.sha256, *headers]).encode()).hexdigest()} {prepared.dtype}"
+
+
+def run_jobs(
+    session: Session,
+    jobs: Sequence[Job],
+    results: ResultFile,
+    *,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda _lines: None,
+) -> BatchNumbers:
+    """Run the jobs that have no result yet.
+
+    Args:
+        session: the model.
+        jobs: every line of the input.
+        results: where results go, a batch at a time.
+        batch_size: sequences at once.
+        on_batch: told how many lines were finished.
+    """
+    numbers, started = BatchNumbers(), time.perf_counter()
+    waiting = sorted(
+        (job for job in jobs if job.index not in results.done), key=lambda job: -len(job.request.prompt_ids)
+    )
+    for first in range(0, len(waiting), batch_size):
+        batch = waiting[first : first + batch_size]
+        with memory_faults(f"running {len(batch)} lines at once"):
+            generation = generate_requests(
+                session.chain, [job.request for job in batch], decode=session.prepared.decode
+            )
+        results.append([_result(job, sequence) for job, sequence in zip(batch, generation.sequences, strict=True)])
+        numbers.num_lines += len(batch)
+        numbers.num_prompt_tokens += generation.num_prompt_tokens
+        numbers.num_new_tokens += generation.num_new_tokens
+        numbers.seconds = time.perf_counter() - started
+        on_batch(len(batch))
+    results.finish()
+    return numbers
+
+
+def _result(job: Job, sequence: GeneratedSequence) -> dict[str, Any]:
+    return {
+        "index": job.index,
+        **({} if job.id is None else {"id": job.id}),
+        "text": sequence.text,
+        "token_ids": list(sequence.token_ids),
+        "finish_reason": sequence.finish_reason,
+        "prompt_tokens": len(job.request.prompt_ids),
+        "request_sha256": job.sha256,
+    }

@@ -1,0 +1,74 @@
+"""`llamarun bench`: how fast is it here?"""
+
+from typing import Annotated
+
+import typer
+
+from plans.console import Output
+from plans.errors import UsageError
+from runtime import cli_options as options
+from runtime.cli_opening import load, prepare
+
+
+def bench(
+    target: options.Target,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Random prompt tokens.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=2, help="Greedy new tokens.")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=65536, help="Sequences at once.")] = 1,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Runs that medians are taken of.")] = 3,
+    prefill_chunk: options.ChunkOption = None,
+    threads: options.ThreadsOption = None,
+    model: options.ModelOption = None,
+    device_map: options.DeviceMapOption = None,
+    dtype: options.DtypeOption = None,
+    ctx_size: options.ContextOption = None,
+    expect_id: options.ExpectOption = None,
+    verify: options.VerifyOption = True,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Measure loading, prefill, decode and every stage, against the bandwidth of this machine and the plan.
+
+    GB/s are weight bytes read per second of decoding. Nothing else should be running.
+
+    Example: llamarun bench shards/ --prompt-tokens 128 --new-tokens 64 --repeats 5
+    """
+    output = Output(json=as_json, quiet=quiet)
+    prepared = prepare(
+        output,
+        target,
+        model=model,
+        device_map=device_map,
+        dtype=dtype,
+        ctx_size=ctx_size,
+        expect_id=expect_id,
+        threads=threads,
+    )
+    if prompt_tokens + new_tokens > prepared.context_tokens:
+        raise UsageError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the context holds "
+            f"({prepared.context_tokens})",
+            hint="lower --prompt-tokens or --new-tokens, or raise --ctx-size",
+            code="E-CONTEXT",
+        )
+
+    from runtime.bench import BenchSettings, bench_document, bench_lines
+    from runtime.opening import check_sources_unchanged
+    from runtime.summary import stage_line
+
+    settings = BenchSettings(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        repeats=repeats,
+        prefill_chunk_tokens=prefill_chunk or prepared.prefill_chunk_tokens,
+    )
+    session = load(output, prepared, cache_tokens=prompt_tokens + new_tokens, batch_size=batch_size, verify=verify)
+    with output.progress_console.status("measuring", spinner="line"):
+        document = bench_document(session, settings)
+    check_sources_unchanged(session.source)
+    output.data(document)
+    for line in bench_lines(document):
+        output.show(line)
+    for number, stage in enumerate(document["stages"], start=1):
+        output.show(stage_line(number, stage))

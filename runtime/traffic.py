@@ -1,0 +1,75 @@
+"""Bytes a decode step must read, and how fast this machine reads them: what decoding is measured against."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from runtime.chain import Chain
+from runtime.devices import synchronize
+
+
+def decode_read_bytes(chain: Chain, index: int, *, batch_size: int) -> int:
+    """Return the weight bytes one stage reads in a decode step.
+
+    An embedding reads one row per sequence, a layer with experts those that its tokens are expected to choose; the
+    cache is not counted.
+    """
+    stage = chain.stages[index]
+    modules = chain.stage_modules(index)
+    embedded = batch_size * chain.config.hidden_size * chain.dtype.itemsize if stage.has_embedding else 0
+    read = modules[1:] if stage.has_embedding else modules
+    share = _expert_share(chain, batch_size)
+    return embedded + int(sum(_module_bytes(module, share) for module in read))
+
+
+def _expert_share(chain: Chain, batch_size: int) -> float:
+    config = chain.config
+    num_experts = getattr(config, "num_local_experts", None)
+    if not num_experts:
+        return 1.0
+    missed: float = (1 - config.num_experts_per_tok / num_experts) ** batch_size
+    return 1 - missed
+
+
+def _module_bytes(module: nn.Module, expert_share: float) -> float:
+    return sum(
+        parameter.numel() * parameter.element_size() * (expert_share if ".experts." in f".{name}" else 1.0)
+        for name, parameter in module.named_parameters()
+    )
+
+
+def read_bandwidth(chain: Chain, *, repeats: int) -> dict[str, float]:
+    """Measure how fast each device of the chain reads its own weights, one after the other.
+
+    Every weight is summed up as 64-bit integers, which costs less than reading it. The best of `repeats` passes
+    counts, after one that is not timed (it brings mapped files into memory).
+
+    Returns:
+        Device name -> bytes per second.
+    """
+    rates = {}
+    for device in dict.fromkeys(chain.stage_devices):
+        stages = [index for index, place in enumerate(chain.stage_devices) if place == device]
+        words = _words(module for index in stages for module in chain.stage_modules(index))
+        _read_once(words, device)
+        seconds = min(_read_once(words, device) for _ in range(repeats))
+        rates[str(device)] = sum(word.nbytes for word in words) / seconds
+    return rates
+
+
+def _words(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+    weights = {weight.data_ptr(): weight.detach() for module in modules for weight in module.parameters()}
+    flat = [weight.reshape(-1) for weight in weights.values() if weight.is_contiguous()]
+    return [tensor.view(torch.int64) for tensor in flat if tensor.nbytes % 8 == 0 and tensor.data_ptr() % 8 == 0]
+
+
+@torch.inference_mode()
+def _read_once(words: list[torch.Tensor], device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    for word in words:
+        word.sum()
+    synchronize(device)
+    return time.perf_counter() - started
