@@ -75,6 +75,8 @@ class Output:
 
 def run_command(app: "typer.Typer", *, name: str) -> NoReturn:
     """Run a typer app and leave with the documented exit code; the only place where exceptions become text."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell ignores it for its background jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _on_signal)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, _on_signal)
@@ -117,8 +119,10 @@ def _guarded(call: Callable[[], Any], *, name: str, is_debug: bool) -> int:
     except Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, Abort):
+        _let_signals_end_us()
         return _say("interrupted", ExitCode.INTERRUPTED)
     except Terminated as error:
+        _let_signals_end_us()
         return _say("terminated", error.exit_code)
     except SystemExit as left:
         # typer turns a closed stdout into exit code 1 before we see it
@@ -140,6 +144,13 @@ def _guarded(call: Callable[[], Any], *, name: str, is_debug: bool) -> int:
             "run again with --debug and report the traceback",
             ExitCode.BUG,
         )
+
+
+def _let_signals_end_us() -> None:
+    """While leaving, a second signal ends the process at once instead of raising where nobody catches."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 def _say(line: str, code: int) -> int:

@@ -285,10 +285,12 @@ def test_a_conversation_beyond_the_context_is_refused_with_the_numbers(
 def test_an_answer_that_the_context_ends_says_so(
     shipped: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe(monkeypatch, "What is a tuple?\n")
-    done = run_command("llamarun", "chat", shipped, "-c", 24, "--temp", 0)
+    tokenizer = AutoTokenizer.from_pretrained(shipped)
+    context = len(encode_chat(tokenizer, [{"role": "user", "content": QUESTIONS[0]}])) + 2
+    pipe(monkeypatch, f"{QUESTIONS[0]}\n")
+    done = run_command("llamarun", "chat", shipped, "-c", context, "--temp", 0)
     assert done.code == 0, done.err
-    assert "the context is full: 24 of 24 tokens" in done.err
+    assert f"the context is full: {context} of {context} tokens" in done.err
 
 
 def test_a_message_that_does_not_fit_is_taken_back(session: Session, talk: Callable[..., Chat]) -> None:
@@ -377,38 +379,50 @@ def test_ctrl_c_before_the_first_token_takes_the_message_back(
     assert send(chat, QUESTIONS[1]) == send(again, QUESTIONS[1])
 
 
-def read_until(fd: int, text: bytes) -> bytes:
-    seen = b""
-    while text not in seen:
-        assert select.select([fd], [], [], 120)[0], seen
-        seen += os.read(fd, 1024)
-    return seen
+class Terminal:
+    """The other end of a pseudo-terminal, read one byte at a time so that nothing is skipped."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self.seen = fd, b""
+
+    def read(self, count: int) -> None:
+        for _ in range(count):
+            assert select.select([self._fd], [], [], 60)[0], self.seen
+            self.seen += os.read(self._fd, 1)
+
+    def read_until(self, text: bytes) -> None:
+        start = len(self.seen)
+        while text not in self.seen[start:]:
+            self.read(1)
 
 
 def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(shipped: Path) -> None:
     command = [sys.executable, "-m", "runtime.cli", "chat", str(shipped), "--temp", "1.9", "--top-k", "0"]
     ours, theirs = pty.openpty()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    terminal = Terminal(ours)
     with subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
     ) as process:
-        os.close(theirs)
-        read_until(ours, b"> ")
-        os.write(ours, b"Tell me everything.\n")
-        seen = read_until(ours, b"everything.\r\n")
-        while len(seen.rpartition(b"everything.\r\n")[2]) < 8:
-            seen += os.read(ours, 1)
-        process.send_signal(signal.SIGINT)
-        read_until(ours, b"(stopped)")
-        read_until(ours, b"> ")
-        process.send_signal(signal.SIGINT)
-        read_until(ours, b"Ctrl-D or /exit leaves")
-        read_until(ours, b"> ")
-        os.write(ours, b"\x04")
-        last = read_until(ours, b"1 answers")
-        assert process.wait(timeout=60) == 0
-    os.close(ours)
-    assert b"Traceback" not in last
+        try:
+            os.close(theirs)
+            terminal.read_until(b"> ")
+            os.write(ours, b"Tell me everything.\n")
+            terminal.read_until(b"everything.\r\n")
+            terminal.read(8)
+            process.send_signal(signal.SIGINT)
+            terminal.read_until(b"(stopped)")
+            terminal.read_until(b"> ")
+            process.send_signal(signal.SIGINT)
+            terminal.read_until(b"Ctrl-D or /exit leaves")
+            terminal.read_until(b"> ")
+            os.write(ours, b"\x04")
+            terminal.read_until(b"1 answers")
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
+            os.close(ours)
+    assert b"Traceback" not in terminal.seen
 
 
 # --- broken input --------------------------------------------------------------------------------------------------

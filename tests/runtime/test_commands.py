@@ -3,16 +3,21 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exporter import export
+from runtime import capacity, session
+from runtime import generate as loop
 from tests.conftest import RunCommand
 from tests.exporter.export_helpers import make_plan
 
@@ -189,3 +194,142 @@ def test_a_reader_that_goes_away_stops_the_run(shipped: Path) -> None:
         errors = process.stderr.read()
         assert process.wait(timeout=60) == 141, errors
     assert b"Traceback" not in errors
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A command leaves its signal handlers behind; put ours back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(("module", "name"), [(session, "_load"), (loop, "prefill"), (loop, "decode_one_token")])
+def test_a_signal_in_any_phase_ends_the_run_and_keeps_the_text_so_far(
+    shards: dict[str, Path],
+    run_command: RunCommand,
+    monkeypatch: pytest.MonkeyPatch,
+    own_signals: None,
+    module: Any,
+    name: str,
+    number: signal.Signals,
+) -> None:
+    """Row R13."""
+    options = ["-p", PROMPT, "-n", 20, "--temp", 0, "--device-map", "cpu"]
+    whole = run_command("llamarun", "generate", shards["2-4-1"], *options, "-q").out
+    real, calls = getattr(module, name), []
+
+    def signalled(*arguments: Any, **settings: Any) -> Any:
+        calls.append(1)
+        if name != "decode_one_token" or len(calls) == 6:
+            signal.raise_signal(number)
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(module, name, signalled)
+    done = run_command("llamarun", "generate", shards["2-4-1"], *options)
+    assert done.code == 128 + number
+    assert "Traceback" not in done.err
+    assert whole.startswith(done.out)
+    assert bool(done.out) == (name == "decode_one_token")
+
+
+def test_a_second_signal_while_leaving_ends_the_process_at_once(own_signals: None) -> None:
+    """Row R13."""
+    code = (
+        "import os, signal, typer\n"
+        "from plans import console\n"
+        "app = typer.Typer()\n"
+        "app.command()(lambda: signal.raise_signal(signal.SIGINT))\n"
+        "say = console._say\n"
+        "console._say = lambda *a: (signal.raise_signal(signal.SIGINT), say(*a))[1]\n"
+        "console.run_command(app, name='x')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
+
+
+def test_token_ids_are_a_prompt_too(shipped: Path, run_command: RunCommand) -> None:
+    ids = AutoTokenizer.from_pretrained(shipped)(PROMPT).input_ids
+    options = ["-n", 6, "--temp", 0]
+    given = generate(run_command, shipped, "--prompt-ids", ",".join(map(str, ids)), *options)
+    assert given == generate(run_command, shipped, "-p", PROMPT, *options)
+
+
+def test_a_prompt_file_with_crlf_is_kept_as_it_is(shipped: Path, run_command: RunCommand, tmp_path: Path) -> None:
+    """Row R6."""
+    (tmp_path / "prompt.txt").write_bytes(b"a\r\nb")
+    arguments = ["-n", 1, "--json"]
+    found = json.loads(run_command("llamarun", "generate", shipped, "-f", tmp_path / "prompt.txt", *arguments).out)
+    assert found["prompt_tokens"] == len(AutoTokenizer.from_pretrained(shipped)("a\r\nb").input_ids)
+
+
+def test_an_end_of_sequence_list_and_one_that_comes_first_are_answers(
+    shipped: Path, run_command: RunCommand, tmp_path: Path
+) -> None:
+    """Rows K3 and R12."""
+    first = generate(run_command, shipped, "-p", PROMPT, "-n", 1, "--temp", 0)["token_ids"][0]
+    model = tmp_path / "model"
+    shutil.copytree(shipped, model)
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [2, first]}))
+    ended = generate(run_command, model, "-p", PROMPT, "-n", 9, "--temp", 0)
+    assert (ended["token_ids"], ended["text"], ended["finish_reason"]) == ([first], "", "eos")
+
+
+def test_two_runs_on_one_bundle_at_once_are_both_right(shards: dict[str, Path], run_command: RunCommand) -> None:
+    """Row R16."""
+    options = ["-p", PROMPT, "-n", "8", "--temp", "0", "--device-map", "cpu", "-q"]
+    expected = run_command("llamarun", "generate", shards["2-4-1"], *options).out
+    command = [sys.executable, "-m", "runtime.cli", "generate", str(shards["2-4-1"]), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    assert [process.communicate(timeout=120)[0] for process in both] == [expected, expected]
+
+
+def test_memory_that_runs_out_while_loading_or_generating_is_said(
+    shipped: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row R2."""
+
+    def fails(*_arguments: Any, **_settings: Any) -> Any:
+        return torch.empty(1 << 60)
+
+    for module, name, doing in ((session, "_load", "loading"), (loop, "decode_one_token", "generating")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fails)
+            done = run_command("llamarun", "generate", shipped, "-p", "x", "-n", 4, "--ignore-eos")
+        assert done.code == 6
+        assert f"memory ran out while {doing}" in done.err
+
+
+def test_only_the_cache_that_is_asked_for_has_to_fit(
+    shipped: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row R2: a long context is no reason to refuse a short text."""
+    weights = sum(path.stat().st_size for path in shipped.glob("*.safetensors"))
+    monkeypatch.setattr(capacity, "free_bytes", lambda _device: weights + 200_000)
+    short = run_command("llamarun", "generate", shipped, "-p", "x", "-n", 20)
+    assert short.code == 0, short.err
+    long = run_command("llamarun", "generate", shipped, "-p", "x", "-n", 1000)
+    assert long.code == 6
+    assert f"({weights + 200_000} bytes) are free" in long.err
+
+
+def test_damage_is_found_while_loading_unless_checks_are_turned_off(
+    shards: dict[str, Path], run_command: RunCommand, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(shards["2-4-1"], folder)
+    bundle = sorted(folder.glob("*.safetensors"))[1]
+    data = bytearray(bundle.read_bytes())
+    data[-3] ^= 1
+    bundle.write_bytes(data)
+    options = ["-p", "x", "-n", 1, "--device-map", "cpu"]
+    done = run_command("llamarun", "generate", folder, *options)
+    assert (done.code, done.out) == (5, "")
+    assert bundle.name in done.err
+    assert run_command("llamarun", "generate", folder, *options, "--no-verify").code == 0
