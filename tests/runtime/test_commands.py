@@ -236,22 +236,6 @@ def test_a_signal_in_any_phase_ends_the_run_and_keeps_the_text_so_far(
     assert bool(done.out) == (name == "decode_one_token")
 
 
-def test_a_second_signal_while_leaving_ends_the_process_at_once(own_signals: None) -> None:
-    """Row R13."""
-    code = (
-        "import os, signal, typer\n"
-        "from plans import console\n"
-        "app = typer.Typer()\n"
-        "app.command()(lambda: signal.raise_signal(signal.SIGINT))\n"
-        "say = console._say\n"
-        "console._say = lambda *a: (signal.raise_signal(signal.SIGINT), say(*a))[1]\n"
-        "console.run_command(app, name='x')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == -signal.SIGINT
-    assert done.stderr == ""
-
-
 def test_token_ids_are_a_prompt_too(shipped: Path, run_command: RunCommand) -> None:
     ids = AutoTokenizer.from_pretrained(shipped)(PROMPT).input_ids
     options = ["-n", 6, "--temp", 0]
