@@ -191,7 +191,7 @@ def _device_shapes(plan: Plan, layout: Layout) -> Iterator[Shape]:
         title = f"{name}: {words}; {duration(stage.decode_seconds)} per token"
         yield Rect(box.x, box.y, box.width, box.height, "device", title, radius=6)
         yield Dot(box.x + 18, box.centre, 11, "badge")
-        yield Text(box.x + 18, box.centre + 4, str(index + 1), "badge-text", "middle")
+        yield Text(box.x + 18, box.centre + 4, str(index), "badge-text", "middle")
         yield Text(box.x + 36, box.y + 20, clipped(name, box.width - 42, size=13), "label strong", title=name)
         yield Text(box.x + 36, box.y + 36, clipped(words, box.width - 40, size=11), "label quiet small", title=words)
 

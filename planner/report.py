@@ -203,7 +203,7 @@ def _stage_rows(plan: Plan, model: CostModel, simulation: Simulation) -> list[St
         origin = hop_origin(plan.cluster, stage.device, way, execution=plan.execution) if num_stages > 1 else None
         rows.append(
             StageRow(
-                number=index + 1,
+                number=index,
                 stage=stage,
                 host=plan.cluster.device(stage.device).host,
                 holds=stage_words(stage),

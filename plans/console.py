@@ -104,6 +104,8 @@ def _guarded(call: Callable[[], Any], *, name: str, is_debug: bool) -> int:
 
     try:
         result = call()
+        if result == ExitCode.INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else ExitCode.OK
     except LlamaplanError as error:
         if is_debug:

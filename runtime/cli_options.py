@@ -21,7 +21,7 @@ Target = Annotated[Path, typer.Argument(help="An export, a plan file (with --mod
 ModelOption = Annotated[Path | None, typer.Option("--model", help="The checkpoint a plan file is for.")]
 DeviceMapOption = Annotated[
     list[str] | None,
-    typer.Option("--device-map", help="STAGE=DEVICE (stages count from 1), or one DEVICE for all; repeatable."),
+    typer.Option("--device-map", help="STAGE=DEVICE (stages count from 0), or one DEVICE for all; repeatable."),
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Compute in this dtype instead of the stored one.")]
 ContextOption = Annotated[

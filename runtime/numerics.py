@@ -23,7 +23,7 @@ class NonFiniteError(NumericalError):
         spec = chain.stages[stage]
         when = "reading the prompt" if step == 0 else f"step {step}"
         super().__init__(
-            f"{when}: NaN or infinity in stage {stage + 1} ({describe_stage(spec)}) on {spec.device}",
+            f"{when}: NaN or infinity in stage {stage} ({describe_stage(spec)}) on {spec.device}",
             hint="try --dtype fp32, or check the weights with llamaplan verify",
         )
 

@@ -107,7 +107,7 @@ def _open_plain(folder: Path) -> Source:
 
 
 def parse_device_map(values: list[str], *, num_stages: int) -> Mapping[int, str]:
-    """Read `--device-map` values: `STAGE=DEVICE` (stages count from 1), or one `DEVICE` for all stages.
+    """Read `--device-map` values: `STAGE=DEVICE` (stages count from 0), or one `DEVICE` for all stages.
 
     Returns:
         Zero-based stage index -> device name.
@@ -121,12 +121,12 @@ def parse_device_map(values: list[str], *, num_stages: int) -> Mapping[int, str]
         if not separator:
             device_map |= dict.fromkeys(range(num_stages), number)
             continue
-        if not number.isdecimal() or not 1 <= int(number) <= num_stages or not device:
+        if not number.isdecimal() or int(number) >= num_stages or not device:
             raise UsageError(
                 f"'{value}' maps no stage",
                 where="--device-map",
-                expected=f"STAGE=DEVICE with a stage from 1 to {num_stages}, or one DEVICE for all",
+                expected=f"STAGE=DEVICE with a stage from 0 to {num_stages - 1}, or one DEVICE for all",
                 code="E-DEVICE",
             )
-        device_map[int(number) - 1] = device
+        device_map[int(number)] = device
     return device_map

@@ -89,7 +89,7 @@ def summary_lines(document: dict[str, Any]) -> list[str]:
     speed += f" ({rate / 1e9:.1f} GB/s of weights)" if rate else ""
     rest = f"loaded in {document['load_seconds']:.1f} s; peak memory {format_bytes(document['peak_memory_bytes'])}"
     lines = [f"{tokens} ({document['sequences'][0]['finish_reason']})", f"{speed}; {rest}"]
-    return lines + [stage_line(number, stage) for number, stage in enumerate(document["stages"], start=1)]
+    return lines + [stage_line(number, stage) for number, stage in enumerate(document["stages"])]
 
 
 def decode_rate(document: dict[str, Any]) -> float:

@@ -31,7 +31,7 @@ class Walk:
     def _stage_line(self, index: int, trace: StepTrace) -> str:
         stage, times = self._session.chain.stages[index], trace.stages[index]
         return (
-            f"  stage {index + 1} on {self._session.chain.stage_devices[index]} ({describe_stage(stage)}): "
+            f"  stage {index} on {self._session.chain.stage_devices[index]} ({describe_stage(stage)}): "
             f"{self._input_shape(index, trace)} -> {self._output_shape(index, trace)}, "
             f"hop {1000 * times.hop_seconds:.3f} ms, compute {1000 * times.compute_seconds:.2f} ms"
         )

@@ -727,7 +727,7 @@ for ids in ("-1", "1.5", "2048", "99999999999999999999", "", "1,,2", "true"):
 
 
 def spoil_weight(value: float, *options: str) -> Prepare:
-    """Put a value into layer 3, which belongs to stage 2, and run the plan without an export."""
+    """Put a value into layer 3, which belongs to stage 1, and run the plan without an export."""
 
     def prepare(tmp: Path) -> list[object]:
         from safetensors.torch import load_file, save_file
@@ -744,9 +744,9 @@ def spoil_weight(value: float, *options: str) -> Prepare:
 
 LAYER_3 = "model.layers.3.mlp.down_proj.weight"
 
-rows("R10", NUMERICAL, {"NaN in the weights": (spoil_weight(float("nan")), "stage 2")})
+rows("R10", NUMERICAL, {"NaN in the weights": (spoil_weight(float("nan")), "stage 1")})
 rows("R11", USAGE, {"an empty stop string": (generate("-p", "x", "--stop", ""), "stop")})
-rows("R17", NUMERICAL, {"weights that fp16 cannot hold": (spoil_weight(1e6, "--dtype", "fp16"), "stage 2")})
+rows("R17", NUMERICAL, {"weights that fp16 cannot hold": (spoil_weight(1e6, "--dtype", "fp16"), "stage 1")})
 
 
 # --- the test ------------------------------------------------------------------------------------------------------

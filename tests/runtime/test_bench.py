@@ -54,7 +54,7 @@ def test_the_stages_of_a_bench_have_the_form_of_a_run(shards: Path, run_command:
 
 def test_bench_prints_a_summary_with_gigabytes_per_second(shards: Path, shipped: Path, run_command: RunCommand) -> None:
     said = run_command("llamarun", "bench", shards, *OPTIONS).out
-    for part in ("load", "prefill", "decode", "GB/s", "reading", "plan     predicted", "stage 3 on cpu"):
+    for part in ("load", "prefill", "decode", "GB/s", "reading", "plan     predicted", "stage 2 on cpu"):
         assert part in said
     assert "predicted" not in run_command("llamarun", "bench", shipped, *OPTIONS).out
 
@@ -104,9 +104,9 @@ def test_verbose_walks_through_every_stage_of_every_step(shards: Path, run_comma
     ]
     stages = [line for line in lines if line.startswith("  stage") and "->" in line]
     assert len(stages) == 9
-    assert "stage 1 on cpu (embedding, layers 0-1): ids [1, 4] -> hidden [1, 4, 192]" in stages[0]
-    assert "stage 2 on cpu (layers 2-5): hidden [1, 4, 192] -> hidden [1, 4, 192]" in stages[1]
-    assert "stage 3 on cpu (layer 6, head): hidden [1, 1, 192] -> logits [1, 1, 2048]" in stages[8]
+    assert "stage 0 on cpu (embedding, layers 0-1): ids [1, 4] -> hidden [1, 4, 192]" in stages[0]
+    assert "stage 1 on cpu (layers 2-5): hidden [1, 4, 192] -> hidden [1, 4, 192]" in stages[1]
+    assert "stage 2 on cpu (layer 6, head): hidden [1, 1, 192] -> logits [1, 1, 2048]" in stages[8]
     assert all("hop" in line and "compute" in line for line in stages)
     assert sum(line.startswith("  -> token") for line in lines) == 3
 
