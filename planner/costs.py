@@ -6,7 +6,8 @@ computes the logits of the last position only, so it runs once per prompt. Ident
     seconds per token (one batch in flight) = sum of stage decode times + hops + return hop
     step period with N batches in flight    = max(slowest stage, slowest hop, seconds per token / N)
     time to first token, one process        = sum of all chunks over all stages and hops
-    time to first token, process per stage  : finish[s, c] = max(finish[s-1, c] + hop, finish[s, c-1]) + t[s, c]
+    time to first token, process per stage  : arrive[s, c] = max(finish[s-1, c], arrive[s, c-1]) + hop
+                                              finish[s, c] = max(arrive[s, c], finish[s, c-1]) + t[s, c]
 """
 
 import math
@@ -192,10 +193,11 @@ def _first_token_seconds(
         return math.fsum(seconds for row in (*prefill, *hops) for seconds in row)
     finish = [0.0] * len(chunks)  # when each chunk has left the stage before
     for stage, times in enumerate(prefill):
-        free = 0.0  # when this stage is done with the chunk before
+        free = link_free = 0.0  # when this stage, and the link to it, are done with the chunk before
         for chunk, seconds in enumerate(times):
-            arrival = finish[chunk] + (hops[stage - 1][chunk] if stage else 0.0)
-            free = finish[chunk] = max(arrival, free) + seconds
+            if stage:
+                link_free = max(finish[chunk], link_free) + hops[stage - 1][chunk]
+            free = finish[chunk] = max(link_free, free) + seconds
     return finish[-1]
 
 

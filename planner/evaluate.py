@@ -63,7 +63,8 @@ def _scaled_period(problem: Problem, assignment: Assignment) -> Ticks:
 def pipelined_prefill(problem: Problem, assignment: Assignment) -> Ticks:
     """Return the time to the first token when every stage is a process.
 
-    finish[s, c] = max(finish[s-1, c] + hop, finish[s, c-1]) + t[s, c]
+    arrive[s, c] = max(finish[s-1, c], arrive[s, c-1]) + hop[s-1, c]   a link carries one chunk at a time
+    finish[s, c] = max(arrive[s, c], finish[s, c-1]) + t[s, c]
     """
     num_chunks = len(problem.devices[0].prefill)
     arrival = [0] * num_chunks
@@ -75,9 +76,9 @@ def pipelined_prefill(problem: Problem, assignment: Assignment) -> Ticks:
             finish.append(max(arrival[chunk], free) + busy)
         if index + 1 < len(assignment):
             following = assignment[index + 1].device
-            arrival = [
-                done + _hop(problem.prefill_hop[chunk], stage.device, following) for chunk, done in enumerate(finish)
-            ]
+            free = 0
+            for chunk, done in enumerate(finish):
+                arrival[chunk] = free = max(done, free) + _hop(problem.prefill_hop[chunk], stage.device, following)
     return finish[-1] if num_chunks else 0
 
 

@@ -1,8 +1,8 @@
 """An event-driven simulation of a chain, independent of the formulas that predict it.
 
 It knows only how long a unit takes on a device and a message between two devices, and lets things happen: a stage works
-on one batch at a time, first come first served; in decode a link carries one message at a time; a batch goes round the
-chain and back once per token. What comes out is compared with `planner.costs.predict` (tests/planner/test_simulate.py)
+on one batch at a time, first come first served; a link carries one message at a time; a batch goes round the chain and
+back once per token. What comes out is compared with `planner.costs.predict` (tests/planner/test_simulate.py)
 and used to score any chain, whoever proposed it.
 """
 
@@ -163,6 +163,7 @@ def _run_prefill(model: CostModel, stages: Sequence[StageRange]) -> list[Event]:
     compute = [_chunk_seconds(model, stage) for stage in stages]
     events: list[Event] = []
     free_at = [0.0] * len(stages)
+    link_free_at = [0.0] * len(stages)
     process_free_at = 0.0
     for chunk, (tokens, _past) in enumerate(chunks):
         now = process_free_at if is_one_process else 0.0
@@ -170,8 +171,9 @@ def _run_prefill(model: CostModel, stages: Sequence[StageRange]) -> list[Event]:
             if index:
                 before = stages[index - 1].device
                 hop = _connected(model, before, stage.device, model.prefill_hop_seconds(before, stage.device, tokens))
-                events.append(Event("hop", f"{before} -> {stage.device}", 0, chunk, now, now + hop))
-                now += hop
+                start = max(now, link_free_at[index])
+                now = link_free_at[index] = start + hop
+                events.append(Event("hop", f"{before} -> {stage.device}", 0, chunk, start, now))
             start = max(now, free_at[index])
             now = free_at[index] = start + compute[index][chunk]
             events.append(Event("prefill", stage.device, 0, chunk, start, now))

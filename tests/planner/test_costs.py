@@ -223,7 +223,8 @@ def test_the_first_token_of_processes_overlaps_chunks() -> None:
     a = costs.stage_prefill_seconds("a", 0, 3, has_embedding=True, has_head=False)
     b = costs.stage_prefill_seconds("b", 3, 4, has_embedding=False, has_head=True)
     hop = costs.prefill_hop_seconds("a", "b", 64)
-    second_starts = max(a[0] + a[1] + hop, a[0] + hop + b[0])
+    second_arrives = max(a[0] + a[1], a[0] + hop) + hop  # the link carries one chunk at a time
+    second_starts = max(second_arrives, a[0] + hop + b[0])
     assert prediction.time_to_first_token_seconds == pytest.approx(second_starts + b[1])
 
 
