@@ -1,12 +1,11 @@
 """`llamaplan`: the planner's command line. Commands parse, call and print; heavy imports happen when one runs."""
 
 import shlex
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from planner import cli_compare, cli_export, cli_solve, options
+from planner import cli_compare, cli_export, cli_simulate, cli_solve, options
 from plans.console import Output, run_command
 from plans.errors import UsageError
 
@@ -65,6 +64,7 @@ def analyze(
     from planner.show_profile import headline, summary_lines, unit_table
     from planner.workloads import make_workload, parse_dtype
     from plans.checkpoint import open_checkpoint
+    from plans.files import write_text
 
     screen = Output(json=as_json, quiet=quiet)
     chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
@@ -74,7 +74,8 @@ def analyze(
     for warning in checkpoint.warnings:
         screen.warn(warning)
     if output is not None:
-        _write(output, profile.to_json(), beside=checkpoint.directory)
+        cli_solve.refuse_inside(output, checkpoint.directory)
+        write_text(output, profile.to_json())
         screen.note(f"wrote {output}")
     screen.data(to_json(profile, workload, checkpoint.warnings))
     screen.show(headline(profile))
@@ -102,6 +103,7 @@ def devices(
     from planner import show_cluster
     from planner.clusters import load_cluster
     from planner.machine import inspect_machine
+    from plans.files import write_text
 
     screen = Output(json=as_json, quiet=quiet)
     if catalogue:
@@ -113,7 +115,7 @@ def devices(
         return
     offered = load_cluster(cluster, devices=device, margins=margin)
     if output is not None:
-        _write(output, offered.to_json(), beside=None)
+        write_text(output, offered.to_json())
         screen.note(f"wrote {output}")
     screen.data(offered.model_dump(mode="json", by_alias=True))
     screen.show(show_cluster.device_table(offered))
@@ -129,17 +131,9 @@ def devices(
     screen.next_step(shlex.join(["llamaplan", "solve", "MODEL", *described, "-o", "plan.json"]))
 
 
-def _write(path: Path, text: str, *, beside: Path | None) -> None:
-    """Write a result, but never into the checkpoint it was made from."""
-    from plans.files import write_text
-
-    if beside is not None and path.absolute().parent.resolve() == beside.resolve():
-        raise UsageError(f"--output {path} lies inside the checkpoint", hint="choose another folder")
-    write_text(path, text)
-
-
 cli_solve.register(app)
 cli_compare.register(app)
+cli_simulate.register(app)
 cli_export.register(app)
 
 if __name__ == "__main__":

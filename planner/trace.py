@@ -8,7 +8,7 @@ from typing import Any
 
 from planner.simulate import Event, Simulation
 
-_PHASES = ((1, "prefill of one prompt"), (2, "decode, all requests in flight"))
+_PHASES = ("prefill of one prompt", "decode, all requests in flight")
 MAX_EVENTS = 20_000
 
 
@@ -17,9 +17,14 @@ def trace(simulation: Simulation) -> dict[str, Any]:
 
     Decode is cut after `MAX_EVENTS` events; by then it has long been periodic.
     """
-    events: list[dict[str, Any]] = []
     timelines = (simulation.prefill_events, simulation.decode_events[:MAX_EVENTS])
-    for (pid, title), timeline in zip(_PHASES, timelines, strict=True):
+    return events_trace(list(zip(_PHASES, timelines, strict=True)))
+
+
+def events_trace(timelines: Sequence[tuple[str, Sequence[Event]]]) -> dict[str, Any]:
+    """Return the trace of (title, events): one process each, with one track per device and link."""
+    events: list[dict[str, Any]] = []
+    for pid, (title, timeline) in enumerate(timelines, start=1):
         events.append({"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": title}})
         events += _tracks(pid, timeline)
     return {"displayTimeUnit": "ms", "traceEvents": events}

@@ -10,6 +10,7 @@ from plans.cluster import Cluster
 from plans.manifest import Manifest, StageFile
 from plans.plan import Plan
 from plans.profile import ModelProfile
+from plans.requests import Request
 from plans.strict import StrictModel, dump_json
 from plans.workload import Workload
 
@@ -18,6 +19,7 @@ MODELS: dict[str, type[StrictModel]] = {
     "manifest": Manifest,
     "plan": Plan,
     "profile": ModelProfile,
+    "request": Request,
     "stage": StageFile,
     "workload": Workload,
 }

@@ -478,6 +478,54 @@ rows(
     },
 )
 
+
+def simulate(*arguments: object) -> Prepare:
+    return lambda tmp: ["llamaplan", "simulate", tmp / "plan.json", *arguments]
+
+
+def simulate_record(data: bytes) -> Prepare:
+    def prepare(tmp: Path) -> list[object]:
+        (tmp / "record.jsonl").write_bytes(data)
+        return simulate("--arrivals", tmp / "record.jsonl")(tmp)
+
+    return prepare
+
+
+for option, values in {
+    "--requests": ("0", "-1", "1e9", "100001"),
+    "--rate": ("0", "-1", "nan", "inf"),
+    "--in-flight": ("0", "65537"),
+    "--seed": ("-1", str(2**64)),
+    "--prompt-tokens": ("0", "100000"),
+    "--max-tokens": ("0", "100000"),
+}.items():
+    for value in values:
+        rows("X7", USAGE, {f"simulate {option} {value}": (simulate(option, value), "")})
+rows(
+    "X1",
+    USAGE,
+    {
+        "a recorded file and a rate": (simulate("--arrivals", "record.jsonl", "--rate", "1"), "--rate"),
+        "a trace over the plan": (lambda tmp: simulate("--trace", tmp / "plan.json")(tmp), "--trace"),
+    },
+)
+rows("L9", INFEASIBLE, {"more requests in flight than there is room for": (simulate("--in-flight", "60000"), "cpu#")})
+rows(
+    "L5",
+    INPUT,
+    {
+        "no recorded file": (simulate("--arrivals", "normal"), "normal"),
+        "an empty record": (simulate_record(b"\n\n"), "no request"),
+        "a record that is not JSON": (simulate_record(b'{"prompt_tokens": 1, "new_tokens": 1}\n{'), ":2"),
+        "a record with an unknown key": (simulate_record(b'{"prompt_tokens": 1, "new_tokens": 1, "x": 1}'), "/x"),
+        "a record before its start": (
+            simulate_record(b'{"prompt_tokens": 1, "new_tokens": 1, "arrival_seconds": -1}'),
+            "/arrival_seconds",
+        ),
+        "a record of a request without tokens": (simulate_record(b'{"prompt_tokens": 1, "new_tokens": 0}'), "new_tok"),
+    },
+)
+
 # --- L: plans and the solver ---------------------------------------------------------------------------------------
 
 rows(
