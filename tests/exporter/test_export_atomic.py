@@ -110,6 +110,7 @@ def count_calls(run: Callable[[], object]) -> int:
 def test_killed_at_any_write_call_the_target_is_absent_or_complete_and_a_rerun_works(
     prepared: Prepared, tmp_path: Path
 ) -> None:
+    """Row E3."""
     model, plan, expected = prepared
     total = count_calls(lambda: export(plan, model=model, output=tmp_path / "count"))
     assert total > 50
@@ -169,6 +170,7 @@ def test_killed_while_replacing_the_old_export_or_the_new_one_is_there(
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)
 def test_an_error_of_any_write_call_leaves_nothing_behind(prepared: Prepared, tmp_path: Path, number: int) -> None:
+    """Row E2."""
     model, plan, expected = prepared
     total = count_calls(lambda: export(plan, model=model, output=tmp_path / "count"))
 
@@ -315,6 +317,7 @@ def dead_pid() -> int:
 
 
 def test_staging_of_a_dead_process_is_reclaimed_even_if_its_pid_lives_again(prepared: Prepared, tmp_path: Path) -> None:
+    """Row E17."""
     model, plan, _ = prepared
     for name in (staging_name("out", pid=dead_pid()), staging_name("out", mark="0" * 12)):
         (tmp_path / name / "files").mkdir(parents=True)
@@ -327,6 +330,7 @@ def test_staging_of_a_dead_process_is_reclaimed_even_if_its_pid_lives_again(prep
 def test_staging_that_may_be_in_use_is_left_alone_and_named(
     prepared: Prepared, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
+    """Row E17."""
     model, plan, _ = prepared
     name = staging_name("out", **changes)
     (tmp_path / name).mkdir()
@@ -346,6 +350,7 @@ def test_staging_of_another_target_is_not_touched(prepared: Prepared, tmp_path: 
 
 @pytest.mark.parametrize("force", [False, True])
 def test_of_two_exports_to_one_target_exactly_one_wins(prepared: Prepared, tmp_path: Path, force: bool) -> None:
+    """Row E8."""
     model, plan, expected = prepared
     started = tmp_path / "started"
     folder = tmp_path / "made"
@@ -407,6 +412,7 @@ def flip_last_bit(path: Path) -> None:
 def test_a_source_changed_during_the_export_is_refused(
     prepared: Prepared, tmp_path: Path, change: str, shard: int, when: float
 ) -> None:
+    """Row E9."""
     import shutil
 
     source, plan, _ = prepared
@@ -429,6 +435,7 @@ def test_a_source_changed_during_the_export_is_refused(
 def test_a_read_error_of_the_source_names_file_and_offset(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Row E10."""
     model, plan, _ = prepared
 
     def fail(fd: int, buffers: Any, offset: int) -> int:
@@ -443,6 +450,7 @@ def test_a_read_error_of_the_source_names_file_and_offset(
 def test_a_filesystem_that_cannot_flush_folders_is_fine(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Row E12."""
     model, plan, expected = prepared
     real = os.fsync
 

@@ -84,6 +84,7 @@ def calls(work: tuple[Path, Path, dict[str, str]], tmp_path_factory: pytest.Temp
 def test_killed_by_the_kernel_the_target_is_absent_or_complete(
     work: tuple[Path, Path, dict[str, str]], calls: dict[str, int], tmp_path: Path
 ) -> None:
+    """Row E3."""
     model, plan, expected = work
     points = [(name, at) for name, count in sorted(calls.items()) for at in range(1, count + 1)]
     killed = 0
@@ -111,6 +112,7 @@ def export_again(model: Path, plan: Path, output: Path) -> None:
 def test_an_error_from_the_kernel_ends_in_one_sentence_and_leaves_nothing(
     work: tuple[Path, Path, dict[str, str]], calls: dict[str, int], tmp_path: Path, call: str, error: str
 ) -> None:
+    """Row E2."""
     model, plan, _ = work
     family = [name for name in (call, call + "at", call + "at2") if name in calls]
     for at in {1, max(1, calls[family[0]] // 2)}:
@@ -125,6 +127,7 @@ def test_an_error_from_the_kernel_ends_in_one_sentence_and_leaves_nothing(
 def test_a_read_error_from_the_kernel_names_file_and_offset(
     work: tuple[Path, Path, dict[str, str]], tmp_path: Path
 ) -> None:
+    """Row E10."""
     model, plan, _ = work
     inject = "inject=preadv,preadv2:error=EIO:when=4"
     done = traced(["-o", os.devnull, "-e", inject], model, plan, tmp_path / "out")
@@ -136,6 +139,7 @@ def test_a_read_error_from_the_kernel_names_file_and_offset(
 def test_exporting_never_opens_python_code_of_the_checkpoint(
     work: tuple[Path, Path, dict[str, str]], tmp_path: Path
 ) -> None:
+    """Row C9."""
     source, plan, _ = work
     model = tmp_path / "model"
     shutil.copytree(source, model)

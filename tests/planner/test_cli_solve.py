@@ -114,6 +114,7 @@ def test_infeasible_leaves_with_four_and_writes_nothing(run_command: RunCommand,
     ],
 )
 def test_bad_options_are_usage_errors(run_command: RunCommand, shipped: Path, options: tuple[str, ...]) -> None:
+    """Row X7, and the other options of `solve`."""
     done = run_command("llamaplan", "solve", shipped, *DEVICES, *options)
     assert done.code == 2
     assert done.err.startswith("error[E-USAGE]: ")
@@ -149,6 +150,7 @@ def test_edited_plan_does_not_pass_the_check(run_command: RunCommand, shipped: P
 
 
 def test_two_planners_in_one_folder_do_not_meet(shipped: Path, tmp_path: Path) -> None:
+    """Row L16."""
     program = "from planner.cli import main; main()"
     command = [sys.executable, "-c", program, "solve", str(shipped), *DEVICES, "--solver", "cbc", "-q", "-o"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}

@@ -111,6 +111,7 @@ def test_the_prompt_may_come_from_stdin_or_a_file(
 def test_a_prompt_that_just_fits_the_context_runs_and_one_token_more_does_not(
     shipped: Path, run_command: RunCommand
 ) -> None:
+    """Row R4."""
     prompt_tokens = len(AutoTokenizer.from_pretrained(shipped)(PROMPT).input_ids)
     codes = [
         run_command("llamarun", "generate", shipped, "-p", PROMPT, "-n", 5, "-c", context).code
@@ -184,6 +185,7 @@ def test_ctrl_c_keeps_the_text_so_far_and_leaves_with_130(shipped: Path) -> None
 
 
 def test_a_reader_that_goes_away_stops_the_run(shipped: Path) -> None:
+    """Row R14."""
     command = [sys.executable, "-m", "runtime.cli", "generate", str(shipped), "-p", PROMPT, "-n", "900", "--ignore-eos"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:

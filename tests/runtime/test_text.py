@@ -37,6 +37,7 @@ def test_the_pieces_add_up_to_the_text(text: str) -> None:
 
 @given(st.lists(st.integers(0, 255), max_size=200))
 def test_any_bytes_stream_to_what_they_decode_to(token_ids: list[int]) -> None:
+    """Row R8."""
     assert "".join(stream(token_ids)) == decode_bytes(token_ids)
 
 
