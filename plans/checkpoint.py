@@ -342,7 +342,9 @@ def unit_tables(checkpoint: Checkpoint) -> tuple[UnitTable, ...]:
             owned[key][name] = stored
     head = owned["head", 0]
     if checkpoint.config.tie_word_embeddings:
-        head[HEAD] = head.get(HEAD, checkpoint.tensors[EMBEDDING])
+        table = head.get(HEAD) or checkpoint.tensors.get(EMBEDDING)  # a stage's bundle may hold neither
+        if table is not None:
+            head[HEAD] = table
     return tuple(UnitTable(key, tensors) for key, tensors in owned.items())
 
 

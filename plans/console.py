@@ -74,7 +74,12 @@ class Output:
 
 
 def run_command(app: "typer.Typer", *, name: str) -> NoReturn:
-    """Run a typer app and leave with the documented exit code; the only place where exceptions become text."""
+    """Run a typer app and leave with the documented exit code."""
+    run_call(lambda: app(standalone_mode=False, prog_name=name), name=name)
+
+
+def run_call(call: Callable[[], Any], *, name: str) -> NoReturn:
+    """Run something and leave with the documented exit code; the only place where exceptions become text."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell ignores it for its background jobs
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _on_signal)
@@ -83,7 +88,7 @@ def run_command(app: "typer.Typer", *, name: str) -> NoReturn:
     is_debug = "--debug" in sys.argv
     if is_debug:
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    code = _guarded(lambda: app(standalone_mode=False, prog_name=name), name=name, is_debug=is_debug)
+    code = _guarded(call, name=name, is_debug=is_debug)
     _flush_and_leave(code)
 
 

@@ -12,7 +12,7 @@ from runtime.generate import Generation, Request, generate_requests
 from runtime.limits import Limits
 from runtime.sampling import Sampling
 from runtime.session import Session
-from runtime.summary import identity, peak_memory_bytes, stage_documents
+from runtime.summary import identity, stage_documents
 from runtime.traffic import read_bandwidth
 
 
@@ -66,7 +66,7 @@ def bench_document(session: Session, settings: BenchSettings) -> dict[str, Any]:
         "decode_read_bytes": read,
         "decode_read_bytes_per_second": read / step_seconds,
         "read_bandwidth_bytes_per_second": read_bandwidth(session.chain, repeats=settings.repeats),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": session.peak_memory_bytes,
         "stages": stages,
         "prediction": _prediction(session),
     }

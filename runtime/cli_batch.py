@@ -113,7 +113,7 @@ def _progress(output: Output, *, total: int, done: int) -> Iterator[Callable[[in
 
 def _finish(output: Output, session: "Session", numbers: "BatchNumbers", results: Path) -> None:
     from runtime.opening import check_sources_unchanged
-    from runtime.summary import identity, peak_memory_bytes
+    from runtime.summary import identity
 
     check_sources_unchanged(session.source)
     output.data(
@@ -124,7 +124,7 @@ def _finish(output: Output, session: "Session", numbers: "BatchNumbers", results
             "new_tokens": numbers.num_new_tokens,
             "seconds": numbers.seconds,
             "tokens_per_second": numbers.tokens_per_second,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": session.peak_memory_bytes,
         }
     )
     output.note(

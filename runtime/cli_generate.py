@@ -10,11 +10,12 @@ from plans.console import Output
 from plans.errors import UsageError
 from plans.files import read_limited
 from runtime import cli_options as options
-from runtime.cli_opening import load, merge_sampling, prepare, refuse_empty_stops, sampling_choices
+from runtime import cli_processes as several
+from runtime.cli_opening import merge_sampling, prepare, refuse_empty_stops, sampling_choices
 
 if TYPE_CHECKING:
     from runtime.generate import Generation
-    from runtime.session import Session
+    from runtime.session_kind import AnySession
 
 
 def generate(
@@ -44,6 +45,13 @@ def generate(
     ctx_size: options.ContextOption = None,
     expect_id: options.ExpectOption = None,
     verify: options.VerifyOption = True,
+    processes: several.ProcessesOption = False,
+    listen: several.ListenOption = None,
+    key_file: several.KeyOption = None,
+    trusted_network: several.TrustedOption = False,
+    heartbeat_timeout: several.HeartbeatOption = 30.0,
+    join_timeout: several.JoinOption = 60.0,
+    world_size: several.WorldOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Walk through the chain step by step.")] = False,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
@@ -70,6 +78,16 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    team = several.ProcessChoices(
+        processes=processes,
+        listen=listen,
+        key_file=key_file,
+        trusted_network=trusted_network,
+        heartbeat_timeout=heartbeat_timeout,
+        join_timeout=join_timeout,
+        world_size=world_size,
+    )
+    team.check()
     prepared = prepare(
         output,
         target,
@@ -79,6 +97,7 @@ def generate(
         ctx_size=ctx_size,
         expect_id=expect_id,
         threads=threads,
+        only_stage=team.only_stage,
     )
 
     from runtime.generate import Request
@@ -95,22 +114,30 @@ def generate(
     )
     room = check_prompt(ids, limits, vocab_size=prepared.vocab_size, where="prompt")
     request = Request(prompt_ids=ids, sampling=merge_sampling(prepared, choices), limits=limits)
-    session = load(output, prepared, cache_tokens=len(ids) + room, verify=verify)
     shown = text if given_ids is None else prepared.decode(ids)
-    generation = _run(output, session, request, prompt="" if quiet else shown, is_verbose=verbose)
-    _finish(output, session, generation, is_text_shown=not verbose)
+    start = several.Start(
+        output=output,
+        prepared=prepared,
+        target=target,
+        model=model,
+        threads=threads,
+        cache_tokens=len(ids) + room,
+        verify=verify,
+    )
+    with several.any_session(team, start) as session:
+        generation = _run(output, session, request, prompt="" if quiet else shown, is_verbose=verbose)
+        _finish(output, session, generation, is_text_shown=not verbose)
 
 
-def _run(output: Output, session: "Session", request: object, *, prompt: str, is_verbose: bool) -> "Generation":
+def _run(output: Output, session: "AnySession", request: object, *, prompt: str, is_verbose: bool) -> "Generation":
     from runtime.capacity import memory_faults
-    from runtime.generate import Request, generate_requests
+    from runtime.generate import Request
     from runtime.walk import Walk
 
     assert isinstance(request, Request)
     is_streamed = not output.json and not is_verbose
     with memory_faults("generating"):
-        return generate_requests(
-            session.chain,
+        return session.generate_requests(
             [request],
             decode=session.prepared.decode,
             on_text=_Printer(prompt) if is_streamed else None,
@@ -156,7 +183,7 @@ class _Printer:
         sys.stdout.flush()
 
 
-def _finish(output: Output, session: "Session", generation: "Generation", *, is_text_shown: bool) -> None:
+def _finish(output: Output, session: "AnySession", generation: "Generation", *, is_text_shown: bool) -> None:
     from runtime.opening import check_sources_unchanged
     from runtime.summary import run_document, summary_lines
 

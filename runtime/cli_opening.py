@@ -22,12 +22,16 @@ def prepare(
     ctx_size: int | None = None,
     expect_id: str | None = None,
     threads: int | None = None,
+    only_stage: int | None = None,
 ) -> "Prepared":
-    """Open what the command was given and read everything but the weights."""
+    """Open what the command was given and read everything but the weights.
+
+    With `only_stage`, the bundles of the other stages may be on other machines.
+    """
     with output.progress_console.status("opening", spinner="line"):
         from runtime.opening import open_source, parse_device_map
 
-        source = open_source(target, model=model, expect_id=expect_id)
+        source = open_source(target, model=model, expect_id=expect_id, only_stage=only_stage)
         for warning in source.warnings:
             output.warn(warning)
         places = parse_device_map(device_map or [], num_stages=len(source.stages))
@@ -42,7 +46,7 @@ def prepare(
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         if threads is not None:
             torch.set_num_threads(threads)
-        return prepare_session(source, device_map=places, dtype=dtype, context_tokens=ctx_size)
+        return prepare_session(source, device_map=places, dtype=dtype, context_tokens=ctx_size, only_stage=only_stage)
 
 
 def load(

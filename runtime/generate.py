@@ -58,8 +58,8 @@ class Generation:
     prefill_stages: tuple[StageTime, ...]
     decode_stages: tuple[StageTime, ...]
     """Per stage; empty when stage times were not asked for."""
-    cache: Cache
-    """Holds everything but the last new token of each sequence."""
+    cache: Any
+    """Holds everything but the last new token of each sequence; a `Cache`, or what keeps one in other processes."""
 
     @property
     def num_new_tokens(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from plans.bundle import Export, check_unchanged, open_export
 from plans.check import read_plan
-from plans.checkpoint import Checkpoint, check_same_shapes, open_checkpoint, require_full
+from plans.checkpoint import Checkpoint, Shard, StoredTensor, check_same_shapes, open_checkpoint, require_full
 from plans.errors import InputError, UsageError
 from plans.manifest import MANIFEST_NAME
 from plans.plan import Plan
@@ -36,13 +36,16 @@ class Source:
     warnings: tuple[str, ...]
 
 
-def open_source(target: Path, *, model: Path | None, expect_id: str | None = None) -> Source:
+def open_source(
+    target: Path, *, model: Path | None, expect_id: str | None = None, only_stage: int | None = None
+) -> Source:
     """Open what the command was given.
 
     Args:
         target: an export, a plan file, or a checkpoint folder (then everything runs as one stage on the CPU).
         model: the checkpoint, when `target` is a plan file.
         expect_id: the export id to insist on.
+        only_stage: zero-based stage whose bundle must be here; None for all of them.
 
     Raises:
         UsageError: a plan without a model, or a model with something that is no plan.
@@ -53,7 +56,7 @@ def open_source(target: Path, *, model: Path | None, expect_id: str | None = Non
     if model is not None:
         raise UsageError("--model belongs to a plan file", where=target, hint="leave --model out", code="E-USAGE")
     if (target / MANIFEST_NAME).is_file():
-        return _open_export(target, expect_id)
+        return _open_export(target, expect_id, only_stage)
     if expect_id is not None:
         raise UsageError("--expect-id belongs to an export", where=target, code="E-USAGE")
     return _open_plain(target)
@@ -70,9 +73,9 @@ def check_sources_unchanged(source: Source) -> None:
             check_unchanged(source.export, stage=index)
 
 
-def _open_export(folder: Path, expect_id: str | None) -> Source:
-    export = open_export(folder, expect_id=expect_id)
-    checkpoint = open_checkpoint(folder)
+def _open_export(folder: Path, expect_id: str | None, only_stage: int | None) -> Source:
+    export = open_export(folder, expect_id=expect_id, stage=only_stage)
+    checkpoint = open_checkpoint(folder) if only_stage is None else _checkpoint_part(export)
     return Source(
         folder=folder,
         checkpoint=checkpoint,
@@ -82,6 +85,15 @@ def _open_export(folder: Path, expect_id: str | None) -> Source:
         dtype=export.manifest.dtype,
         warnings=export.warnings + checkpoint.warnings,
     )
+
+
+def _checkpoint_part(export: Export) -> Checkpoint:
+    """Return what the bundles that lie here hold as a checkpoint; the others may be on other hosts."""
+    shards = tuple(Shard(bundle.path.name, bundle.header) for bundle in export.bundles.values())
+    tensors = {
+        name: StoredTensor(shard.name, entry) for shard in shards for name, entry in shard.header.tensors.items()
+    }
+    return Checkpoint(export.directory, export.directory, export.config, shards, tensors, ())
 
 
 def _open_plan(path: Path, model: Path | None) -> Source:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -13,10 +14,17 @@ from plans.errors import UsageError
 from runtime.capacity import check_room, memory_faults, stage_need
 from runtime.chain import Chain
 from runtime.families import parse_model_config
+from runtime.generate import Generation, Request, generate_requests
 from runtime.loading import FolderTensors, load_chain, place_stages, read_generation_config, stored_dtype
+from runtime.memory import peak_memory_bytes
 from runtime.opening import Source, open_source
+from runtime.stage_view import StageView
+from runtime.steps import OnStep
+from runtime.text import Decode
 from runtime.tokenizer import eos_token_ids, load_tokenizer
+from runtime.traffic import decode_read_bytes
 from runtime.verification import Verification
+from runtime.writer import OnText
 
 DEFAULT_PREFILL_CHUNK_TOKENS = 2048
 """Longer prompts are read in pieces: what a step needs beside weights and cache then stops growing with the prompt."""
@@ -82,9 +90,54 @@ class Session:
         """What it was loaded from."""
         return self.prepared.source
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype it computes in, as torch spells it."""
+        return str(self.chain.dtype).removeprefix("torch.")
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory this process has used."""
+        return peak_memory_bytes()
+
+    def generate_requests(
+        self,
+        requests: Sequence[Request],
+        *,
+        decode: Decode | None = None,
+        on_text: OnText | None = None,
+        on_step: OnStep | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        cache: Any = None,
+        measure_stages: bool = False,
+    ) -> Generation:
+        """Continue every request; as `runtime.generate.generate_requests` does."""
+        return generate_requests(
+            self.chain,
+            requests,
+            decode=decode,
+            on_text=on_text,
+            on_step=on_step,
+            should_stop=should_stop,
+            cache=cache,
+            measure_stages=measure_stages,
+        )
+
+    def stage_views(self, *, batch_size: int) -> tuple[StageView, ...]:
+        """Return what each stage is, and the bytes it reads in a decode step."""
+        return tuple(
+            StageView(stage, str(device), decode_read_bytes(self.chain, index, batch_size=batch_size))
+            for index, (stage, device) in enumerate(zip(self.chain.stages, self.chain.stage_devices, strict=True))
+        )
+
 
 def prepare_session(
-    source: Source, *, device_map: Mapping[int, str], dtype: str | None = None, context_tokens: int | None = None
+    source: Source,
+    *,
+    device_map: Mapping[int, str],
+    dtype: str | None = None,
+    context_tokens: int | None = None,
+    only_stage: int | None = None,
 ) -> Prepared:
     """Read everything but the weights.
 
@@ -93,13 +146,15 @@ def prepare_session(
         device_map: zero-based stage index -> device, where it differs from the plan's.
         dtype: `fp32`, `bf16` or `fp16`; None keeps the plan's or the checkpoint's.
         context_tokens: None takes the plan's context, else the model's.
+        only_stage: the stage that will run on this machine; None for all of them.
 
     Raises:
         UsageError: a context longer than the model's, or a dtype that is not known.
         MachineError: a device is missing.
         InputError: the files are not what they should be.
     """
-    place_stages(source.stages, device_map=device_map)
+    if only_stage is None:
+        place_stages(source.stages, device_map=device_map)
     vocab_size = source.checkpoint.config.vocab_size
     chosen_dtype, context = _choose_dtype(source, dtype), _choose_context(source, context_tokens)
     model_config = parse_model_config(source.checkpoint.config.raw)

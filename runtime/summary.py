@@ -1,7 +1,5 @@
 """The numbers at the end of a run: what a person reads, and what `--json` writes for the planner to read back."""
 
-import resource
-import sys
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -10,17 +8,10 @@ from plans.sizes import format_bytes
 from runtime.clock import StageTime
 from runtime.generate import Generation
 from runtime.ranges import StageRange, describe_stage
-from runtime.session import Session
-from runtime.traffic import decode_read_bytes
+from runtime.session_kind import AnySession
 
 
-def peak_memory_bytes() -> int:
-    """Return the largest resident memory this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def run_document(session: Session, generation: Generation) -> dict[str, Any]:
+def run_document(session: AnySession, generation: Generation) -> dict[str, Any]:
     """Return everything a run measured as plain data."""
     return {
         **identity(session, kind="run"),
@@ -29,7 +20,7 @@ def run_document(session: Session, generation: Generation) -> dict[str, Any]:
         "time_to_first_token_seconds": generation.time_to_first_token_seconds,
         "tokens_per_second": generation.decode_tokens_per_second,
         "median_seconds_per_token": median(generation.step_seconds) if generation.step_seconds else None,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": session.peak_memory_bytes,
         "stages": stage_documents(session, generation),
         "sequences": [
             {"text": s.text, "token_ids": list(s.token_ids), "finish_reason": s.finish_reason}
@@ -38,7 +29,7 @@ def run_document(session: Session, generation: Generation) -> dict[str, Any]:
     }
 
 
-def identity(session: Session, *, kind: str) -> dict[str, Any]:
+def identity(session: AnySession, *, kind: str) -> dict[str, Any]:
     """Return what says which model was measured, and how long it took to load."""
     source = session.source
     return {
@@ -46,27 +37,27 @@ def identity(session: Session, *, kind: str) -> dict[str, Any]:
         "kind": kind,
         "plan_sha256": source.plan.sha256 if source.plan else None,
         "export_id": source.export.export_id if source.export else None,
-        "dtype": str(session.chain.dtype).removeprefix("torch."),
+        "dtype": session.dtype_name,
         "load_seconds": session.load_seconds,
     }
 
 
-def stage_documents(session: Session, generation: Generation) -> list[dict[str, Any]]:
+def stage_documents(session: AnySession, generation: Generation) -> list[dict[str, Any]]:
     """Return, per stage, what it is and its seconds: totals of the run, and bytes read per decode step."""
-    chain, batch_size = session.chain, len(generation.sequences)
+    views = session.stage_views(batch_size=len(generation.sequences))
     return [
         {
-            "device": str(device),
-            "start_layer": stage.start_layer,
-            "end_layer": stage.end_layer,
-            "has_embedding": stage.has_embedding,
-            "has_head": stage.has_head,
+            "device": view.device,
+            "start_layer": view.spec.start_layer,
+            "end_layer": view.spec.end_layer,
+            "has_embedding": view.spec.has_embedding,
+            "has_head": view.spec.has_head,
             "decode_steps": len(generation.step_seconds),
-            "decode_read_bytes": decode_read_bytes(chain, index, batch_size=batch_size),
+            "decode_read_bytes": view.decode_read_bytes,
             **_seconds("prefill", generation.prefill_stages, index),
             **_seconds("decode", generation.decode_stages, index),
         }
-        for index, (stage, device) in enumerate(zip(chain.stages, chain.stage_devices, strict=True))
+        for index, view in enumerate(views)
     ]
 
 

@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from runtime.chain import Chain
 from runtime.devices import synchronize
+from runtime.stage import Stage
 
 
 def decode_read_bytes(chain: Chain, index: int, *, batch_size: int) -> int:
@@ -18,14 +21,25 @@ def decode_read_bytes(chain: Chain, index: int, *, batch_size: int) -> int:
     """
     stage = chain.stages[index]
     modules = chain.stage_modules(index)
-    embedded = batch_size * chain.config.hidden_size * chain.dtype.itemsize if stage.has_embedding else 0
     read = modules[1:] if stage.has_embedding else modules
-    share = _expert_share(chain, batch_size)
+    return _read_bytes(chain, read, has_embedding=stage.has_embedding, batch_size=batch_size)
+
+
+def stage_read_bytes(stage: Stage, *, batch_size: int) -> int:
+    """Return what `decode_read_bytes` returns, for a stage that stands alone."""
+    model: Any = stage.model
+    head = [model.base_model.norm, model.lm_head] if stage.spec.has_head else []
+    read = [*model.base_model.layers, *head]
+    return _read_bytes(model, read, has_embedding=stage.spec.has_embedding, batch_size=batch_size)
+
+
+def _read_bytes(model: PreTrainedModel, read: Iterable[nn.Module], *, has_embedding: bool, batch_size: int) -> int:
+    embedded = batch_size * model.config.hidden_size * model.dtype.itemsize if has_embedding else 0
+    share = _expert_share(model.config, batch_size)
     return embedded + int(sum(_module_bytes(module, share) for module in read))
 
 
-def _expert_share(chain: Chain, batch_size: int) -> float:
-    config = chain.config
+def _expert_share(config: PreTrainedConfig, batch_size: int) -> float:
     num_experts = getattr(config, "num_local_experts", None)
     if not num_experts:
         return 1.0

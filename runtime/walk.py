@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from plans.errors import printable
 from runtime.ranges import describe_stage
-from runtime.session import Session
+from runtime.session_kind import AnySession
 from runtime.steps import StepTrace
 
 
@@ -16,8 +16,10 @@ class Walk:
         write: receives one line at a time.
     """
 
-    def __init__(self, session: Session, *, write: Callable[[str], None]) -> None:
+    def __init__(self, session: AnySession, *, write: Callable[[str], None]) -> None:
         self._session = session
+        self._views = session.stage_views(batch_size=1)
+        self._config = session.source.checkpoint.config
         self._write = write
 
     def __call__(self, trace: StepTrace) -> None:
@@ -29,19 +31,19 @@ class Walk:
             self._write(f"  -> token {token} '{printable(self._session.prepared.tokenizer.decode([token]))}'")
 
     def _stage_line(self, index: int, trace: StepTrace) -> str:
-        stage, times = self._session.chain.stages[index], trace.stages[index]
+        view, times = self._views[index], trace.stages[index]
         return (
-            f"  stage {index} on {self._session.chain.stage_devices[index]} ({describe_stage(stage)}): "
+            f"  stage {index} on {view.device} ({describe_stage(view.spec)}): "
             f"{self._input_shape(index, trace)} -> {self._output_shape(index, trace)}, "
             f"hop {1000 * times.hop_seconds:.3f} ms, compute {1000 * times.compute_seconds:.2f} ms"
         )
 
     def _input_shape(self, index: int, trace: StepTrace) -> str:
         shape = [trace.batch_size, trace.num_tokens]
-        return f"ids {shape}" if index == 0 else f"hidden {[*shape, self._session.chain.config.hidden_size]}"
+        return f"ids {shape}" if index == 0 else f"hidden {[*shape, self._config.hidden_size]}"
 
     def _output_shape(self, index: int, trace: StepTrace) -> str:
-        config = self._session.chain.config
+        config = self._config
         if index == len(trace.stages) - 1:
             return f"logits {[trace.batch_size, 1, config.vocab_size]}"
         return f"hidden {[trace.batch_size, trace.num_tokens, config.hidden_size]}"

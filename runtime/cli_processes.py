@@ -1,0 +1,179 @@
+"""The options of commands that can run every stage in a process of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from plans.console import Output
+from plans.errors import MachineError, PeerError, UsageError
+from runtime.cli_opening import load
+
+if TYPE_CHECKING:
+    from runtime.distributed.address import Address
+    from runtime.distributed.session import ProcessSession
+    from runtime.session import Prepared
+    from runtime.session_kind import AnySession
+
+ProcessesOption = Annotated[
+    bool, typer.Option("--processes", help="Run every stage in a process of its own, started here.")
+]
+ListenOption = Annotated[
+    str | None,
+    typer.Option("--listen", metavar="ADDR:PORT", help="Wait here for workers from other hosts instead."),
+]
+KeyOption = Annotated[
+    Path | None, typer.Option("--key-file", help="Key that workers from other hosts must have; mode 0600.")
+]
+TrustedOption = Annotated[
+    bool,
+    typer.Option("--trusted-network", help="The network between the hosts is private: data on it is not encrypted."),
+]
+HeartbeatOption = Annotated[
+    float,
+    typer.Option("--heartbeat-timeout", min=0.5, max=86400, help="Seconds of silence after which a process is lost."),
+]
+JoinOption = Annotated[
+    float, typer.Option("--join-timeout", min=1, max=86400, help="Seconds to wait for every worker to join.")
+]
+WorldOption = Annotated[int | None, typer.Option("--world-size", hidden=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessChoices:
+    """What was asked for on the command line."""
+
+    processes: bool
+    listen: str | None
+    key_file: Path | None
+    trusted_network: bool
+    heartbeat_timeout: float
+    join_timeout: float
+    world_size: int | None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether several processes were asked for."""
+        return self.processes or self.listen is not None
+
+    @property
+    def only_stage(self) -> int | None:
+        """The stage whose bundle must lie here: with workers elsewhere, only the first."""
+        return None if self.listen is None else 0
+
+    def check(self) -> None:
+        """Check what can be checked before anything is opened.
+
+        Raises:
+            UsageError: an address that is none, or a network without a key.
+            MachineError: a network that nobody said is trusted, or a key that others can read.
+        """
+        self.key()
+
+    def address(self) -> "Address | None":
+        """Return where workers from other hosts join, if they can; errors as `check`."""
+        from runtime.distributed.address import parse_address
+
+        return None if self.listen is None else parse_address(self.listen, where="--listen")
+
+    def key(self) -> bytes:
+        """Return what workers from other hosts must prove; errors as `check`."""
+        from runtime.distributed.address import is_loopback
+        from runtime.distributed.keys import read_key
+
+        address = self.address()
+        if address is None or address.is_unix:
+            return b""
+        if self.key_file is None:
+            raise UsageError("listening on a network needs a key", expected="--key-file FILE", code="E-KEY")
+        if not is_loopback(address.host) and not self.trusted_network:
+            raise _untrusted(str(address))
+        return read_key(self.key_file)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a command loads a model with."""
+
+    output: Output
+    prepared: "Prepared"
+    target: Path
+    model: Path | None
+    threads: int | None
+    cache_tokens: int | None = None
+    batch_size: int = 1
+    verify: bool = True
+
+
+def check_world_size(prepared: "Prepared", choices: ProcessChoices) -> None:
+    """Require as many processes as there are stages.
+
+    Raises:
+        PeerError: torchrun was told another number.
+        UsageError: there is only one stage.
+    """
+    count = len(prepared.source.stages)
+    if choices.world_size is not None and choices.world_size != count:
+        raise PeerError(
+            f"torchrun started {choices.world_size} processes for {count} stages",
+            expected=f"--nproc-per-node {count} on one host, or {count} over all hosts",
+            code="E-RANK",
+        )
+    if count < 2:
+        raise UsageError("there is only one stage to run", hint="leave --processes out, or plan for several devices")
+
+
+@contextmanager
+def any_session(choices: ProcessChoices, start: Start) -> "Iterator[AnySession]":
+    """Load a model in this process, or in one process per stage that end with the block."""
+    if not choices.is_used:
+        yield load(
+            start.output,
+            start.prepared,
+            cache_tokens=start.cache_tokens,
+            batch_size=start.batch_size,
+            verify=start.verify,
+        )
+        return
+    check_world_size(start.prepared, choices)
+    with _open(choices, start) as session:
+        yield session
+
+
+def _open(choices: ProcessChoices, start: Start) -> "ProcessSession":
+    from runtime.distributed.opening import open_processes
+    from runtime.distributed.session import ProcessSettings
+    from runtime.distributed.team import Patience
+
+    settings = ProcessSettings(
+        target=start.target,
+        model=start.model,
+        listen=choices.address(),
+        key=choices.key(),
+        patience=Patience(join_seconds=choices.join_timeout, heartbeat_seconds=choices.heartbeat_timeout),
+        threads=start.threads,
+    )
+    with start.output.progress_console.status("starting", spinner="line") as status:
+        return open_processes(
+            start.prepared,
+            settings,
+            cache_tokens=start.cache_tokens,
+            batch_size=start.batch_size,
+            verifies=start.verify,
+            progress=status.update,
+            note=start.output.note,
+        )
+
+
+def _untrusted(address: str) -> MachineError:
+    return MachineError(
+        "the data between the hosts would be open to everybody on that network",
+        where=address,
+        expected="--trusted-network, if the network is private",
+        hint="torch.distributed neither checks who connects nor encrypts: use a network of your own, WireGuard, or "
+        "SSH tunnels (docs/distributed.md)",
+        code="E-NETWORK",
+    )

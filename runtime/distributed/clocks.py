@@ -1,0 +1,66 @@
+"""The seconds one stage spends, and when, kept while a thread may ask for them at any time."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from runtime.clock import StageTime
+from runtime.distributed.messages import Numbers, StepTime
+from runtime.memory import peak_memory_bytes
+
+MAX_STEPS = 200_000
+"""Steps kept for a trace."""
+
+
+class StageClock:
+    """Totals since they were last taken.
+
+    Args:
+        traces: whether every step is kept as well.
+    """
+
+    def __init__(self, *, traces: bool) -> None:
+        self._traces = traces
+        self._lock = threading.Lock()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._prefill, self._decode = StageTime(), StageTime()
+        self._steps: list[StepTime] = []
+
+    @contextmanager
+    def step(self, *, group: int, step: int, is_prefill: bool, hop_seconds: float) -> Iterator[None]:
+        """Measure the block as one step."""
+        began, started = time.time(), time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        with self._lock:
+            total = self._prefill if is_prefill else self._decode
+            total.compute_seconds += seconds
+            total.hop_seconds += hop_seconds
+            if self._traces and len(self._steps) < MAX_STEPS:
+                self._steps.append(
+                    StepTime(
+                        group=group,
+                        step=step,
+                        is_prefill=is_prefill,
+                        start_seconds=began,
+                        end_seconds=began + seconds,
+                    )
+                )
+
+    def take(self, request: int = 0) -> Numbers:
+        """Return the totals and start anew."""
+        with self._lock:
+            numbers = Numbers(
+                request=request,
+                prefill_compute_seconds=self._prefill.compute_seconds,
+                prefill_hop_seconds=self._prefill.hop_seconds,
+                decode_compute_seconds=self._decode.compute_seconds,
+                decode_hop_seconds=self._decode.hop_seconds,
+                peak_memory_bytes=peak_memory_bytes(),
+                steps=tuple(self._steps),
+            )
+            self._reset()
+        return numbers

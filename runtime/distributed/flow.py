@@ -1,0 +1,223 @@
+"""One group of sequences on its way: which columns are computed next, and what became of the tokens that came back."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from plans.errors import IntegrityError
+from runtime.batch import TokenBatch
+from runtime.distributed.messages import Open
+from runtime.distributed.slots import drawing_of
+from runtime.generate import Generation, Request
+from runtime.limits import check_prompts
+from runtime.text import Decode
+from runtime.writer import OnText, SequenceWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Columns of one step; tokens are chosen after it if it ends with the newest column."""
+
+    start: int
+    end: int
+    needs_tokens: bool
+
+
+@dataclass(slots=True)
+class HeldCache:
+    """A cache that lies on all stages.
+
+    Attributes:
+        group: whose it is; None before the first step.
+        columns: tokens it holds.
+        keeps: tokens of it that the next run continues from.
+        spans: the steps that made it, so that it can be made again.
+    """
+
+    group: int | None = None
+    columns: int = 0
+    keeps: int = 0
+    spans: tuple[Span, ...] = ()
+
+    def get_seq_length(self) -> int:
+        """Return the tokens that the next run starts from."""
+        return self.keeps
+
+
+@dataclass(slots=True)
+class Flow:
+    """The state of one group.
+
+    Attributes:
+        requests: one per sequence.
+        writers: what was made of the tokens so far.
+        batch: the token ids, padded on the left.
+        num_prompt_columns: columns of the prompts.
+        num_new_columns: room for new tokens.
+        num_cached: prompt tokens that were in the cache already.
+        chunk_tokens: prompt columns per step.
+        cache: what an earlier run left, if this one continues it.
+        group: number on all stages; another one after a restart.
+        step: steps sent so far under this number.
+        column: columns sent so far.
+        spans: steps since the cache was empty.
+        replay: steps to send again after a restart, before anything new.
+    """
+
+    requests: Sequence[Request]
+    writers: list[SequenceWriter]
+    batch: TokenBatch
+    num_prompt_columns: int
+    num_new_columns: int
+    num_cached: int
+    chunk_tokens: int
+    cache: HeldCache
+    group: int = -1
+    step: int = 0
+    column: int = 0
+    spans: list[Span] = field(default_factory=list)
+    replay: list[Span] = field(default_factory=list)
+    replayed_columns: list[int] = field(default_factory=list)
+    started: float = 0.0
+    stepped: float = 0.0
+    first_token_seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every sequence is."""
+        return all(writer.is_finished for writer in self.writers)
+
+    @property
+    def has_more_prompt(self) -> bool:
+        """Whether the next step can be sent without waiting for tokens."""
+        return bool(self.replay) or self.column < self.batch.length
+
+    def opening(self, *, for_last_stage: bool) -> Open:
+        """Return what a stage has to know before the first step."""
+        drawings = tuple(drawing_of(r.sampling, sequence_index=r.sequence_index) for r in self.requests)
+        needs_prompts = for_last_stage and any(d.repetition_penalty != 1 for d in drawings)
+        return Open(
+            group=self.group,
+            lengths=tuple(len(request.prompt_ids) for request in self.requests),
+            num_new_tokens=self.num_new_columns,
+            drawings=drawings if for_last_stage else (),
+            prompts=tuple(tuple(r.prompt_ids) for r in self.requests) if needs_prompts else (),
+            continues=self.cache.group,
+            keeps_tokens=self.cache.keeps if self.cache.group is not None else 0,
+        )
+
+    def next_span(self) -> Span:
+        """Return the next step and count it as sent."""
+        if self.replay:
+            span = self.replay.pop(0)
+        else:
+            end = min(self.column + self.chunk_tokens, self.batch.length)
+            span = Span(self.column, end, end == self.batch.length)
+            self.spans.append(span)
+        self.column, self.step = span.end, self.step + 1
+        if span.needs_tokens and span.end < self.batch.length:
+            self.replayed_columns.append(span.end)
+        return span
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """Take the tokens that the last stage chose.
+
+        Raises:
+            IntegrityError: a repeated step gave other tokens than the first time.
+        """
+        if self.replayed_columns:
+            self._compare(self.replayed_columns.pop(0), tokens)
+            return
+        pad = self.batch.pad_token_id
+        kept = [pad if w.is_finished else token for w, token in zip(self.writers, tokens, strict=True)]
+        for writer, token in zip(self.writers, kept, strict=True):
+            if not writer.is_finished:
+                writer.add(token)
+        self.batch.append(kept)
+        self._note_time()
+
+    def start_over(self, group: int) -> None:
+        """Prepare to send every step again, under another number, to stages that have forgotten all of them."""
+        self.group, self.step, self.column = group, 0, 0
+        self.cache = HeldCache()
+        self.replay, self.replayed_columns = list(self.spans), []
+
+    def interrupt(self) -> None:
+        """End every sequence where it is."""
+        for writer in self.writers:
+            writer.interrupt()
+
+    def result(self) -> Generation:
+        """Return what was generated; stage times are left out."""
+        return Generation(
+            sequences=tuple(writer.result() for writer in self.writers),
+            num_prompt_tokens=sum(len(request.prompt_ids) for request in self.requests),
+            num_cached_tokens=self.num_cached,
+            time_to_first_token_seconds=self.first_token_seconds,
+            step_seconds=tuple(self.step_seconds),
+            prefill_stages=(),
+            decode_stages=(),
+            cache=HeldCache(self.group, self.column, self.column, tuple(self.spans)),
+        )
+
+    def _compare(self, column: int, tokens: Sequence[int]) -> None:
+        for row, (writer, token) in enumerate(zip(self.writers, tokens, strict=True)):
+            index = column - self.num_prompt_columns
+            if index < len(writer.token_ids) and writer.token_ids[index] != token:
+                raise IntegrityError(
+                    f"step {index} of sequence {row} gave token {token} after the restart, "
+                    f"{writer.token_ids[index]} before",
+                    hint="the machines do not compute the same; run without --restart",
+                    code="E-REPLAY",
+                )
+
+    def _note_time(self) -> None:
+        now = time.perf_counter()
+        if self.batch.length == self.num_prompt_columns + 1:
+            self.first_token_seconds = now - self.started
+        else:
+            self.step_seconds.append(now - self.stepped)
+        self.stepped = now
+
+
+def make_flow(
+    requests: Sequence[Request],
+    *,
+    vocab_size: int,
+    pad_token_id: int,
+    decode: Decode | None,
+    on_text: OnText | None,
+    cache: HeldCache | None = None,
+) -> Flow:
+    """Check the requests of one group and prepare them; errors as `runtime.generate.generate_requests`."""
+    prompts = [request.prompt_ids for request in requests]
+    limits = [request.limits for request in requests]
+    rooms = check_prompts(prompts, limits=limits, vocab_size=vocab_size, has_decode=decode is not None)
+    batch = TokenBatch(prompts, num_new_tokens=max(rooms), pad_token_id=pad_token_id)
+    writers = [
+        SequenceWriter(
+            place,
+            prompt_ids=request.prompt_ids,
+            max_tokens=room,
+            eos_token_ids=request.limits.eos_token_ids,
+            stop_strings=request.limits.stop_strings,
+            decode=decode,
+            on_text=on_text,
+        )
+        for place, (request, room) in enumerate(zip(requests, rooms, strict=True))
+    ]
+    held = cache or HeldCache()
+    kept = [Span(s.start, min(s.end, held.keeps), needs_tokens=False) for s in held.spans if s.start < held.keeps]
+    return Flow(
+        requests=requests,
+        writers=writers,
+        batch=batch,
+        num_prompt_columns=batch.length,
+        num_new_columns=max(rooms),
+        num_cached=held.keeps,
+        chunk_tokens=limits[0].prefill_chunk_tokens or batch.length,
+        cache=held,
+        column=held.keeps,
+        spans=kept,
+    )

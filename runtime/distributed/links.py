@@ -1,0 +1,207 @@
+"""The data plane: hidden states to the next stage, token ids from the last stage to the driver.
+
+Point-to-point messages of torch.distributed and nothing else: no collectives, no pickle. A blocked receive of gloo
+cannot be cancelled, so breaking the links shuts its sockets down, which wakes it with an error.
+"""
+
+import contextlib
+import os
+import queue
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.distributed_c10d as c10d
+
+from plans.errors import LlamaplanError
+from runtime.distributed.header import NUM_WORDS, Header, Stamp, pack, unpack
+from runtime.distributed.store import SharedStore
+
+FOREVER = timedelta(days=365)
+"""Liveness is the control connection's business: an idle chat is no fault."""
+
+MAX_WAITING_MESSAGES = 4
+"""Steps a stage may be ahead of the next one, or behind the one before."""
+
+Expect = Callable[[Header], None]
+"""Raises PeerError unless this header is what must come next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A payload and how long it took from its header to its end."""
+
+    header: Header
+    payload: torch.Tensor
+    transfer_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a process stands in the chain."""
+
+    rank: int
+    num_ranks: int
+    address: str
+    """Address of this machine for data connections."""
+    device: torch.device
+    uses_nccl: bool
+
+    @property
+    def previous(self) -> int:
+        """Rank whose messages arrive here."""
+        return (self.rank - 1) % self.num_ranks
+
+    @property
+    def next(self) -> int:
+        """Rank that gets what is computed here."""
+        return (self.rank + 1) % self.num_ranks
+
+
+class Links:
+    """Connections of one epoch, with one thread that sends and one that receives.
+
+    Args:
+        place: this process in the chain.
+        store: how the processes find each other.
+        stamp: what headers of this run and epoch carry.
+        expect: checks a header against what must come next, before its payload is received.
+        inbox: gets what arrives; if it is bounded and full, the sender has to wait.
+        report: told once, with the peer's rank and a sentence, when a connection breaks.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        store: SharedStore,
+        *,
+        stamp: Stamp,
+        expect: Expect,
+        inbox: "queue.Queue[Any]",
+        report: Callable[[int, Exception], None],
+    ) -> None:
+        self._place, self._stamp = place, stamp
+        self._expect, self._inbox, self._report = expect, inbox, report
+        self._is_broken = threading.Event()
+        before = _sockets()
+        self._gloo = _gloo(place, c10d.PrefixStore(f"epoch{stamp.epoch}", store))
+        self._own_sockets = _sockets() - before
+        self._nccl = _nccl(place, c10d.PrefixStore(f"nccl{stamp.epoch}", store)) if place.uses_nccl else None
+        self._outbox: queue.Queue[tuple[Header, torch.Tensor] | None] = queue.Queue()
+        self._room = threading.Semaphore(MAX_WAITING_MESSAGES)
+        self._threads = [
+            threading.Thread(target=self._guard, args=(loop, peer), daemon=True, name=loop.__name__)
+            for loop, peer in ((self._send_all, place.next), (self._receive_all, place.previous))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, header: Header, payload: torch.Tensor) -> None:
+        """Hand a payload to the sending thread; waits while too many are under way."""
+        tensor = payload.contiguous() if self._nccl else payload.to("cpu").contiguous()
+        while header.payload_bytes and not self._room.acquire(timeout=0.5):
+            if self._is_broken.is_set():
+                return
+        self._outbox.put((header, tensor))
+
+    def close(self) -> None:
+        """Break every connection and end both threads."""
+        self._is_broken.set()
+        self._outbox.put(None)
+        _shut_down(self._own_sockets)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=1.0)
+        if self._nccl is not None:
+            self._nccl.abort()
+        self._gloo = self._nccl = None
+
+    def _put(self, target: "queue.Queue[Any]", item: object) -> None:
+        while not self._is_broken.is_set():
+            with contextlib.suppress(queue.Full):
+                target.put(item, timeout=0.5)
+                return
+
+    def _guard(self, loop: Callable[[], None], peer: int) -> None:
+        try:
+            loop()
+        except (RuntimeError, LlamaplanError) as error:
+            if not self._is_broken.is_set():
+                self._report(peer, error)
+
+    def _send_all(self) -> None:
+        group = self._gloo
+        while (item := self._outbox.get()) is not None and not self._is_broken.is_set():
+            header, payload = item
+            words = torch.tensor(pack(header, self._stamp), dtype=torch.int64)
+            group.send([words], self._place.next, 0).wait()
+            if header.payload_bytes:
+                carrier: Any = self._nccl if payload.is_cuda else group
+                carrier.send([payload], self._place.next, 1).wait()
+                self._room.release()
+
+    def _receive_all(self) -> None:
+        words = torch.zeros(NUM_WORDS, dtype=torch.int64)
+        group = self._gloo
+        while not self._is_broken.is_set():
+            group.recv([words], self._place.previous, 0).wait()
+            header = unpack(words.tolist(), self._stamp)
+            self._expect(header)
+            started = time.perf_counter()
+            payload = self._receive_payload(header, group)
+            self._put(self._inbox, Arrival(header, payload, time.perf_counter() - started))
+
+    def _receive_payload(self, header: Header, group: Any) -> torch.Tensor:
+        dtype = TORCH_DTYPES[header.dtype]
+        if not header.payload_bytes:
+            return torch.empty(0, dtype=dtype)
+        nccl = self._nccl if dtype.is_floating_point else None
+        payload = torch.empty(header.shape, dtype=dtype, device=self._place.device if nccl else "cpu")
+        (nccl or group).recv([payload], self._place.previous, 1).wait()
+        return payload.to(self._place.device) if dtype.is_floating_point else payload
+
+
+TORCH_DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.int64}
+
+
+def _gloo(place: Place, store: c10d.Store) -> Any:
+    gloo: Any = c10d.ProcessGroupGloo
+    options = gloo._Options()
+    # Bound to one address: by default gloo listens wherever the machine's own name leads.
+    options._devices = [gloo.create_device(hostname=place.address)]
+    options._timeout = FOREVER
+    return gloo(store, place.rank, place.num_ranks, options)
+
+
+def _nccl(place: Place, store: c10d.Store) -> Any:
+    nccl: Any = c10d.ProcessGroupNCCL
+    torch.cuda.set_device(place.device)
+    options = nccl.Options()
+    options._timeout = FOREVER
+    return nccl(store, place.rank, place.num_ranks, options)
+
+
+def _sockets() -> set[tuple[int, int]]:
+    """Return descriptor and inode of every socket of this process."""
+    found = set()
+    for name in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            status = os.fstat(int(name.name))
+            if stat.S_ISSOCK(status.st_mode):
+                found.add((int(name.name), status.st_ino))
+    return found
+
+
+def _shut_down(sockets: set[tuple[int, int]]) -> None:
+    for descriptor, _inode in sockets & _sockets():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
+            # gloo ends the process if its listening socket fails.
+            if not copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                copy.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,119 @@
+"""Start a session of several processes: workers, their loading, and the connections between them."""
+
+import time
+from collections.abc import Callable
+
+from runtime.distributed.acceptor import Acceptor
+from runtime.distributed.address import listen
+from runtime.distributed.endings import describe, exit_code_of
+from runtime.distributed.identity import identity_of
+from runtime.distributed.launch import start_worker
+from runtime.distributed.loading import LoadSettings, load_stage, share_threads
+from runtime.distributed.messages import Job
+from runtime.distributed.session import ProcessSession, ProcessSettings
+from runtime.distributed.team import Team
+from runtime.opening import Source
+from runtime.ranges import describe_stage
+from runtime.session import Prepared
+
+
+def open_processes(
+    prepared: Prepared,
+    settings: ProcessSettings,
+    *,
+    cache_tokens: int | None = None,
+    batch_size: int = 1,
+    verifies: bool = True,
+    progress: Callable[[str], None] = lambda _text: None,
+    note: Callable[[str], None] = lambda _text: None,
+) -> ProcessSession:
+    """Start the workers or wait for them, load every stage in its own process, and connect them.
+
+    Args:
+        prepared: the model.
+        settings: how the processes are started.
+        cache_tokens: the longest any sequence will become; None for the whole context.
+        batch_size: sequences whose caches are kept at once.
+        verifies: compare the weights with the export's checksums.
+        progress: told what is being done.
+        note: told what a person needs to know: where this process listens, and whom it sent away.
+
+    Raises:
+        PeerError: a worker did not join, was refused, or was lost.
+        LlamaplanError: whatever a stage failed to load with.
+    """
+    started = time.perf_counter()
+    source = prepared.source
+    load = LoadSettings(
+        dtype=prepared.dtype,
+        device=prepared.device_map.get(0),
+        verifies=verifies,
+        cache_tokens=min(cache_tokens or prepared.context_tokens, prepared.context_tokens),
+        batch_size=batch_size,
+    )
+    threads = share_threads(settings.threads, num_processes=1 if settings.listen else len(source.stages))
+    team = _team(prepared, settings, load, threads=threads, progress=progress)
+    try:
+        if settings.listen is None:
+            _start_workers(team, source, settings)
+        else:
+            _listen(team, settings, note=note)
+        loaded = load_stage(source, 0, load, progress=lambda text: progress(f"{team.names[0]}: {text}"))
+        session = ProcessSession(prepared, team, loaded, settings)
+        team.wait_until_loaded()
+        session.connect()
+    except BaseException as error:
+        team.abort(exit_code=exit_code_of(error), line=f"the driver ended the run: {describe(error)}")
+        raise
+    session.load_seconds = time.perf_counter() - started
+    return session
+
+
+def _team(
+    prepared: Prepared,
+    settings: ProcessSettings,
+    load: LoadSettings,
+    *,
+    threads: int,
+    progress: Callable[[str], None],
+) -> Team:
+    def job(rank: int) -> Job:
+        return Job(
+            dtype=load.dtype,
+            device=prepared.device_map.get(rank),
+            threads=threads if settings.threads or settings.listen is None else None,
+            verifies=load.verifies,
+            cache_tokens=load.cache_tokens,
+            batch_size=load.batch_size,
+            heartbeat_timeout_seconds=settings.patience.heartbeat_seconds,
+            traces=settings.traces,
+        )
+
+    return Team(
+        identity=identity_of(prepared.source),
+        job=job,
+        names=[f"stage {n} ({describe_stage(s)})" for n, s in enumerate(prepared.source.stages)],
+        patience=settings.patience,
+        progress=progress,
+    )
+
+
+def _start_workers(team: Team, source: Source, settings: ProcessSettings) -> None:
+    for rank in range(1, len(source.stages)):
+        start_local(team, rank, settings)
+
+
+def start_local(team: Team, rank: int, settings: ProcessSettings) -> None:
+    """Start the worker of one stage on this machine."""
+    arguments = [str(settings.target.absolute())]
+    if settings.model is not None:
+        arguments += ["--model", str(settings.model.absolute())]
+    channel, process = start_worker(rank, arguments)
+    team.adopt(rank, channel, process)
+
+
+def _listen(team: Team, settings: ProcessSettings, *, note: Callable[[str], None]) -> None:
+    assert settings.listen is not None
+    listener, address = listen(settings.listen)
+    team.acceptor = Acceptor(listener, key=settings.key, admit=team.admit, warn=note)
+    note(f"listening on {address} for {len(team.names) - 1} workers")

@@ -1,0 +1,159 @@
+"""What a worker does: load its stage, then receive, compute and send until the driver says that it is over."""
+
+import queue
+from dataclasses import replace
+from typing import NoReturn
+
+import torch
+
+from plans.errors import LlamaplanError
+from runtime.capacity import memory_faults
+from runtime.distributed.clocks import StageClock
+from runtime.distributed.control import Control
+from runtime.distributed.header import CLOSE, DTYPE_CODES, TOKENS, Header, Stamp
+from runtime.distributed.links import MAX_WAITING_MESSAGES, Arrival, Links, Place
+from runtime.distributed.loading import LoadedStage, LoadSettings, load_stage
+from runtime.distributed.messages import Broken, Failed, Form, Formed, Identity, Job, Ready
+from runtime.distributed.slots import StageRunner
+from runtime.opening import Source
+from runtime.traffic import stage_read_bytes
+
+
+class Worker:
+    """One stage at work.
+
+    Args:
+        control: the connection to the driver.
+        loaded: the stage.
+        identity: of the run.
+        address: of this machine for data connections.
+        traces: whether every step is kept for a trace.
+    """
+
+    def __init__(
+        self, control: Control, loaded: LoadedStage, *, identity: Identity, address: str, traces: bool
+    ) -> None:
+        self._control, self._identity, self._address = control, identity, address
+        self._rank = loaded.number
+        self._runner = StageRunner(loaded.stage, number=loaded.number, hidden_size=loaded.hidden_size)
+        self._clock = StageClock(traces=traces)
+        self._links: Links | None = None
+        control.answer_with(self._clock.take)
+
+    @property
+    def _is_last(self) -> bool:
+        return self._rank == self._identity.num_stages - 1
+
+    def run(self) -> NoReturn:
+        """Serve one epoch after the other; the control connection's threads end the process."""
+        epoch = 0
+        while True:
+            form = self._control.wait_for_form(newer_than=epoch)
+            epoch = form.epoch
+            self._runner.clear()
+            inbox: queue.Queue[Arrival] = queue.Queue(MAX_WAITING_MESSAGES)
+            links = self._links = self._connect(form, inbox)
+            self._control.say(Formed(epoch=epoch))
+            while self._control.form is form:
+                try:
+                    arrival = inbox.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                self._step(arrival, links)
+            links.close()
+
+    def _connect(self, form: Form, inbox: "queue.Queue[Arrival]") -> Links:
+        place = Place(
+            rank=self._rank,
+            num_ranks=self._identity.num_stages,
+            address=self._address,
+            device=self._runner.stage.device,
+            uses_nccl=form.uses_nccl,
+        )
+        return Links(
+            place,
+            self._control.store,
+            stamp=Stamp.of(self._identity.model_id, epoch=form.epoch),
+            expect=self._expect,
+            inbox=inbox,
+            report=lambda peer, error: self._report(form, peer, error),
+        )
+
+    def _expect(self, header: Header) -> None:
+        """Check a header; its group may have been opened on the control connection a moment ago."""
+        if not self._runner.has(header.group):
+            opening = self._control.take_opening(header.group)
+            if opening is not None:
+                self._runner.open(opening)
+        self._runner.expect(header)
+
+    def _report(self, form: Form, peer: int, error: Exception) -> None:
+        if isinstance(error, LlamaplanError):
+            self._control.say(Failed(exit_code=error.exit_code, code=error.code, line=error.line()))
+        elif self._control.form is form:
+            self._control.say(Broken(epoch=form.epoch, peer=peer, text=str(error).splitlines()[0][:1000]))
+
+    def _step(self, arrival: Arrival, links: Links) -> None:
+        header = replace(arrival.header, sender=self._rank)
+        if header.kind == CLOSE:
+            self._runner.close(header.group)
+            if not self._is_last:
+                links.send(header, arrival.payload)
+            return
+        with (
+            memory_faults(f"running stage {self._rank}"),
+            self._clock.step(
+                group=header.group,
+                step=header.step,
+                is_prefill=self._runner.is_prefill(header),
+                hop_seconds=arrival.transfer_seconds,
+            ),
+        ):
+            outputs = self._runner.run(header, arrival.payload)
+            tokens = self._runner.choose(header.group, outputs) if self._is_last and header.needs_tokens else None
+        if tokens is not None:
+            links.send(_tokens_header(header), tokens)
+        elif not self._is_last:
+            links.send(header, outputs)
+
+
+def work(
+    control: Control, source: Source, *, rank: int, job: Job, device: str | None, identity: Identity, address: str
+) -> NoReturn:
+    """Load the stage and serve it; errors go to the driver.
+
+    Args:
+        control: the connection to the driver.
+        source: what this process was given.
+        rank: its place in the chain.
+        job: what the driver wants.
+        device: where the stage goes, if this host decides it.
+        identity: of the run.
+        address: of this machine for data connections.
+    """
+    try:
+        settings = LoadSettings(
+            dtype=job.dtype,
+            device=device or job.device,
+            verifies=job.verifies,
+            cache_tokens=job.cache_tokens,
+            batch_size=job.batch_size,
+        )
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        loaded = load_stage(source, rank, settings, progress=control.progress)
+        worker = Worker(control, loaded, identity=identity, address=address, traces=job.traces)
+        control.say(
+            Ready(
+                device=str(loaded.stage.device),
+                load_seconds=loaded.load_seconds,
+                decode_read_bytes=stage_read_bytes(loaded.stage, batch_size=1),
+            )
+        )
+        worker.run()
+    except Exception as error:  # whatever it is, the driver has to hear of it
+        control.fail(error)
+
+
+def _tokens_header(header: Header) -> Header:
+    return replace(header, kind=TOKENS, columns=1, width=1, dtype=DTYPE_CODES["int64"])

@@ -1,0 +1,271 @@
+"""A session whose stages run in processes of their own; it stands where a `runtime.session.Session` would."""
+
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from plans.errors import LlamaplanError
+from runtime.clock import StageTime
+from runtime.distributed.address import Address
+from runtime.distributed.clocks import StageClock
+from runtime.distributed.endings import describe, exit_code_of
+from runtime.distributed.flow import Flow, HeldCache, make_flow
+from runtime.distributed.header import Stamp
+from runtime.distributed.identity import identity_of
+from runtime.distributed.links import Links, Place
+from runtime.distributed.loading import LoadedStage
+from runtime.distributed.messages import Numbers
+from runtime.distributed.pipeline import Pipeline
+from runtime.distributed.slots import StageRunner
+from runtime.distributed.team import Patience, Team
+from runtime.generate import Generation, Request
+from runtime.memory import peak_memory_bytes
+from runtime.opening import Source
+from runtime.session import Prepared
+from runtime.stage_view import StageView
+from runtime.steps import OnStep, StepTrace
+from runtime.text import Decode
+from runtime.traffic import stage_read_bytes
+from runtime.writer import OnText
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSettings:
+    """How the processes are started and kept together.
+
+    Attributes:
+        target: what the workers are given, as the command was.
+        model: the checkpoint of a plan file.
+        listen: where workers from elsewhere join; None starts one on this machine per further stage.
+        key: what they must prove.
+        patience: how long to wait for what.
+        threads: CPU threads per process; None shares this machine's cores out.
+        traces: whether every step is kept for a trace.
+    """
+
+    target: Path
+    model: Path | None = None
+    listen: Address | None = None
+    key: bytes = b""
+    patience: Patience = field(default_factory=Patience)
+    threads: int | None = None
+    traces: bool = False
+
+
+class ProcessSession:
+    """The driver: this process computes the first stage and leads the others. Use it as a context manager.
+
+    Made by `open_processes`.
+
+    Attributes:
+        prepared: what was known before loading.
+        load_seconds: how long it took until every stage was ready.
+    """
+
+    def __init__(self, prepared: Prepared, team: Team, loaded: LoadedStage, settings: ProcessSettings) -> None:
+        self.prepared = prepared
+        self.load_seconds = 0.0
+        self._worker_peaks: list[int] = []
+        self._team, self._loaded, self._settings = team, loaded, settings
+        runner = StageRunner(loaded.stage, number=0, hidden_size=loaded.hidden_size)
+        self._clock = StageClock(traces=settings.traces)
+        self._pipeline = Pipeline(
+            team, runner, self._clock, num_stages=len(prepared.source.stages), hidden_size=loaded.hidden_size
+        )
+
+    @property
+    def source(self) -> Source:
+        """What it was loaded from."""
+        return self.prepared.source
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype it computes in, as torch spells it."""
+        return str(self._loaded.stage.model.dtype).removeprefix("torch.")
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory each process has used, added up, when they were last asked."""
+        return peak_memory_bytes() + sum(self._worker_peaks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if error is None and self._team.fault is None:
+            self._team.finish()
+        else:
+            self._team.abort(exit_code=exit_code_of(error), line=f"the driver ended the run: {describe(error)}")
+        if self._pipeline.links is not None:
+            self._pipeline.links.close()
+
+    def stage_views(self, *, batch_size: int) -> tuple[StageView, ...]:
+        """Return what each stage is, and the bytes it reads in a decode step."""
+        here = stage_read_bytes(self._loaded.stage, batch_size=batch_size)
+        ready = [member.ready for _, member in sorted(self._team.members.items()) if member.ready is not None]
+        devices = [str(self._loaded.stage.device), *(r.device for r in ready)]
+        read = [here, *(r.decode_read_bytes for r in ready)]
+        return tuple(StageView(*entry) for entry in zip(self.source.stages, devices, read, strict=True))
+
+    def connect(self) -> None:
+        """Form the data plane; every stage is loaded."""
+        uses_nccl = self._uses_nccl()
+        epoch = self._team.form(uses_nccl=uses_nccl)
+        place = Place(
+            rank=0,
+            num_ranks=len(self.source.stages),
+            address=self._address(),
+            device=self._loaded.stage.device,
+            uses_nccl=uses_nccl,
+        )
+        self._pipeline.links = Links(
+            place,
+            self._team.store,
+            stamp=Stamp.of(identity_of(self.source).model_id, epoch=epoch),
+            expect=self._pipeline.expect,
+            inbox=self._team.events,
+            report=self._report,
+        )
+        self._team.wait_until_formed()
+
+    def generate_requests(
+        self,
+        requests: Sequence[Request],
+        *,
+        decode: Decode | None = None,
+        on_text: OnText | None = None,
+        on_step: OnStep | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        cache: HeldCache | None = None,
+        measure_stages: bool = False,
+    ) -> Generation:
+        """Continue every request as one batch; arguments and errors as `runtime.generate.generate_requests`.
+
+        The cache stays on the stages if one was given.
+        """
+        flow = self._flow(requests, decode=decode, on_text=on_text, cache=cache)
+        watch = _Watch(self, on_step=on_step, should_stop=should_stop, measures_stages=measure_stages)
+        self._pipeline.run([flow], in_flight=1, on_step=watch, keeps_caches=cache is not None)
+        return watch.result(flow)
+
+    def generate_groups(
+        self,
+        groups: Iterable[Sequence[Request]],
+        *,
+        in_flight: int,
+        decode: Decode | None = None,
+        on_done: Callable[[Sequence[Request], Generation], None],
+    ) -> None:
+        """Continue many groups of requests, each as one batch, several of them under way at once.
+
+        Args:
+            groups: asked for one after the other.
+            in_flight: groups under way at once; tokens do not depend on it.
+            decode: token ids -> text.
+            on_done: told about each group as it is finished.
+        """
+        flows = (self._flow(group, decode=decode, on_text=None, cache=None) for group in groups)
+        self._pipeline.run(flows, in_flight=in_flight, on_done=lambda flow: on_done(flow.requests, flow.result()))
+
+    def take_numbers(self) -> list[Numbers]:
+        """Return what every stage has measured since the last time, in chain order."""
+        workers = self._team.numbers()
+        self._worker_peaks = [numbers.peak_memory_bytes for numbers in workers]
+        return [self._clock.take(), *workers]
+
+    def forget(self, cache: HeldCache) -> None:
+        """Give up a cache that was kept."""
+        if cache.group is not None:
+            self._pipeline.forget(cache.group)
+
+    def _flow(
+        self, requests: Sequence[Request], *, decode: Decode | None, on_text: OnText | None, cache: HeldCache | None
+    ) -> Flow:
+        pad = self.prepared.generation_config.pad_token_id
+        return make_flow(
+            requests,
+            vocab_size=self.prepared.vocab_size,
+            pad_token_id=pad if isinstance(pad, int) else 0,
+            decode=decode,
+            on_text=on_text,
+            cache=cache,
+        )
+
+    def _uses_nccl(self) -> bool:
+        members = self._team.members.values()
+        places = [(m.join.host, m.ready.device) for m in members if m.join is not None and m.ready is not None]
+        places.append((socket.gethostname(), str(self._loaded.stage.device)))
+        return all(device.startswith("cuda") for _, device in places) and len(set(places)) == len(places)
+
+    def _address(self) -> str:
+        """The address of this machine at which the other stages reach it: the one they joined at."""
+        channels = [member.channel for member in self._team.members.values()]
+        return next((address for channel in channels if (address := channel.local_address())), "127.0.0.1")
+
+    def _report(self, peer: int, error: Exception) -> None:
+        if isinstance(error, LlamaplanError):
+            self._team.fail(error)
+        else:
+            self._team.suspect(f"the data connection to rank {peer} broke: {str(error).splitlines()[0]}")
+
+
+class _Watch:
+    """What happens after every step of a single group."""
+
+    def __init__(
+        self,
+        session: ProcessSession,
+        *,
+        on_step: OnStep | None,
+        should_stop: Callable[[], bool] | None,
+        measures_stages: bool,
+    ) -> None:
+        self._session, self._on_step, self._should_stop = session, on_step, should_stop
+        self._measures = measures_stages
+        self._prefill: list[StageTime] = []
+        self._decode: list[StageTime] = []
+        if self._measures:
+            session.take_numbers()
+
+    def __call__(self, flow: Flow) -> None:
+        if self._on_step is not None:
+            self._trace(flow, self._on_step)
+        if self._should_stop is not None and self._should_stop():
+            flow.interrupt()
+
+    def result(self, flow: Flow) -> Generation:
+        """Return the generation with its stage times."""
+        if self._measures:
+            self._add(self._session.take_numbers())
+        return replace(flow.result(), prefill_stages=tuple(self._prefill), decode_stages=tuple(self._decode))
+
+    def _trace(self, flow: Flow, on_step: OnStep) -> None:
+        numbers = self._session.take_numbers()
+        self._add(numbers)
+        step = flow.batch.length - flow.num_prompt_columns - 1
+        past = flow.batch.length - 2 if step else flow.num_cached
+        stages = _times(numbers, "decode" if step else "prefill")
+        tokens = tuple(writer.token_ids[-1] for writer in flow.writers)
+        on_step(StepTrace(step, len(flow.writers), flow.batch.length - 1 - past, past, stages, tokens))
+
+    def _add(self, numbers: Sequence[Numbers]) -> None:
+        self._prefill = _sums(self._prefill, _times(numbers, "prefill"))
+        self._decode = _sums(self._decode, _times(numbers, "decode"))
+
+
+def _times(numbers: Sequence[Numbers], phase: str) -> tuple[StageTime, ...]:
+    return tuple(StageTime(getattr(n, f"{phase}_compute_seconds"), getattr(n, f"{phase}_hop_seconds")) for n in numbers)
+
+
+def _sums(first: Sequence[StageTime], second: Sequence[StageTime]) -> list[StageTime]:
+    if not first:
+        return list(second)
+    return [
+        StageTime(a.compute_seconds + b.compute_seconds, a.hop_seconds + b.hop_seconds)
+        for a, b in zip(first, second, strict=True)
+    ]

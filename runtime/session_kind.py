@@ -1,0 +1,39 @@
+"""What commands need of a session, whether its stages share this process or not."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from runtime.generate import Generation, Request
+from runtime.opening import Source
+from runtime.session import Prepared
+from runtime.stage_view import StageView
+from runtime.steps import OnStep
+from runtime.text import Decode
+from runtime.writer import OnText
+
+
+class AnySession(Protocol):
+    """A loaded model; see `runtime.session.Session` and `runtime.distributed.session.ProcessSession`."""
+
+    @property
+    def prepared(self) -> Prepared: ...
+    @property
+    def source(self) -> Source: ...
+    @property
+    def load_seconds(self) -> float: ...
+    @property
+    def dtype_name(self) -> str: ...
+    @property
+    def peak_memory_bytes(self) -> int: ...
+    def stage_views(self, *, batch_size: int) -> tuple[StageView, ...]: ...
+    def generate_requests(
+        self,
+        requests: Sequence[Request],
+        *,
+        decode: Decode | None = None,
+        on_text: OnText | None = None,
+        on_step: OnStep | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        cache: Any = None,
+        measure_stages: bool = False,
+    ) -> Generation: ...

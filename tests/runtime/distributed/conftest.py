@@ -1,0 +1,55 @@
+"""Exports of the shipped checkpoint cut into 2, 3 and 4 stages, and sessions whose stages are processes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from exporter import export
+from runtime.distributed.opening import open_processes
+from runtime.distributed.session import ProcessSession, ProcessSettings
+from runtime.opening import open_source
+from runtime.session import Prepared, Session, load_session, prepare_session
+from tests.exporter.export_helpers import make_plan
+
+CUTS = {2: [4, 3], 3: [2, 4, 1], 4: [0, 3, 4, 0]}
+
+
+@pytest.fixture(scope="session")
+def exports(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """An export with so many stages, all planned for the CPU."""
+
+    @cache
+    def make(num_stages: int) -> Path:
+        folder = tmp_path_factory.mktemp("export") / str(num_stages)
+        devices = [f"cpu#{number}" for number in range(num_stages)]
+        export(make_plan(shipped, CUTS[num_stages], devices=devices), model=shipped, output=folder)
+        return folder
+
+    return make
+
+
+def prepare(folder: Path) -> Prepared:
+    return prepare_session(open_source(folder, model=None), device_map={}, context_tokens=256)
+
+
+@pytest.fixture(scope="session")
+def in_one_process(exports: Callable[[int], Path]) -> Callable[[int], Session]:
+    """The same stages as one chain in this process."""
+    return cache(lambda num_stages: load_session(prepare(exports(num_stages))))
+
+
+@pytest.fixture(scope="session")
+def in_processes(exports: Callable[[int], Path]) -> Iterator[Callable[[int], ProcessSession]]:
+    """A running session with so many processes; all end with the tests."""
+    with ExitStack() as stack:
+
+        @cache
+        def start(num_stages: int) -> ProcessSession:
+            folder = exports(num_stages)
+            settings = ProcessSettings(target=folder, threads=1)
+            return stack.enter_context(open_processes(prepare(folder), settings))
+
+        yield start

@@ -1,0 +1,115 @@
+"""Several processes give the tokens of one process, whatever is in flight."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from plans.errors import UsageError
+from runtime.distributed.session import ProcessSession
+from runtime.generate import Generation, Request
+from runtime.limits import Limits
+from runtime.sampling import Sampling
+from runtime.session import Session
+
+PROMPTS = [
+    "def __init__(self, ",
+    "import os\n\n\nclass Path",
+    "x",
+    "for name in names:\n    if name.startswith(",
+]
+GREEDY = Sampling()
+SAMPLED = Sampling(temperature=0.9, top_k=40, top_p=0.9, repetition_penalty=1.2, seed=7)
+LIMITS = Limits(context_tokens=256, max_tokens=14)
+
+Start = Callable[[int], Any]
+
+
+def requests_of(session: Session, *, sampling: Sampling, limits: Limits = LIMITS) -> list[Request]:
+    tokenizer = session.prepared.tokenizer
+    return [
+        Request(prompt_ids=tokenizer(text).input_ids, sampling=sampling, limits=limits, sequence_index=index)
+        for index, text in enumerate(PROMPTS)
+    ]
+
+
+def tokens_of(session: Session | ProcessSession, requests: Sequence[Request]) -> list[tuple[int, ...]]:
+    return [sequence.token_ids for sequence in session.generate_requests(requests).sequences]
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_padded_batch_gives_the_tokens_of_one_process(
+    in_one_process: Start, in_processes: Start, num_stages: int, sampling: Sampling
+) -> None:
+    requests = requests_of(in_one_process(num_stages), sampling=sampling)
+    assert tokens_of(in_processes(num_stages), requests) == tokens_of(in_one_process(num_stages), requests)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 64])
+def test_a_prompt_read_in_chunks_gives_the_tokens_of_one_process(
+    in_one_process: Start, in_processes: Start, chunk_tokens: int
+) -> None:
+    limits = replace(LIMITS, prefill_chunk_tokens=chunk_tokens)
+    requests = requests_of(in_one_process(3), sampling=SAMPLED, limits=limits)
+    assert tokens_of(in_processes(3), requests) == tokens_of(in_one_process(3), requests)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize(("in_flight", "rows"), [(1, 1), (2, 2), (3, 1), (5, 1), (8, 1)])
+def test_tokens_do_not_depend_on_what_else_is_in_flight(
+    in_one_process: Start, in_processes: Start, num_stages: int, in_flight: int, rows: int
+) -> None:
+    whole = in_one_process(num_stages)
+    limits = replace(LIMITS, prefill_chunk_tokens=4, eos_token_ids=whole.prepared.eos_token_ids)
+    once = requests_of(whole, sampling=SAMPLED, limits=limits)
+    requests = [replace(request, sequence_index=index) for index, request in enumerate(once * 2)]
+    groups = [requests[first : first + rows] for first in range(0, len(requests), rows)]
+    found: dict[int, list[tuple[int, ...]]] = {}
+
+    def keep(group: Sequence[Request], done: Generation) -> None:
+        found[group[0].sequence_index] = [sequence.token_ids for sequence in done.sequences]
+
+    in_processes(num_stages).generate_groups(groups, in_flight=in_flight, on_done=keep)
+    assert found == {group[0].sequence_index: tokens_of(whole, group) for group in groups}
+
+
+def test_each_process_holds_only_its_own_stage(in_processes: Start) -> None:
+    views = in_processes(3).stage_views(batch_size=1)
+    whole = sum(view.decode_read_bytes for view in views)
+    assert all(0 < view.decode_read_bytes < 0.7 * whole for view in views)
+
+
+def test_stage_times_come_from_every_process(in_one_process: Start, in_processes: Start) -> None:
+    requests = requests_of(in_one_process(3), sampling=GREEDY)[:1]
+    generation = in_processes(3).generate_requests(requests, measure_stages=True)
+    assert len(generation.prefill_stages) == len(generation.decode_stages) == 3
+    assert all(time.compute_seconds > 0 for time in (*generation.prefill_stages, *generation.decode_stages))
+    assert len(generation.step_seconds) == 13
+
+
+def test_a_prompt_that_is_too_long_leaves_the_session_usable(in_one_process: Start, in_processes: Start) -> None:
+    """Row N18."""
+    requests = requests_of(in_one_process(2), sampling=GREEDY)
+    with pytest.raises(UsageError, match="more than the context holds"):
+        in_processes(2).generate_requests([replace(requests[0], prompt_ids=[5] * 250)])
+    assert tokens_of(in_processes(2), requests) == tokens_of(in_one_process(2), requests)
+
+
+def test_a_generation_that_is_given_up_leaves_the_session_usable(in_one_process: Start, in_processes: Start) -> None:
+    requests = requests_of(in_one_process(3), sampling=SAMPLED)
+
+    def give_up(_place: int, _piece: str) -> None:
+        raise KeyboardInterrupt
+
+    session = in_processes(3)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            session.generate_requests(requests, decode=session.prepared.decode, on_text=give_up)
+    assert tokens_of(session, requests) == tokens_of(in_one_process(3), requests)
+
+
+def test_nothing_to_generate_is_an_answer(in_one_process: Start, in_processes: Start) -> None:
+    requests = requests_of(in_one_process(2), sampling=GREEDY, limits=replace(LIMITS, max_tokens=0))
+    assert tokens_of(in_processes(2), requests) == [()] * len(requests)
