@@ -1,6 +1,7 @@
 """Load one stage in its own process: its bundle, and nothing else."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from runtime.loading import FolderTensors, torch_dtype
 from runtime.opening import Source
 from runtime.stage import Stage, build_stage
 from runtime.verification import Verification
+
+SWITCH_SECONDS = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,4 +106,6 @@ def share_threads(threads: int | None, *, num_processes: int) -> int:
     """Set how many CPU threads this process computes with: the cores shared out, unless a number is given."""
     count = threads or max(1, len(os.sched_getaffinity(0)) // num_processes)
     torch.set_num_threads(count)
+    # The threads that send and receive wait for the one that computes; Python's usual 5 ms are longer than a hop.
+    sys.setswitchinterval(SWITCH_SECONDS)
     return count

@@ -12,7 +12,7 @@ from runtime.distributed.clocks import StageClock
 from runtime.distributed.control import Control
 from runtime.distributed.header import CLOSE, DTYPE_CODES, TOKENS, Header, Stamp
 from runtime.distributed.links import MAX_WAITING_MESSAGES, Arrival, Links, Place
-from runtime.distributed.loading import LoadedStage, LoadSettings, load_stage
+from runtime.distributed.loading import LoadedStage, LoadSettings, load_stage, share_threads
 from runtime.distributed.messages import Broken, Failed, Form, Formed, Identity, Job, Ready
 from runtime.distributed.slots import StageRunner
 from runtime.opening import Source
@@ -139,8 +139,7 @@ def work(
             cache_tokens=job.cache_tokens,
             batch_size=job.batch_size,
         )
-        if job.threads is not None:
-            torch.set_num_threads(job.threads)
+        share_threads(job.threads or torch.get_num_threads(), num_processes=1)
         loaded = load_stage(source, rank, settings, progress=control.progress)
         worker = Worker(control, loaded, identity=identity, address=address, traces=job.traces)
         control.say(
