@@ -61,15 +61,15 @@ def _cells(folder: Path) -> Iterator[tuple[int, Cell]]:
     from transformers import AutoModelForCausalLM
 
     from runtime import native
-    from runtime.fast_model import FastModel
+    from runtime.fast_setup import whole
     from runtime.loading import load
+    from runtime.speed import Choice
 
     kernels = native.load(on_build=print)
     if isinstance(kernels, native.Unavailable):
         raise SystemExit(kernels.reason)
     chain = load(folder)
-    fast = FastModel.of(chain, kernels)
-    assert isinstance(fast, FastModel)
+    fast = whole(chain, kernels, Choice(((max(BATCHES), torch.get_num_threads()),)))
     unsplit = AutoModelForCausalLM.from_pretrained(folder, dtype=chain.dtype).eval()
     table = set() if chain.config.tie_word_embeddings else {"model.embed_tokens.weight"}
     weights = [weight.detach() for name, weight in chain.named_parameters() if name not in table]

@@ -7,11 +7,11 @@ from statistics import median
 from typing import Any
 
 from runtime.capacity import memory_faults
-from runtime.clock import StageTime
 from runtime.generate import Generation, Request, generate_requests
 from runtime.limits import Limits
 from runtime.sampling import Sampling
 from runtime.session import Session
+from runtime.stage_time import StageTime
 from runtime.summary import identity, stage_documents
 from runtime.traffic import read_bandwidth
 
@@ -108,6 +108,7 @@ def _medians(runs: Sequence[Sequence[StageTime]]) -> tuple[StageTime, ...]:
             median(time.compute_seconds for time in times),
             median(time.hop_seconds for time in times),
             median(time.cache_seconds for time in times),
+            times[0].num_fast_steps,
         )
         for times in zip(*runs, strict=True)
     )

@@ -3,21 +3,29 @@
 A chain is an instance of the checkpoint's own `XForCausalLM`. Its forward is transformers' forward, unchanged: mask
 and rotary tables once per step, then the layers, which belong to stages on their devices. Split equals unsplit
 because nothing is computed differently; what differs is where weights, caches and hidden states are.
+
+With `fast` set, plain steps of few rows go to the native kernels instead (`runtime.fast_model`), on the same cache.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from plans.errors import UsageError
 from runtime.buffers import check_filled, rebuild_buffers
 from runtime.families import build_skeleton, check_config, family_class
+from runtime.fast_model import FastModel
 from runtime.hops import Hop
+from runtime.plain_step import plain_step
 from runtime.ranges import StageRange, StageSpec, check_stages
+from runtime.speed import REFERENCE_PATH
+from runtime.stage_time import StageTime
 from runtime.weights import TensorSource, load_units
 
 
@@ -29,10 +37,16 @@ class Chain(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     Attributes:
         stages: the units of each stage, in chain order.
         stage_devices: the torch device of each stage.
+        fast: what runs steps on native kernels; None for transformers' code alone.
+        reason: why there is no fast path although one was wanted, for people; else None.
+        stage_times: totals that native stages add to; set by `runtime.clock`.
     """
 
     stages: tuple[StageRange, ...] = ()
     stage_devices: tuple[torch.device, ...] = ()
+    fast: FastModel | None = None
+    reason: str | None = None
+    stage_times: Sequence[StageTime] = ()
 
     @property
     def is_on_one_device(self) -> bool:
@@ -45,6 +59,10 @@ class Chain(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         embedding = [base.embed_tokens] if stage.has_embedding else []
         head = [base.norm, self.lm_head] if stage.has_head else []
         return [*embedding, *base.layers[stage.start_layer : stage.end_layer], *head]
+
+    def stage_path(self, index: int, *, num_rows: int) -> str:
+        """Return which path serves a plain step of so many rows (sequences x new tokens): `fast` or `reference`."""
+        return REFERENCE_PATH if self.fast is None else self.fast.path(index, num_rows=num_rows)
 
     def generate_batch(self, *_args: object, **_kwargs: object) -> NoReturn:
         """Refuse continuous batching: its paged cache knows nothing of stages and would be silently wrong."""
@@ -68,6 +86,7 @@ class Chain(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
                 hint="load it again with another device map or dtype",
                 code="E-DEVICE",
             )
+        self.fast = None  # the kernels hold the addresses of the weights
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.stage_devices = (self.device,) * len(self.stages)
         return self
@@ -133,5 +152,30 @@ def install_hops(chain: Chain) -> None:
 @cache
 def _chain_class(model_type: str) -> type[PreTrainedModel]:
     family = family_class(model_type)
+    own = {"config_class": family.config_class, "__module__": __name__, "forward": _forward(family)}
     # The family's name is kept: transformers decides by class name what a model can be used for.
-    return type(family.__name__, (Chain, family), {"config_class": family.config_class, "__module__": __name__})
+    return type(family.__name__, (Chain, family), own)
+
+
+def _forward(family: type[PreTrainedModel]) -> Callable[..., Any]:
+    """Return the family's forward, with steps that the native kernels can serve going there."""
+    reference: Callable[..., Any] = family.forward
+    names = tuple(inspect.signature(reference).parameters)[1:]
+
+    @wraps(reference)  # generate() reads the signature
+    def forward(self: Chain, *args: Any, **kwargs: Any) -> Any:
+        step = None if self.fast is None else plain_step(dict(zip(names, args, strict=False)) | kwargs, self.config)
+        if self.fast is not None and step is not None:
+            logits: Any = self.fast.step(
+                step.input_ids,
+                attention_mask=step.attention_mask,
+                position_ids=step.position_ids,
+                cache=step.cache,
+                logits_to_keep=step.logits_to_keep,
+                times=self.stage_times,
+            )
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=step.cache)
+        return reference(self, *args, **kwargs)
+
+    return forward

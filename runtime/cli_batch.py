@@ -11,6 +11,7 @@ from plans.console import Output
 from plans.errors import UsageError
 from runtime import cli_options as options
 from runtime.cli_opening import load, merge_sampling, prepare, refuse_empty_stops, sampling_choices
+from runtime.speed import Speed
 
 if TYPE_CHECKING:
     from runtime.batch_run import BatchNumbers
@@ -32,6 +33,7 @@ def batch(
     stop: options.StopOption = None,
     prefill_chunk: options.ChunkOption = None,
     threads: options.ThreadsOption = None,
+    speed: options.SpeedOption = Speed.AUTO,
     model: options.ModelOption = None,
     device_map: options.DeviceMapOption = None,
     dtype: options.DtypeOption = None,
@@ -89,7 +91,9 @@ def batch(
         if file.done:
             output.note(f"{len(file.done)} of {len(jobs)} lines are done already")
         longest = max((job.num_tokens for job in jobs if job.index not in file.done), default=1)
-        session = load(output, prepared, cache_tokens=longest, batch_size=min(batch_size, len(jobs)), verify=verify)
+        session = load(
+            output, prepared, cache_tokens=longest, batch_size=min(batch_size, len(jobs)), verify=verify, speed=speed
+        )
         try:
             with _progress(output, total=len(jobs), done=len(file.done)) as advance:
                 numbers = run_jobs(session, jobs, file, batch_size=batch_size, on_batch=advance)

@@ -8,6 +8,7 @@ from plans.console import Output
 from plans.errors import UsageError
 from runtime import cli_options as options
 from runtime.cli_opening import load, prepare
+from runtime.speed import Speed
 
 
 def bench(
@@ -18,6 +19,7 @@ def bench(
     repeats: Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Runs that medians are taken of.")] = 3,
     prefill_chunk: options.ChunkOption = None,
     threads: options.ThreadsOption = None,
+    speed: options.SpeedOption = Speed.AUTO,
     model: options.ModelOption = None,
     device_map: options.DeviceMapOption = None,
     dtype: options.DtypeOption = None,
@@ -63,7 +65,9 @@ def bench(
         repeats=repeats,
         prefill_chunk_tokens=prefill_chunk or prepared.prefill_chunk_tokens,
     )
-    session = load(output, prepared, cache_tokens=prompt_tokens + new_tokens, batch_size=batch_size, verify=verify)
+    session = load(
+        output, prepared, cache_tokens=prompt_tokens + new_tokens, batch_size=batch_size, verify=verify, speed=speed
+    )
     with output.progress_console.status("measuring", spinner="line"):
         document = bench_document(session, settings)
     check_sources_unchanged(session.source)

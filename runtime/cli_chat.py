@@ -11,6 +11,7 @@ from plans.errors import LlamaplanError, UsageError
 from runtime import cli_options as options
 from runtime.chat_input import LineReader
 from runtime.cli_opening import load, merge_sampling, prepare, refuse_empty_stops, sampling_choices
+from runtime.speed import Speed
 
 if TYPE_CHECKING:
     from runtime.chat import ChatNumbers
@@ -31,6 +32,7 @@ def chat(
     stop: options.StopOption = None,
     prefill_chunk: options.ChunkOption = None,
     threads: options.ThreadsOption = None,
+    speed: options.SpeedOption = Speed.AUTO,
     model: options.ModelOption = None,
     device_map: options.DeviceMapOption = None,
     dtype: options.DtypeOption = None,
@@ -77,7 +79,7 @@ def chat(
 
     check_template(prepared.tokenizer, folder=prepared.source.folder)
     start = Conversation(system) if conversation is None else read_conversation(conversation)
-    session = load(output, prepared, verify=verify)
+    session = load(output, prepared, verify=verify, speed=speed)
     talk = Chat(
         session,
         conversation=start,

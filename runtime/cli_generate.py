@@ -12,6 +12,7 @@ from plans.files import read_limited
 from runtime import cli_options as options
 from runtime import cli_processes as several
 from runtime.cli_opening import merge_sampling, prepare, refuse_empty_stops, sampling_choices
+from runtime.speed import Speed
 
 if TYPE_CHECKING:
     from runtime.generate import Generation
@@ -39,6 +40,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence.")] = False,
     prefill_chunk: options.ChunkOption = None,
     threads: options.ThreadsOption = None,
+    speed: options.SpeedOption = Speed.AUTO,
     model: options.ModelOption = None,
     device_map: options.DeviceMapOption = None,
     dtype: options.DtypeOption = None,
@@ -123,6 +125,7 @@ def generate(
         threads=threads,
         cache_tokens=len(ids) + room,
         verify=verify,
+        speed=speed,
     )
     with several.any_session(team, start) as session:
         generation = _run(output, session, request, prompt="" if quiet else shown, is_verbose=verbose)

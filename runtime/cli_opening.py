@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from plans.console import Output
 from plans.errors import UsageError
+from runtime.speed import Speed
 
 if TYPE_CHECKING:
     from runtime.sampling import Sampling
@@ -50,15 +51,29 @@ def prepare(
 
 
 def load(
-    output: Output, prepared: "Prepared", *, cache_tokens: int | None = None, batch_size: int = 1, verify: bool = True
+    output: Output,
+    prepared: "Prepared",
+    *,
+    cache_tokens: int | None = None,
+    batch_size: int = 1,
+    verify: bool = True,
+    speed: Speed = Speed.REFERENCE,
 ) -> "Session":
-    """Load the weights of a prepared model."""
+    """Load the weights of a prepared model; why it cannot be as fast as wanted is said here, once."""
     from runtime.session import load_session
 
     with output.progress_console.status("loading", spinner="line") as status:
-        return load_session(
-            prepared, cache_tokens=cache_tokens, batch_size=batch_size, verifies=verify, progress=status.update
+        session = load_session(
+            prepared,
+            cache_tokens=cache_tokens,
+            batch_size=batch_size,
+            verifies=verify,
+            speed=speed,
+            progress=status.update,
         )
+    if session.chain.reason is not None:
+        output.note(f"reference path: {session.chain.reason}")
+    return session
 
 
 def sampling_choices(

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from runtime.speed import Speed
+
 MAX_TOKENS_LIMIT = 1_000_000
 
 
@@ -30,6 +32,12 @@ ContextOption = Annotated[
 ExpectOption = Annotated[str | None, typer.Option("--expect-id", help="Refuse an export with another export id.")]
 VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the weights with their checksums.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads.")]
+SpeedOption = Annotated[
+    Speed,
+    typer.Option(
+        "--speed", help="Decode steps on a CPU: transformers' code, native kernels, or the faster of the two."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only data, warnings and errors.")]
 MaxTokensOption = Annotated[

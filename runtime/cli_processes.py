@@ -11,6 +11,7 @@ import typer
 from plans.console import Output
 from plans.errors import MachineError, PeerError, UsageError
 from runtime.cli_opening import load
+from runtime.speed import Speed
 
 if TYPE_CHECKING:
     from runtime.distributed.address import Address
@@ -106,6 +107,7 @@ class Start:
     cache_tokens: int | None = None
     batch_size: int = 1
     verify: bool = True
+    speed: Speed = Speed.REFERENCE
 
 
 def check_world_size(prepared: "Prepared", choices: ProcessChoices) -> None:
@@ -136,6 +138,7 @@ def any_session(choices: ProcessChoices, start: Start) -> "Iterator[AnySession]"
             cache_tokens=start.cache_tokens,
             batch_size=start.batch_size,
             verify=start.verify,
+            speed=start.speed,
         )
         return
     check_world_size(start.prepared, choices)

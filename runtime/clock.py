@@ -3,36 +3,13 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from transformers.cache_utils import Cache
 
 from runtime.chain import Chain
 from runtime.devices import synchronize
-
-
-@dataclass(slots=True)
-class StageTime:
-    """Seconds one stage has spent. Mask and rotary tables count as compute of the first stage."""
-
-    compute_seconds: float = 0.0
-    hop_seconds: float = 0.0
-    """Time to bring hidden states (and shared tensors) to this stage from the one before it."""
-    cache_seconds: float = 0.0
-    """Time to add keys and values to the cache, a part of `compute_seconds`; measured for stages on a CPU."""
-
-    def copy(self) -> "StageTime":
-        """Return the totals as they are now."""
-        return StageTime(self.compute_seconds, self.hop_seconds, self.cache_seconds)
-
-    def since(self, before: "StageTime") -> "StageTime":
-        """Return what was added after an earlier copy."""
-        return StageTime(
-            self.compute_seconds - before.compute_seconds,
-            self.hop_seconds - before.hop_seconds,
-            self.cache_seconds - before.cache_seconds,
-        )
+from runtime.stage_time import StageTime
 
 
 @contextmanager
@@ -47,9 +24,11 @@ def stage_clock(chain: Chain) -> Iterator[list[StageTime]]:
     """
     totals = [StageTime() for _ in chain.stages]
     handles = [handle for index in range(len(totals)) for handle in _watch(chain, index, totals[index])]
+    chain.stage_times = totals  # native stages call no module that could have a hook
     try:
         yield totals
     finally:
+        chain.stage_times = ()
         for handle in handles:
             handle.remove()
 

@@ -99,6 +99,7 @@ class FastStage:
         *,
         start: torch.Tensor,
         cache: Sequence[FastLayer],
+        threads: int | None = None,
     ) -> torch.Tensor:
         """Run S new tokens of every sequence through the layers and extend the cache by them.
 
@@ -108,6 +109,7 @@ class FastStage:
             sin: like `cos`.
             start: [B] int64, the first slot of each sequence that is not (left) padding.
             cache: one layer per decoder layer, all filled to the same length.
+            threads: None takes torch's number.
 
         Returns:
             Hidden states [B, S, E].
@@ -118,11 +120,12 @@ class FastStage:
         assert hidden.dtype == self._dtype
         assert start.shape == (batch,)
         assert cos.shape[-1] <= self._shape.head_dim
+        threads = threads or torch.get_num_threads()
         cos, sin = cos.to(self._dtype).expand(batch, -1, -1), sin.to(self._dtype).expand(batch, -1, -1)
         with self._lock:
             self._bind(cache, batch=batch, new_tokens=new_tokens)
             if batch * new_tokens <= MAX_ROWS:
-                outputs = self._decode_rows(hidden, cos, sin, start, past=cache[0].length)
+                outputs = self._decode_rows(hidden, cos, sin, start, past=cache[0].length, threads=threads)
             else:
                 outputs = torch.empty_like(hidden)
                 for tokens in _slices(new_tokens, MAX_ROWS):
@@ -134,6 +137,7 @@ class FastStage:
                             start[rows],
                             past=cache[0].length + tokens.start,
                             first_sequence=rows.start,
+                            threads=threads,
                         )
         for layer in cache:
             layer.length += new_tokens
@@ -147,6 +151,7 @@ class FastStage:
         start: torch.Tensor,
         *,
         past: int,
+        threads: int,
         first_sequence: int = 0,
     ) -> torch.Tensor:
         """Run one native call: at most MAX_ROWS rows, of the cache's sequences from `first_sequence` on."""
@@ -154,7 +159,7 @@ class FastStage:
         inputs, cos, sin, start = (tensor.contiguous() for tensor in (hidden, cos, sin, start))
         outputs = torch.empty_like(inputs)
         self._shape.rotary_dim = cos.shape[-1]
-        workspace, counters, threads = self._workspace(batch * new_tokens)
+        workspace, counters = self._workspace(batch * new_tokens, threads=threads)
         step = Step(
             openmp=self._library.openmp_address,
             threads=threads,
@@ -176,8 +181,9 @@ class FastStage:
         return outputs
 
     @torch.no_grad()
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor, *, threads: int | None = None) -> torch.Tensor:
         """Return the logits [..., V] of hidden states [..., E], in the model's dtype."""
+        threads = threads or torch.get_num_threads()
         assert self._norm is not None
         assert self._head is not None
         vocab_size, hidden_size = self._head.weight.shape
@@ -185,7 +191,7 @@ class FastStage:
         logits = rows.new_empty((len(rows), vocab_size))
         with self._lock:
             for part in _slices(len(rows), MAX_ROWS):
-                workspace, counters, threads = self._workspace(part.stop - part.start)
+                workspace, counters = self._workspace(part.stop - part.start, threads=threads)
                 step = Head(
                     openmp=self._library.openmp_address,
                     threads=threads,
@@ -225,14 +231,13 @@ class FastStage:
         pairs = zip(self._bound, cache, strict=False)
         return len(self._bound) == len(cache) and all(known() is layer.buffers[0] for known, layer in pairs)
 
-    def _workspace(self, rows: int) -> tuple[int, int, int]:
-        """Return the addresses of scratch space and counters, and how many threads it is for."""
-        threads = torch.get_num_threads()
+    def _workspace(self, rows: int, *, threads: int) -> tuple[int, int]:
+        """Return the addresses of scratch space and counters."""
         needed = self._library.workspace_floats(self._shape, rows=rows, threads=threads)
         if self._scratch is None or self._scratch[0].numel() < needed:
             counters = torch.zeros(len(self._layers) * COUNTERS_PER_LAYER + 1, dtype=torch.int64)
             self._scratch = (torch.empty(needed, dtype=torch.float32), counters)
-        return self._scratch[0].data_ptr(), self._scratch[1].data_ptr(), threads
+        return self._scratch[0].data_ptr(), self._scratch[1].data_ptr()
 
 
 def first_slots(attention_mask: torch.Tensor | None, *, batch: int) -> torch.Tensor | None:
@@ -278,7 +283,7 @@ def _layer(layer: Any, config: PreTrainedConfig) -> Layer:
     return Layer(
         input_norm=layer.input_layernorm.weight.data_ptr(),
         post_norm=layer.post_attention_layernorm.weight.data_ptr(),
-        window=_window(attention, config),
+        window=layer_window(layer, config),
         has_rope=int(bool(getattr(attention, "use_rope", True))),
         **addresses,
     )
@@ -321,6 +326,7 @@ def _fused(linear: Any, rows: dict[str, int]) -> Iterator[tuple[str, int]]:
         first += count
 
 
-def _window(attention: Any, config: PreTrainedConfig) -> int:
-    source = config if config.model_type in _WINDOW_FOR_ALL else attention
+def layer_window(layer: Any, config: PreTrainedConfig) -> int:
+    """Return how many tokens a decoder layer looks back on, itself included; 0 for all."""
+    source = config if config.model_type in _WINDOW_FOR_ALL else layer.self_attn
     return int(getattr(source, "sliding_window", None) or 0)

@@ -8,10 +8,11 @@ Shapes: B sequences, K key/value heads, S new tokens, C slots, D head size.
 from typing import Any
 
 import torch
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 STEP_SLOTS = 256
-"""Buffers grow by at least this many slots at a time."""
+"""Buffers grow by this many slots at a time."""
 
 
 class FastLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -70,7 +71,9 @@ class FastLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Make room for `num_slots` more slots."""
         needed = self.length + num_slots
         if needed > self.capacity:
-            capacity = -(-max(needed, self.length * 5 // 4) // STEP_SLOTS) * STEP_SLOTS
+            # Not by a share of the length: what is reserved in vain is memory that nobody planned for, and one copy in
+            # so many steps is little beside reading all slots in each of them.
+            capacity = -(-needed // STEP_SLOTS) * STEP_SLOTS
             keys, values = self.buffers
             self.buffers = (self._grown(keys, capacity), self._grown(values, capacity))
 
@@ -144,10 +147,21 @@ def adopt(cache: Cache, *, num_layers: int) -> bool:
         return True
     if cache.offloading or not all(_is_whole(layer) for layer in cache.layers):
         return False
-    layers = [_converted(layer) for layer in cache.layers]
-    cache.layers[:] = layers + [FastLayer() for _ in range(num_layers - len(layers))]
+    for index, layer in enumerate(cache.layers):  # one by one: the whole cache is never there twice
+        cache.layers[index] = _converted(layer)
+    cache.layers.extend(FastLayer() for _ in range(num_layers - len(cache.layers)))
     cache.layer_class_to_replicate = None
     return True
+
+
+def hand_back(cache: Cache, config: PreTrainedConfig) -> None:
+    """Turn adopted layers, in place, into those of transformers, which drop what has left a sliding window."""
+    fresh = DynamicCache(config=config)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, FastLayer):
+            if layer.keys is not None and layer.values is not None:
+                fresh.update(layer.keys, layer.values, index)
+            cache.layers[index] = fresh.layers[index]
 
 
 def _is_whole(layer: Any) -> bool:

@@ -18,10 +18,11 @@ from transformers.cache_utils import Cache
 
 from runtime.batch import TokenBatch
 from runtime.chain import Chain
-from runtime.clock import StageTime, cache_clock, stage_clock
+from runtime.clock import cache_clock, stage_clock
 from runtime.limits import Limits, check_cached, check_prompts
 from runtime.numerics import require_finite
 from runtime.sampling import Sampling, TokenChooser
+from runtime.stage_time import StageTime
 from runtime.steps import OnStep, StepTrace, since
 from runtime.text import Decode
 from runtime.writer import GeneratedSequence, OnText, SequenceWriter

@@ -1,6 +1,6 @@
 """From a checkpoint folder, or any lazy source of tensors, to a chain."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from plans.errors import UsageError
 from runtime.chain import Chain, build_chain
 from runtime.devices import torch_device
 from runtime.families import parse_model_config
+from runtime.fast_setup import set_up
+from runtime.native import Unavailable
 from runtime.ranges import StageRange, StageSpec
+from runtime.speed import parse_speed
 from runtime.weights import TensorSource
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -59,6 +62,7 @@ def load(
     stages: Sequence[StageSpec] | None = None,
     device_map: Mapping[int, str] | None = None,
     dtype: str | None = None,
+    speed: str = "reference",
 ) -> Chain:
     """Load a Hugging Face checkpoint folder as a chain of stages.
 
@@ -67,6 +71,7 @@ def load(
         stages: how to cut it; None for one stage with everything.
         device_map: stage index -> torch device, where it differs from the device the stage names.
         dtype: `fp32`, `bf16` or `fp16`; None keeps the checkpoint's.
+        speed: as in `set_speed`.
 
     Raises:
         InputError, IntegrityError, MachineError: as `plans.checkpoint.open_checkpoint` and `load_chain`.
@@ -76,7 +81,7 @@ def load(
     config = parse_model_config(checkpoint.config.raw)
     config.name_or_path = str(path)
     whole = StageRange("cpu", 0, config.num_hidden_layers, has_embedding=True, has_head=True)
-    return load_chain(
+    chain = load_chain(
         config,
         stages or (whole,),
         FolderTensors(checkpoint),
@@ -84,6 +89,8 @@ def load(
         device_map=device_map,
         generation_config=read_generation_config(folder),
     )
+    set_speed(chain, speed)
+    return chain
 
 
 def load_chain(
@@ -120,6 +127,21 @@ def load_chain(
     if generation_config is not None:
         chain.generation_config = generation_config
     return chain
+
+
+def set_speed(chain: Chain, speed: str, *, progress: Callable[[str], None] | None = None) -> None:
+    """Choose how a loaded chain computes decode steps.
+
+    Args:
+        chain: the model; its `fast` and `reason` say what came of it.
+        speed: `reference`, `auto` (the faster path, by measurement) or `max` (native kernels wherever possible).
+        progress: told, in a few words, what takes time: compiling and measuring, once per machine.
+
+    Raises:
+        UsageError: `speed` is none of the three.
+    """
+    fast = set_up(chain, chain.stages, chain.stage_devices, speed=parse_speed(speed), progress=progress)
+    chain.fast, chain.reason = (None, fast.reason) if isinstance(fast, Unavailable) else (fast, None)
 
 
 def place_stages(stages: Sequence[StageSpec], *, device_map: Mapping[int, str]) -> tuple[torch.device, ...]:

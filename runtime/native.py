@@ -175,7 +175,7 @@ def load(*, on_build: Callable[[str], None] | None = None) -> Library | Unavaila
     except (OSError, subprocess.TimeoutExpired) as error:
         return Unavailable(f"{compiler[0]} does not run: {error}")
     try:
-        folder = _cache_folder()
+        folder = cache_folder()
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         return _load_private(compiler, name, reason=str(error), on_build=on_build)
     return load_from(folder / name, compiler=compiler, on_build=on_build)
@@ -238,8 +238,8 @@ def _load_private(
         return Unavailable(f"no folder can hold the compiled kernels: {reason}; {error}")
 
 
-def _cache_folder() -> Path:
-    """Return the folder of compiled kernels, private to the user: what lies in it gets executed.
+def cache_folder() -> Path:
+    """Return the user's folder of compiled kernels and measured choices, private: what lies in it gets executed.
 
     Raises:
         OSError: it cannot be made, or others could write to it.

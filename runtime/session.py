@@ -1,6 +1,7 @@
 """Everything a command needs to run a model: the chain, its tokenizer, and what it may use."""
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from runtime.capacity import check_room, memory_faults, stage_need
 from runtime.chain import Chain
 from runtime.families import parse_model_config
 from runtime.generate import Generation, Request, generate_requests
-from runtime.loading import FolderTensors, load_chain, place_stages, read_generation_config, stored_dtype
+from runtime.loading import FolderTensors, load_chain, place_stages, read_generation_config, set_speed, stored_dtype
 from runtime.memory import peak_memory_bytes
 from runtime.opening import Source, open_source
 from runtime.stage_view import StageView
@@ -172,6 +173,7 @@ def load_session(
     cache_tokens: int | None = None,
     batch_size: int = 1,
     verifies: bool = True,
+    speed: str = "reference",
     progress: Callable[[str], None] = lambda _text: None,
 ) -> Session:
     """Load a model onto its devices, after checking that there is room for it.
@@ -181,6 +183,7 @@ def load_session(
         cache_tokens: the longest any sequence will become; None for the whole context.
         batch_size: sequences that will run at once.
         verifies: compare the weights with the export's checksums, while they are loaded.
+        speed: `reference`, `auto` or `max`, as in `load`.
         progress: told what is being done.
 
     Raises:
@@ -197,8 +200,10 @@ def load_session(
     check_room(needs, source.stages, place_stages(source.stages, device_map=prepared.device_map))
     progress("loading")
     with Verification(source if verifies else None) as verification, memory_faults("loading the weights"):
+        # Which path is faster cannot be measured while files are being read for their checksums.
         chain = _load(source, device_map=prepared.device_map, dtype=prepared.dtype)
         verification.wait(progress)
+        set_speed(chain, speed, progress=progress)
     return Session(prepared, chain, time.perf_counter() - started)
 
 
@@ -247,6 +252,7 @@ def load(
     model: str | Path | None = None,
     device_map: Mapping[int, str] | None = None,
     dtype: str | None = None,
+    speed: str = "reference",
 ) -> Chain:
     """Load an export, a plan with its checkpoint, or a plain checkpoint as a chain for use from Python.
 
@@ -255,6 +261,9 @@ def load(
         model: the checkpoint, when `path` is a plan file.
         device_map: zero-based stage index -> torch device, where it differs from the plan's.
         dtype: `fp32`, `bf16` or `fp16`; None keeps the plan's or the checkpoint's.
+        speed: `reference` is transformers' code and bit-identical to the unsplit model; `max` runs decode steps of
+            stages on a CPU on native kernels, which round where the reference rounds but add up in another order;
+            `auto` takes the faster of the two, by measurement. Where there are no kernels a warning says why.
 
     Returns:
         A model that works with `generate()`, streamers, pipelines and everything else in transformers.
@@ -269,4 +278,7 @@ def load(
     with Verification(source) as verification:
         chain = _load(source, device_map=device_map or {}, dtype=_choose_dtype(source, dtype))
         verification.wait()
+        set_speed(chain, speed)
+    if chain.reason is not None:
+        warnings.warn(f"no fast path: {chain.reason}", stacklevel=2)
     return chain

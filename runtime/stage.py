@@ -7,7 +7,8 @@ Shapes: B sequences, S new tokens, T = past + S, E hidden size, V vocabulary.
 """
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +17,12 @@ from transformers.cache_utils import Cache
 
 from runtime.buffers import check_filled, rebuild_buffers
 from runtime.families import PER_LAYER_KEYS, build_skeleton, check_config, family_class
+from runtime.fast_cache import adopt
+from runtime.fast_model import FastModel
+from runtime.fast_setup import set_up
+from runtime.native import Unavailable
 from runtime.ranges import StageRange, StageSpec
+from runtime.speed import FAST_PATH, REFERENCE_PATH, parse_speed
 from runtime.weights import TensorSource, load_units
 
 __all__ = ["Stage", "StageRange", "StageSpec", "build_stage"]
@@ -29,22 +35,40 @@ class Stage(nn.Module):
         spec: which units it holds.
         model: the transformers model with everything else replaced by identity.
         device: where its weights and its cache live.
+        reason: why there is no fast path although one was wanted, for people; else None.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: StageSpec, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: StageSpec,
+        *,
+        device: torch.device,
+        fast: FastModel | Unavailable | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.spec = spec
         self.device = device
+        self._fast = fast if isinstance(fast, FastModel) else None
+        self.reason = fast.reason if isinstance(fast, Unavailable) else None
 
     @property
     def has_layers(self) -> bool:
         """Whether the stage holds any decoder layer (the embedding or the head can be alone)."""
         return self.spec.end_layer > self.spec.start_layer
 
+    @property
+    def path(self) -> str:
+        """`fast` if decode steps run on the native kernels where they qualify, else `reference`."""
+        return REFERENCE_PATH if self._fast is None else FAST_PATH
+
     def new_cache(self) -> Cache:
-        """Return an empty cache for this stage's layers, numbered from 0."""
-        return DynamicCache(config=self.model.config)
+        """Return an empty cache for this stage's layers, numbered from 0, that its path can extend."""
+        cache = DynamicCache(config=self.model.config)
+        if self._fast is not None:
+            adopt(cache, num_layers=len(cast("Any", self.model.base_model).layers))
+        return cache
 
     def forward(
         self,
@@ -67,6 +91,16 @@ class Stage(nn.Module):
         Returns:
             Logits [B, S or logits_to_keep, V] from the stage with the head, hidden states [B, S, E] from others.
         """
+        if self._fast is not None and not torch.is_grad_enabled():
+            found = self._fast.step(
+                inputs,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                logits_to_keep=logits_to_keep,
+            )
+            if found is not None:
+                return found
         name = "input_ids" if self.spec.has_embedding else "inputs_embeds"
         arguments: dict[str, Any] = {name: inputs, "use_cache": False}
         if self.has_layers:
@@ -90,6 +124,8 @@ def build_stage(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    speed: str = "reference",
+    progress: Callable[[str], None] | None = None,
 ) -> Stage:
     """Build a stage and load its weights, and only those.
 
@@ -99,10 +135,15 @@ def build_stage(
         tensors: lazy tensors by Hugging Face name, of the whole checkpoint or of this stage's bundle.
         dtype: floating-point dtype of weights and computation.
         device: where the stage lives; on a CPU, tensors already of `dtype` stay mapped.
+        speed: `reference`, `auto` (the faster path, by measurement) or `max` (native kernels wherever possible); says
+            what `Stage.path` becomes. Where kernels were wanted and cannot be had, `Stage.reason` says why.
+        progress: told, in a few words, what takes time: compiling and measuring, once per machine.
 
     Raises:
         InputError: the family is not supported, or tensors are missing, unknown or of a wrong shape.
+        UsageError: `speed` is none of the three.
     """
+    wanted = parse_speed(speed)
     check_config(config)
     model = build_skeleton(config, family_class(config.model_type))
     model.config.dtype = dtype
@@ -111,7 +152,11 @@ def build_stage(
     _prune(model, spec)
     _number_layers_locally(model, spec)
     check_filled(model)
-    return Stage(model, spec, device=device).eval()
+    local = StageRange(
+        spec.device, 0, spec.end_layer - spec.start_layer, has_embedding=spec.has_embedding, has_head=spec.has_head
+    )
+    fast = set_up(model, [local], [device], speed=wanted, progress=progress)
+    return Stage(model, spec, device=device, fast=fast).eval()
 
 
 def _prune(model: PreTrainedModel, spec: StageSpec) -> None:

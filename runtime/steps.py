@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from runtime.clock import StageTime
+from runtime.stage_time import StageTime
 
 
 @dataclass(frozen=True, slots=True)

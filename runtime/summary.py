@@ -5,10 +5,10 @@ from statistics import median
 from typing import Any
 
 from plans.sizes import format_bytes
-from runtime.clock import StageTime
 from runtime.generate import Generation
 from runtime.ranges import StageRange, describe_stage
 from runtime.session_kind import AnySession
+from runtime.stage_time import StageTime
 
 
 def run_document(session: AnySession, generation: Generation) -> dict[str, Any]:
@@ -54,11 +54,18 @@ def stage_documents(session: AnySession, generation: Generation) -> list[dict[st
             "has_head": view.spec.has_head,
             "decode_steps": len(generation.step_seconds),
             "decode_read_bytes": view.decode_read_bytes,
+            **_path(generation, index),
             **_seconds("prefill", generation.prefill_stages, index),
             **_seconds("decode", generation.decode_stages, index),
         }
         for index, view in enumerate(views)
     ]
+
+
+def _path(generation: Generation, index: int) -> dict[str, str]:
+    """Return which path served: for decode steps if there were any."""
+    times = generation.decode_stages if generation.step_seconds else generation.prefill_stages
+    return {"path": times[index].path} if times else {}
 
 
 def _seconds(phase: str, times: Sequence[StageTime], index: int) -> dict[str, float]:
@@ -109,5 +116,5 @@ def stage_line(number: int, stage: dict[str, Any]) -> str:
     return (
         f"  stage {number} on {stage['device']}: {name}: prefill {1000 * stage['prefill_compute_seconds']:.1f} ms, "
         f"decode {1000 * compute:.2f} ms/token ({rate:.1f} GB/s; cache {1000 * cache:.2f} ms), "
-        f"hop {1000 * hop:.3f} ms/token"
+        f"hop {1000 * hop:.3f} ms/token ({stage['path']})"
     )

@@ -35,7 +35,7 @@ class Walk:
         return (
             f"  stage {index} on {view.device} ({describe_stage(view.spec)}): "
             f"{self._input_shape(index, trace)} -> {self._output_shape(index, trace)}, "
-            f"hop {1000 * times.hop_seconds:.3f} ms, compute {1000 * times.compute_seconds:.2f} ms"
+            f"hop {1000 * times.hop_seconds:.3f} ms, compute {1000 * times.compute_seconds:.2f} ms ({times.path})"
         )
 
     def _input_shape(self, index: int, trace: StepTrace) -> str:

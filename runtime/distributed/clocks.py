@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runtime.clock import StageTime
 from runtime.distributed.messages import Numbers, StepTime
 from runtime.memory import peak_memory_bytes
+from runtime.stage_time import StageTime
 
 MAX_STEPS = 200_000
 """Steps kept for a trace."""

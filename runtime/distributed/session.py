@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Self
 
 from plans.errors import LlamaplanError
-from runtime.clock import StageTime
 from runtime.distributed.address import Address
 from runtime.distributed.clocks import StageClock
 from runtime.distributed.endings import describe, exit_code_of
@@ -25,6 +24,7 @@ from runtime.generate import Generation, Request
 from runtime.memory import peak_memory_bytes
 from runtime.opening import Source
 from runtime.session import Prepared
+from runtime.stage_time import StageTime
 from runtime.stage_view import StageView
 from runtime.steps import OnStep, StepTrace
 from runtime.text import Decode

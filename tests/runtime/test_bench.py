@@ -48,6 +48,7 @@ def test_the_stages_of_a_bench_have_the_form_of_a_run(shards: Path, run_command:
     options = ["-p", "x", "-n", 3, "--ignore-eos", "--device-map", "cpu", "--json"]
     run = json.loads(run_command("llamarun", "generate", shards, *options).out)
     assert [set(stage) for stage in bench["stages"]] == [set(stage) for stage in run["stages"]]
+    run = json.loads(run_command("llamarun", "generate", shards, *options, "--speed", "reference").out)
     assert all(stage["decode_cache_seconds"] > 0 for stage in run["stages"])
     assert all(stage["decode_cache_seconds"] < stage["decode_compute_seconds"] for stage in run["stages"])
 

@@ -24,7 +24,9 @@ from transformers.cache_utils import DynamicLayer
 from runtime.fast import FastStage, first_slots, supports, supports_weights
 from runtime.fast_cache import STEP_SLOTS, FastLayer, adopt
 from runtime.fast_model import FastModel
+from runtime.fast_setup import whole
 from runtime.native import MAX_ROWS, Library
+from runtime.speed import Choice
 
 VOCAB_SIZE = 101
 SIZES: dict[str, Any] = {
@@ -81,12 +83,17 @@ def make_model(name: str = "llama", *, dtype: torch.dtype = torch.float32, **siz
     return model.to(dtype).eval()
 
 
+def fast_model(model: Any, kernels: Library) -> FastModel:
+    """The model on the kernels, whatever the number of rows."""
+    return whole(model, kernels, Choice(((1000, torch.get_num_threads()),)))
+
+
 class Run:
     """One sequence of steps of one model, by transformers or by the kernels, on a cache of its own."""
 
     def __init__(self, model: Any, kernels: Library | None = None) -> None:
         self.model = model
-        self.fast = FastModel(model, kernels) if kernels else None
+        self.fast = fast_model(model, kernels) if kernels else None
         self.cache = DynamicCache(config=model.config)
 
     @torch.no_grad()
@@ -172,7 +179,7 @@ def test_values_are_rounded_where_transformers_rounds_them(name: str, dtype: tor
     # The first token attends to itself alone, so that only linear layers, norms, rotation and SiLU are at work.
     model, ids = make_model(name, dtype=dtype), torch.arange(3, 43)[:, None]
     positions, caches = torch.full((40, 1), 77), [DynamicCache(), DynamicCache()]
-    found = FastModel(model, kernels).step(ids, attention_mask=None, position_ids=positions, cache=caches[0])
+    found = fast_model(model, kernels).step(ids, attention_mask=None, position_ids=positions, cache=caches[0])
     with torch.no_grad():
         expected = model(ids, position_ids=positions, past_key_values=caches[1]).logits
     assert _share_equal(found, expected) > 0.94
@@ -283,7 +290,7 @@ def test_cache_operations_match_those_of_transformers() -> None:
 
 def test_what_the_kernels_cannot_do_is_left_to_the_reference_untouched(kernels: Library) -> None:
     model = make_model("mistral window")
-    fast = FastModel(model, kernels)
+    fast = fast_model(model, kernels)
     ids, mask = prompt(2)
     full, holes = DynamicCache(config=model.config), mask.clone()
     holes[0, 5] = 0

@@ -1,0 +1,56 @@
+"""How a stage computes: transformers' own code (reference), or the native kernels where they serve (fast)."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from plans.errors import UsageError
+
+REFERENCE_PATH = "reference"
+FAST_PATH = "fast"
+
+
+class Speed(StrEnum):
+    """What to use for decode steps on a CPU."""
+
+    AUTO = "auto"
+    """Whichever is faster here, by measurement."""
+    REFERENCE = "reference"
+    """transformers' code always: bit-identical to the unsplit model."""
+    MAX = "max"
+    """The native kernels wherever they can be used."""
+
+
+def parse_speed(name: str) -> Speed:
+    """Return the speed of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        return Speed(name)
+    except ValueError:
+        raise UsageError(f"'{name}' is no speed", where="--speed", expected=", ".join(Speed)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which steps run on the native kernels.
+
+    Attributes:
+        threads_by_rows: up to so many rows (sequences x new tokens) -> so many threads, 0 where transformers is
+            faster; in order of rows. More rows than the last entry go to transformers.
+
+    >>> Choice(((1, 2), (16, 0))).threads(num_rows=1)
+    2
+    """
+
+    threads_by_rows: tuple[tuple[int, int], ...]
+
+    def threads(self, *, num_rows: int) -> int:
+        """Return the threads for a step of so many rows; 0 sends it to transformers."""
+        return next((threads for most, threads in self.threads_by_rows if num_rows <= most), 0)
+
+    @property
+    def is_ever_native(self) -> bool:
+        """Whether any step runs on the kernels."""
+        return any(threads for _, threads in self.threads_by_rows)

@@ -1,0 +1,37 @@
+"""Seconds of one stage."""
+
+from dataclasses import dataclass
+
+from runtime.speed import FAST_PATH, REFERENCE_PATH
+
+
+@dataclass(slots=True)
+class StageTime:
+    """What one stage has spent. Mask and rotary tables count as compute of the first stage."""
+
+    compute_seconds: float = 0.0
+    hop_seconds: float = 0.0
+    """Time to bring hidden states (and shared tensors) to this stage from the one before it."""
+    cache_seconds: float = 0.0
+    """Time to add keys and values to the cache, a part of `compute_seconds`; measured for stages on a CPU. The native
+    kernels write them while they compute, which is not measured apart."""
+    num_fast_steps: int = 0
+    """Forwards that the native kernels computed."""
+
+    @property
+    def path(self) -> str:
+        """Which path served: `fast` if the native kernels computed anything."""
+        return FAST_PATH if self.num_fast_steps else REFERENCE_PATH
+
+    def copy(self) -> "StageTime":
+        """Return the totals as they are now."""
+        return StageTime(self.compute_seconds, self.hop_seconds, self.cache_seconds, self.num_fast_steps)
+
+    def since(self, before: "StageTime") -> "StageTime":
+        """Return what was added after an earlier copy."""
+        return StageTime(
+            self.compute_seconds - before.compute_seconds,
+            self.hop_seconds - before.hop_seconds,
+            self.cache_seconds - before.cache_seconds,
+            self.num_fast_steps - before.num_fast_steps,
+        )
