@@ -11,11 +11,14 @@ import typer
 
 from planner import options
 from plans.console import Output
-from plans.errors import UsageError
+from plans.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from planner.capacity import Capacity
     from plans.plan import Plan
+    from plans.workload import Workload
+
+AUTO = "auto"
 
 StrategyOption = Annotated[
     Literal["uniform", "memory", "compute", "mixed", "custom"] | None,
@@ -73,6 +76,15 @@ MaxContextOption = Annotated[
 MaxInFlightOption = Annotated[
     bool, typer.Option("--max-in-flight", help="Also say the most requests in flight this cut, and any cut, can hold.")
 ]
+ChunkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prefill-chunk",
+        metavar="TOKENS|auto",
+        help="Prompt tokens per step; auto: for the earliest first token; unset: all at once.",
+        show_default=False,
+    ),
+]
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan written by 'llamaplan solve'.")]
 
 
@@ -100,7 +112,7 @@ def solve_command(
     new_tokens: NewTokensOption = None,
     batch_size: options.BatchOption = 1,
     requests_in_flight: options.InFlightOption = 1,
-    prefill_chunk: options.PrefillChunkOption = None,
+    prefill_chunk: ChunkOption = None,
     dtype: options.DtypeOption = None,
     kv_cache_dtype: options.KvDtypeOption = None,
     execution: ExecutionOption = "one_process",
@@ -125,6 +137,7 @@ def solve_command(
     import time
 
     from planner import show
+    from planner.chunking import solve_with_best_chunk
     from planner.clusters import load_cluster
     from planner.models import find_model
     from planner.profile import build_profile
@@ -146,17 +159,18 @@ def solve_command(
         new_tokens=new_tokens,
         batch_size=batch_size,
         requests_in_flight=requests_in_flight,
-        prefill_chunk_tokens=prefill_chunk,
+        prefill_chunk_tokens=chunk_tokens(prefill_chunk),
     )
     for warning in checkpoint.warnings:
         screen.warn(warning)
     offered = load_cluster(cluster, devices=device, margins=margin)
     started = time.monotonic()
-    with spinner(screen, f"solving for {len(offered.devices)} devices"):
-        plan = solve(
+
+    def ask(load: "Workload") -> "Plan":
+        return solve(
             profile,
             cluster=offered,
-            workload=workload,
+            workload=load,
             strategy=strategy or ("custom" if layers else "compute"),
             objective=objective,
             weight=weight,
@@ -170,6 +184,9 @@ def solve_command(
             time_limit=time_limit,
             mip_gap=mip_gap,
         )
+
+    with spinner(screen, f"solving for {len(offered.devices)} devices"):
+        plan = solve_with_best_chunk(workload, ask) if prefill_chunk == AUTO else ask(workload)
         capacities = capacities_of(
             plan,
             max_ctx=max_ctx,
@@ -295,6 +312,15 @@ def refuse_inside(output: Path | None, folder: Path | None) -> None:
 def check_time_limit(seconds: float) -> None:
     """Refuse a time limit that is no time."""
     _check_number("--time-limit", seconds, "above 0", is_good=0 < seconds < math.inf)
+
+
+def chunk_tokens(text: str | None) -> int | None:
+    """Return the tokens of --prefill-chunk; None where the planner chooses, or where all are taken at once."""
+    if text is None or text == AUTO:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:12]) <= 2**31):
+        raise UsageError(f"--prefill-chunk is {printable(text, limit=40)}", expected=f"1 to {2**31}, or auto")
+    return int(text)
 
 
 def _check_number(option: str, value: float, expected: str, *, is_good: bool) -> None:

@@ -29,6 +29,7 @@ def headline(plan: Plan) -> str:
     weight = "" if plan.mixed_weight is None else f", weight {plan.mixed_weight:g}"
     batch = f", batch {work.batch_size}" * (work.batch_size > 1)
     flight = f", {work.requests_in_flight} in flight" * (work.requests_in_flight > 1)
+    flight += f", prefill in chunks of {work.prefill_chunk_tokens}" * (work.prefill_chunk_tokens < work.prompt_tokens)
     return (
         f"{plan.profile.model.name}: {plan.profile.model.num_hidden_layers} layers in {work.dtype}, context "
         f"{work.context_tokens}, {work.prompt_tokens} + {work.new_tokens} tokens{batch}{flight}; "
