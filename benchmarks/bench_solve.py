@@ -1,12 +1,17 @@
-"""Seconds of the solver on four sizes that the planner promises, with who proved the answer.
+"""Seconds of the solver on four sizes that the planner promises, with who proved the answer; and analyze of 405B.
 
 Run: python -m benchmarks solve
 """
 
+import json
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from planner.problem import Problem, ProblemDevice, UnitBytes, UnitTicks
 from planner.solver_process import SolverSession
@@ -16,6 +21,12 @@ from plans.plan import Strategy
 ROUNDS = 3
 MILLISECOND = 10**9
 STRATEGIES: tuple[Strategy, ...] = ("compute", "memory", "mixed")
+SEEDS = range(1, 7)
+LLAMA_405B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 16384, "intermediate_size": 53248,
+    "num_hidden_layers": 126, "num_attention_heads": 128, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "dtype": "bfloat16",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -34,17 +45,60 @@ def main() -> None:
             apart, _ = _timed(problem, strategy, is_isolated=True)
             by = f"{outcome.solver} and {outcome.certified_by}" if outcome.certified_by else outcome.solver
             print(f"  {strategy:8} {here:7.2f} in this process {apart:7.2f} in its own  {outcome.status} by {by}")
+    _print_seeds()
+    _print_analyze()
+
+
+def _print_seeds() -> None:
+    """Other random devices of the same sizes: one lucky instance would prove little."""
+    sizes = {
+        "126 layers x 32 devices, fixed order": lambda seed: replace(unlike(32, 126, seed=seed), keep_order=True),
+        "80 layers x 12 unlike devices, free order": lambda seed: unlike(12, 80, seed=seed),
+        "126 layers x 64 devices of 4 kinds": lambda seed: unlike(64, 126, seed=seed, kinds=4, room=2.5),
+    }
+    print(f"compute over {len(SEEDS)} random clusters each, once, in this process")
+    for name, make in sizes.items():
+        runs = [_once(make(seed), "compute", is_isolated=False) for seed in SEEDS]
+        times = [seconds for seconds, _outcome in runs]
+        proved = sum(outcome.status == "optimal" for _seconds, outcome in runs)
+        print(f"  {name}: {min(times):.2f} to {max(times):.2f} s, {proved} of {len(runs)} proved")
+
+
+def _print_analyze() -> None:
+    """The whole command on a bare configuration, as a user starts it."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.json"
+        config.write_text(json.dumps(LLAMA_405B))
+        command = [sys.executable, "-m", "planner.cli", "analyze", str(config)]
+        seconds, resident = zip(*(_run(command) for _ in range(5)), strict=True)
+    print(f"analyze of 405B: {statistics.median(seconds):.2f} s, {max(resident) / 2**20:.0f} MiB resident")
+
+
+_LAUNCHER = (
+    "import resource, subprocess, sys, time; started = time.perf_counter(); "
+    "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
+    "print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+)
+"""A process inherits the peak of who starts it, so a small one does."""
+
+
+def _run(command: list[str]) -> tuple[float, int]:
+    done = subprocess.run([sys.executable, "-c", _LAUNCHER, *command], check=True, capture_output=True, text=True)
+    seconds, kibibytes = done.stdout.split()
+    return float(seconds), int(kibibytes) * 1024
 
 
 def _timed(problem: Problem, strategy: Strategy, *, is_isolated: bool) -> tuple[float, Outcome]:
-    seconds = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        with SolverSession(time_limit=60, is_isolated=is_isolated) as session:
-            # a copy, since a problem remembers what was derived from it
-            outcome = run_strategy(replace(problem), strategy=strategy, objective="latency", session=session)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds), outcome
+    runs = [_once(problem, strategy, is_isolated=is_isolated) for _ in range(ROUNDS)]
+    return statistics.median(seconds for seconds, _outcome in runs), runs[-1][1]
+
+
+def _once(problem: Problem, strategy: Strategy, *, is_isolated: bool) -> tuple[float, Outcome]:
+    started = time.perf_counter()
+    with SolverSession(time_limit=60, is_isolated=is_isolated) as session:
+        # a copy, since a problem remembers what was derived from it
+        outcome = run_strategy(replace(problem), strategy=strategy, objective="latency", session=session)
+    return time.perf_counter() - started, outcome
 
 
 def golden() -> Problem:
