@@ -22,7 +22,9 @@ LinkClass = Literal["same_host", "between_hosts"]
 MAX_SPEED_RATIO = 1e9
 MAX_DEVICES = 4096
 
-_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.%]{2,60}\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?)(?::([0-9]{1,6}))?")
+_ADDRESS = re.compile(
+    r"(?:\[[0-9A-Fa-f:.]{2,45}(?:%[A-Za-z0-9_.-]{1,15})?\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?)(?::([0-9]{1,6}))?"
+)
 
 
 class Host(StrictModel):

@@ -40,6 +40,18 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
+def planned_device(name: str) -> torch.device:
+    """Return the torch device of a plan's device; what a plan names and this machine lacks is no mistake in usage.
+
+    Raises:
+        MachineError: there is no such device here; the message lists those that are.
+    """
+    try:
+        return torch_device(name)
+    except UsageError as error:
+        raise MachineError(error.what, expected=error.expected, hint=error.hint, code=error.code) from None
+
+
 def present_devices() -> tuple[str, ...]:
     """Return the names of the devices torch can use here, the CPU first."""
     return ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))

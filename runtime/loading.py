@@ -12,7 +12,7 @@ from plans.checkpoint import Checkpoint, open_checkpoint, require_full
 from plans.config import DTYPE_NAMES
 from plans.errors import UsageError
 from runtime.chain import Chain, build_chain
-from runtime.devices import torch_device
+from runtime.devices import planned_device, torch_device
 from runtime.families import parse_model_config
 from runtime.fast_setup import set_up
 from runtime.native import Unavailable
@@ -153,7 +153,10 @@ def place_stages(stages: Sequence[StageSpec], *, device_map: Mapping[int, str]) 
             expected=f"a stage from 0 to {len(stages) - 1}",
             code="E-DEVICE",
         )
-    return tuple(torch_device(device_map.get(index, stage.device)) for index, stage in enumerate(stages))
+    return tuple(
+        torch_device(device_map[index]) if index in device_map else planned_device(stage.device)
+        for index, stage in enumerate(stages)
+    )
 
 
 def torch_dtype(name: str) -> torch.dtype:
