@@ -49,9 +49,10 @@ def frontier_command(
 
     Example: llamaplan frontier my-model/ --device cuda:0=20GiB --device cpu=32GiB
     """
+    from planner.case import Case
     from planner.clusters import load_cluster
     from planner.demands import read_demands
-    from planner.explain import Case, explain_infeasible
+    from planner.explain import explain_infeasible
     from planner.frontier import frontier_by_devices, frontier_by_share
     from planner.models import find_model
     from planner.problem_build import build_problem
@@ -93,7 +94,7 @@ def frontier_command(
         if against != "share":
             counts = frontier_by_devices(problem, objective=objective, session=session)
         if not (shares or counts):
-            raise explain_infeasible(Case(problem, profile, workload, "compute"))
+            raise explain_infeasible(Case(problem, profile, workload, offered, "compute"))
     tables = {"time against memory share": shares, "time against number of devices": counts}
     screen.data({title.replace(" ", "_"): [_as_json(problem, p) for p in found] for title, found in tables.items()})
     for title, found in tables.items():

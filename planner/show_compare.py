@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MAX_STAGES_IN_WORDS = 6
+LONG_REASON = 60
+"""Characters of a reason that is not repeated in the next row."""
 TIME_NAMES = {"latency": "time per token", "request": "time of a whole request", "throughput": "time per pipeline step"}
 
 
@@ -26,13 +28,18 @@ def comparison_table(found: Comparison) -> "Table":
     for column in ("per token", "first token", "tokens/s", "fullest", "vs best"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("fits", overflow="fold", ratio=1)
-    previous = "strategy"
+    previous, said = "strategy", ""
     for row in found.rows:
         if row.kind != previous:
             table.add_row()
             previous = row.kind
+        words = verdict(row)
+        is_said = words == said and len(words) > LONG_REASON
+        said = words
         style = "bold" if row is found.best else "" if row.fits else "dim"
-        table.add_row(row.name, layers_text(row.stages), *_numbers(found, row), verdict(row), style=style)
+        table.add_row(
+            row.name, layers_text(row.stages), *_numbers(found, row), "as above" if is_said else words, style=style
+        )
     return table
 
 

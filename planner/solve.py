@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 from planner.answers import SolverName
+from planner.case import Case
 from planner.costs import StageRange, StageSeconds, predict
 from planner.demands import read_demands
-from planner.explain import Case, explain_infeasible
+from planner.explain import explain_infeasible
 from planner.problem import Assignment, Problem
 from planner.problem_build import build_problem
 from planner.solver_process import SolverSession
@@ -87,7 +88,7 @@ def solve(
         if outcome.assignment is None:
             if outcome.status == "time_limit":
                 raise _out_of_time(time_limit)
-            raise explain_infeasible(Case(problem, profile, workload, strategy, demands.given))
+            raise explain_infeasible(Case(problem, profile, workload, cluster, strategy, demands.given))
     plan = _make_plan(
         problem, outcome, profile=profile, cluster=cluster, workload=workload, strategy=strategy, objective=objective,
         weight=weight,

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
+from planner.advice import with_new_device
 from planner.certificate import certify
-from planner.explain import with_new_device
 from planner.feasible import has_plan
 from planner.goal import Goal
+from planner.margins import parse_margins, with_budgets
 from planner.solve import solve
-from plans.cluster import Cluster
+from plans.cluster import Cluster, Host
 from plans.errors import InfeasibleError
 from plans.profile import ModelProfile
 from plans.workload import Workload
-from tests.planner.cases import cluster, device, tiny_profile, workload
+from tests.planner.cases import cluster, device, link, tiny_profile, workload
 from tests.planner.random_problems import random_problem
 
 LOAD = workload(prompt_tokens=64, new_tokens=64, context_tokens=512, prefill_chunk_tokens=64, batch_size=4)
@@ -116,7 +117,60 @@ def test_demands_that_cannot_be_met_are_told_apart_from_memory(profile: ModelPro
 
 def test_hand_written_cut_that_does_not_fit_names_the_device(profile: ModelProfile) -> None:
     error = _no_plan(profile, TIGHT, LOAD, strategy="custom", layers="1,3")
-    assert " on b, which offers" in error.what
+    short = _number(r"this cut does not fit: b lacks (\d+) bytes .* for its 3 layers", error.what)
+    for size, is_enough in ((200_000 + short, True), (200_000 + short - 1, False)):
+        parts = cluster(TIGHT.devices[0], device("b", budget_bytes=size))
+        options: dict[str, Any] = {"strategy": "custom", "layers": "1,3"}
+        if is_enough:
+            assert solve(profile, cluster=parts, workload=LOAD, is_isolated=False, **options).boundaries == (1, 3)
+        else:
+            assert "b lacks 1 bytes" in _no_plan(profile, parts, LOAD, **options).what
+
+
+def test_an_even_split_that_does_not_fit_names_every_device_that_is_short(profile: ModelProfile) -> None:
+    small = cluster(device("a", budget_bytes=50_000), device("b", budget_bytes=60_000))
+    error = _no_plan(profile, small, LOAD, strategy="uniform")
+    assert re.search(r"a lacks \d+ bytes .* for its 2 layers .*, b lacks \d+ bytes .* for its 2 layers", error.what)
+
+
+def test_a_margin_is_advised_where_budgets_were_made_with_one(profile: ModelProfile) -> None:
+    load = LOAD.model_copy(update={"batch_size": 1})
+    needed = solve(profile, cluster=cluster(device("a")), workload=load, is_isolated=False).stages[0].total_bytes
+    bare = cluster(device("a", kind="cuda", memory_bytes=needed * 100 // 88, budget_bytes=None))
+    error = _no_plan(profile, with_budgets(bare), load)
+    best = _number(r"--margin (\d+)% on the accelerators \(now up to 15%\)", error.hint)
+    assert _fits(profile, with_budgets(bare, parse_margins([f"{best}%"])), load)
+    assert not _fits(profile, with_budgets(bare, parse_margins([f"{best + 1}%"])), load)
+    assert "--margin" not in _no_plan(profile, TIGHT, LOAD).hint
+
+
+def test_no_budget_is_advised_that_the_device_or_its_host_does_not_have(profile: ModelProfile) -> None:
+    parts = [device(name, memory_bytes=400_000, budget_bytes=150_000) for name in "ab"]
+    host = Host(name="local", memory_bytes=400_000)
+    error = _no_plan(profile, cluster(*parts, hosts=(host,)), LOAD)
+    assert re.search(r"of memory in host local, which has 390\.6 KiB, for a budget of \d+ bytes .* on [ab]", error.hint)
+    smaller = [part.model_copy(update={"memory_bytes": 200_000}) for part in parts]
+    assert re.search(r"a device with \d+ bytes .* free in place of [ab], which has 195\.3 KiB",
+                     _no_plan(profile, cluster(*smaller), LOAD).hint)  # fmt: skip
+
+
+def test_a_missing_link_is_advised_where_it_is_enough(profile: ModelProfile) -> None:
+    load = LOAD.model_copy(update={"batch_size": 1})
+    whole = solve(profile, cluster=cluster(device("a")), workload=load, is_isolated=False).stages[0].total_bytes
+    parts = [device(name, host=f"h{name}", budget_bytes=whole * 2 // 3) for name in "abc"]
+    hosts = tuple(Host(name=f"h{name}") for name in "abcd")
+    apart = cluster(*parts, hosts=hosts, links=(link("ha", "hd", bandwidth=1e9, latency=0.0),))
+    error = _no_plan(profile, apart, load)
+    joined = re.search(r"a link between (h\w) and (h\w)", error.hint)
+    assert joined is not None, error.hint
+    more = (*apart.links, link(*joined.groups(), bandwidth=1e9, latency=0.0))
+    assert _fits(profile, apart.model_copy(update={"links": more}), load)
+    # With three stages the ids must come back from the third host to the first: no single link is enough.
+    devices = tuple(part.model_copy(update={"budget_bytes": 140_000}) for part in parts)
+    small = apart.model_copy(update={"devices": devices})
+    assert (
+        "links between all hosts (class between_hosts)" in _no_plan(tiny_profile(num_hidden_layers=6), small, load).hint
+    )
 
 
 def test_too_many_devices_for_an_even_split(profile: ModelProfile) -> None:
