@@ -30,13 +30,13 @@ class BatchNumbers:
 
 
 def model_id(prepared: Prepared) -> str:
-    """Return what tells a model from others: the export id, else configuration and headers; and the dtype."""
-    source = prepared.source
+    """Return what tells a model from others: the export id, else configuration and headers; and the dtypes."""
+    dtypes, source = f"{prepared.dtype} {prepared.kv_cache_dtype}", prepared.source
     if source.export is not None:
-        return f"{source.export.export_id} {prepared.dtype}"
+        return f"{source.export.export_id} {dtypes}"
     checkpoint = source.checkpoint
     headers = [shard.header.header_sha256 for shard in checkpoint.shards]
-    return f"{hashlib.sha256(' '.join([checkpoint.config.sha256, *headers]).encode()).hexdigest()} {prepared.dtype}"
+    return f"{hashlib.sha256(' '.join([checkpoint.config.sha256, *headers]).encode()).hexdigest()} {dtypes}"
 
 
 def run_jobs(

@@ -32,14 +32,16 @@ class Need:
         return self.weight_bytes + self.kv_cache_bytes
 
 
-def stage_need(checkpoint: Checkpoint, spec: StageSpec, *, dtype: str, context_tokens: int, batch_size: int) -> Need:
-    """Return what a stage needs for its weights at `dtype` and for a full KV cache."""
+def stage_need(
+    checkpoint: Checkpoint, spec: StageSpec, *, dtype: str, kv_cache_dtype: str, context_tokens: int, batch_size: int
+) -> Need:
+    """Return what a stage needs for its weights at `dtype` and for a full KV cache at `kv_cache_dtype`."""
     config = checkpoint.config
     owned = [table for table in unit_tables(checkpoint) if owns_unit(spec, table.key)]
     tensors = {name: stored for table in owned for name, stored in table.tensors.items()}
     places = {(stored.file, stored.entry.begin): stored.entry for stored in tensors.values()}  # a tied table once
     weights = sum(entry.num_elements * DTYPE_SIZES[dtype] for entry in places.values())
-    per_token = 2 * config.num_key_value_heads * config.head_dim * DTYPE_SIZES[dtype]
+    per_token = 2 * config.num_key_value_heads * config.head_dim * DTYPE_SIZES[kv_cache_dtype]
     windows = config.sliding_windows[spec.start_layer : spec.end_layer]
     tokens = sum(min(context_tokens, window or context_tokens) for window in windows)
     return Need(weights, per_token * tokens * batch_size)

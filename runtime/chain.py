@@ -14,11 +14,12 @@ from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from plans.errors import UsageError
 from runtime.buffers import check_filled, rebuild_buffers
+from runtime.caches import new_cache
 from runtime.families import build_skeleton, check_config, family_class
 from runtime.fast_model import FastModel
 from runtime.hops import Hop
@@ -37,6 +38,7 @@ class Chain(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     Attributes:
         stages: the units of each stage, in chain order.
         stage_devices: the torch device of each stage.
+        kv_cache_dtype: what `new_cache` keeps keys and values in; None for the dtype of the model.
         fast: what runs steps on native kernels; None for transformers' code alone.
         reason: why there is no fast path although one was wanted, for people; else None.
         stage_times: totals that native stages add to; set by `runtime.clock`.
@@ -44,6 +46,7 @@ class Chain(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
 
     stages: tuple[StageRange, ...] = ()
     stage_devices: tuple[torch.device, ...] = ()
+    kv_cache_dtype: torch.dtype | None = None
     fast: FastModel | None = None
     reason: str | None = None
     stage_times: Sequence[StageTime] = ()
@@ -63,6 +66,10 @@ class Chain(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     def stage_path(self, index: int, *, num_rows: int) -> str:
         """Return which path serves a plain step of so many rows (sequences x new tokens): `fast` or `reference`."""
         return REFERENCE_PATH if self.fast is None else self.fast.path(index, num_rows=num_rows)
+
+    def new_cache(self) -> DynamicCache:
+        """Return an empty cache; `generate(past_key_values=...)` takes it too."""
+        return new_cache(self.config, dtype=self.kv_cache_dtype)
 
     def generate_batch(self, *_args: object, **_kwargs: object) -> NoReturn:
         """Refuse continuous batching: its paged cache knows nothing of stages and would be silently wrong."""

@@ -20,6 +20,7 @@ def prepare(
     model: Path | None,
     device_map: list[str] | None,
     dtype: str | None,
+    kv_cache_dtype: str | None = None,
     ctx_size: int | None = None,
     expect_id: str | None = None,
     threads: int | None = None,
@@ -47,7 +48,14 @@ def prepare(
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         if threads is not None:
             torch.set_num_threads(threads)
-        return prepare_session(source, device_map=places, dtype=dtype, context_tokens=ctx_size, only_stage=only_stage)
+        return prepare_session(
+            source,
+            device_map=places,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            context_tokens=ctx_size,
+            only_stage=only_stage,
+        )
 
 
 def load(

@@ -26,6 +26,10 @@ DeviceMapOption = Annotated[
     typer.Option("--device-map", help="STAGE=DEVICE (stages count from 0), or one DEVICE for all; repeatable."),
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Compute in this dtype instead of the stored one.")]
+KvDtypeOption = Annotated[
+    Dtype | None,
+    typer.Option("--kv-cache-dtype", help="Keep keys and values in this dtype; the plan's, else as --dtype."),
+]
 ContextOption = Annotated[
     int | None, typer.Option("--ctx-size", "-c", min=1, help="Context in tokens; the plan's, else the model's.")
 ]

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from runtime.batch import TokenBatch
@@ -165,7 +164,7 @@ def generate_requests(
         UsageError: an empty prompt, a token id outside the vocabulary, or more tokens than the context holds.
         NonFiniteError: NaN or infinity in the logits; nothing of that step is printed.
     """
-    cache = DynamicCache(config=chain.config) if cache is None else cache
+    cache = chain.new_cache() if cache is None else cache
     prompts = [request.prompt_ids for request in requests]
     limits = [request.limits for request in requests]
     rooms = check_prompts(prompts, limits=limits, vocab_size=chain.config.vocab_size, has_decode=decode is not None)

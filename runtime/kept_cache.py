@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from itertools import takewhile
 
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from runtime.chain import Chain
@@ -17,9 +16,9 @@ class KeptCache:
     """
 
     def __init__(self, chain: Chain) -> None:
-        self._config = chain.config
+        self._chain = chain
         self._token_ids: list[int] = []
-        self._cache: Cache = DynamicCache(config=self._config)
+        self._cache: Cache = chain.new_cache()
 
     @property
     def num_tokens(self) -> int:
@@ -29,7 +28,7 @@ class KeptCache:
     def reset(self) -> None:
         """Forget everything, for example after a forward that did not end."""
         self._token_ids = []
-        self._cache = DynamicCache(config=self._config)
+        self._cache = self._chain.new_cache()
 
     def match(self, prompt_ids: Sequence[int]) -> Cache:
         """Return the cache cut back to the longest beginning it shares with a prompt, the prompt's last token left out.

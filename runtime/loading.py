@@ -17,7 +17,7 @@ from runtime.families import parse_model_config
 from runtime.fast_setup import set_up
 from runtime.native import Unavailable
 from runtime.ranges import StageRange, StageSpec
-from runtime.speed import parse_speed
+from runtime.speed import Speed, parse_speed
 from runtime.weights import TensorSource
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -140,6 +140,9 @@ def set_speed(chain: Chain, speed: str, *, progress: Callable[[str], None] | Non
     Raises:
         UsageError: `speed` is none of the three.
     """
+    if chain.kv_cache_dtype not in (None, chain.dtype) and parse_speed(speed) is not Speed.REFERENCE:
+        chain.fast, chain.reason = None, "the native kernels keep keys and values in the dtype they compute in"
+        return
     fast = set_up(chain, chain.stages, chain.stage_devices, speed=parse_speed(speed), progress=progress)
     chain.fast, chain.reason = (None, fast.reason) if isinstance(fast, Unavailable) else (fast, None)
 

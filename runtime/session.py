@@ -16,7 +16,15 @@ from runtime.capacity import check_room, memory_faults, stage_need
 from runtime.chain import Chain
 from runtime.families import parse_model_config
 from runtime.generate import Generation, Request, generate_requests
-from runtime.loading import FolderTensors, load_chain, place_stages, read_generation_config, set_speed, stored_dtype
+from runtime.loading import (
+    FolderTensors,
+    load_chain,
+    place_stages,
+    read_generation_config,
+    set_speed,
+    stored_dtype,
+    torch_dtype,
+)
 from runtime.memory import peak_memory_bytes
 from runtime.opening import Source, open_source
 from runtime.stage_view import StageView
@@ -39,6 +47,7 @@ class Prepared:
         source: what it will be loaded from.
         device_map: zero-based stage index -> device, where it differs from the plan's.
         dtype: `fp32`, `bf16` or `fp16`.
+        kv_cache_dtype: what keys and values are kept in.
         tokenizer: its tokenizer.
         generation_config: the checkpoint's defaults.
         context_tokens: prompt and new tokens together may not exceed this.
@@ -48,6 +57,7 @@ class Prepared:
     source: Source
     device_map: Mapping[int, str]
     dtype: str
+    kv_cache_dtype: str
     tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig
     context_tokens: int
@@ -137,6 +147,7 @@ def prepare_session(
     *,
     device_map: Mapping[int, str],
     dtype: str | None = None,
+    kv_cache_dtype: str | None = None,
     context_tokens: int | None = None,
     only_stage: int | None = None,
 ) -> Prepared:
@@ -146,6 +157,8 @@ def prepare_session(
         source: from `open_source`.
         device_map: zero-based stage index -> device, where it differs from the plan's.
         dtype: `fp32`, `bf16` or `fp16`; None keeps the plan's or the checkpoint's.
+        kv_cache_dtype: the same for keys and values; None takes the plan's where `dtype` is the plan's too,
+            else `dtype`.
         context_tokens: None takes the plan's context, else the model's.
         only_stage: the stage that will run on this machine; None for all of them.
 
@@ -164,7 +177,8 @@ def prepare_session(
         model_config
     )
     ends = eos_token_ids(defaults, tokenizer, vocab_size=vocab_size)
-    return Prepared(source, device_map, chosen_dtype, tokenizer, defaults, context, ends)
+    kv_chosen = _choose_kv_dtype(source, kv_cache_dtype, dtype=chosen_dtype)
+    return Prepared(source, device_map, chosen_dtype, kv_chosen, tokenizer, defaults, context, ends)
 
 
 def load_session(
@@ -194,7 +208,14 @@ def load_session(
     source = prepared.source
     tokens = min(cache_tokens or prepared.context_tokens, prepared.context_tokens)
     needs = [
-        stage_need(source.checkpoint, stage, dtype=prepared.dtype, context_tokens=tokens, batch_size=batch_size)
+        stage_need(
+            source.checkpoint,
+            stage,
+            dtype=prepared.dtype,
+            kv_cache_dtype=prepared.kv_cache_dtype,
+            context_tokens=tokens,
+            batch_size=batch_size,
+        )
         for stage in source.stages
     ]
     check_room(needs, source.stages, place_stages(source.stages, device_map=prepared.device_map))
@@ -202,6 +223,7 @@ def load_session(
     with Verification(source if verifies else None) as verification, memory_faults("loading the weights"):
         # Which path is faster cannot be measured while files are being read for their checksums.
         chain = _load(source, device_map=prepared.device_map, dtype=prepared.dtype)
+        chain.kv_cache_dtype = torch_dtype(prepared.kv_cache_dtype)
         verification.wait(progress)
         set_speed(chain, speed, progress=progress)
     return Session(prepared, chain, time.perf_counter() - started)
@@ -231,6 +253,13 @@ def _choose_dtype(source: Source, dtype: str | None) -> str:
     if dtype not in DTYPE_NAMES:
         raise UsageError(f"'{dtype}' is not a dtype", where="--dtype", expected="fp32, bf16 or fp16")
     return DTYPE_NAMES[dtype]
+
+
+def _choose_kv_dtype(source: Source, kv_cache_dtype: str | None, *, dtype: str) -> str:
+    workload = None if source.plan is None else source.plan.workload
+    if kv_cache_dtype is None:
+        return workload.kv_cache_dtype if workload is not None and workload.dtype == dtype else dtype
+    return DTYPE_NAMES[kv_cache_dtype]
 
 
 def _choose_context(source: Source, context_tokens: int | None) -> int:

@@ -12,17 +12,18 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from runtime.buffers import check_filled, rebuild_buffers
+from runtime.caches import new_cache
 from runtime.families import PER_LAYER_KEYS, build_skeleton, check_config, family_class
 from runtime.fast_cache import adopt
 from runtime.fast_model import FastModel
 from runtime.fast_setup import set_up
 from runtime.native import Unavailable
 from runtime.ranges import StageRange, StageSpec
-from runtime.speed import FAST_PATH, REFERENCE_PATH, parse_speed
+from runtime.speed import FAST_PATH, REFERENCE_PATH, Speed, parse_speed
 from runtime.weights import TensorSource, load_units
 
 __all__ = ["Stage", "StageRange", "StageSpec", "build_stage"]
@@ -35,6 +36,7 @@ class Stage(nn.Module):
         spec: which units it holds.
         model: the transformers model with everything else replaced by identity.
         device: where its weights and its cache live.
+        kv_cache_dtype: what `new_cache` keeps keys and values in; None for the dtype of the weights.
         reason: why there is no fast path although one was wanted, for people; else None.
     """
 
@@ -44,12 +46,14 @@ class Stage(nn.Module):
         spec: StageSpec,
         *,
         device: torch.device,
+        kv_cache_dtype: torch.dtype | None = None,
         fast: FastModel | Unavailable | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.spec = spec
         self.device = device
+        self.kv_cache_dtype = kv_cache_dtype
         self._fast = fast if isinstance(fast, FastModel) else None
         self.reason = fast.reason if isinstance(fast, Unavailable) else None
 
@@ -65,7 +69,7 @@ class Stage(nn.Module):
 
     def new_cache(self) -> Cache:
         """Return an empty cache for this stage's layers, numbered from 0, that its path can extend."""
-        cache = DynamicCache(config=self.model.config)
+        cache = new_cache(self.model.config, dtype=self.kv_cache_dtype)
         if self._fast is not None:
             adopt(cache, num_layers=len(cast("Any", self.model.base_model).layers))
         return cache
@@ -124,6 +128,7 @@ def build_stage(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    kv_cache_dtype: torch.dtype | None = None,
     speed: str = "reference",
     progress: Callable[[str], None] | None = None,
 ) -> Stage:
@@ -135,6 +140,7 @@ def build_stage(
         tensors: lazy tensors by Hugging Face name, of the whole checkpoint or of this stage's bundle.
         dtype: floating-point dtype of weights and computation.
         device: where the stage lives; on a CPU, tensors already of `dtype` stay mapped.
+        kv_cache_dtype: what `Stage.new_cache` keeps keys and values in; None for `dtype`. Another one has no kernels.
         speed: `reference`, `auto` (the faster path, by measurement) or `max` (native kernels wherever possible); says
             what `Stage.path` becomes. Where kernels were wanted and cannot be had, `Stage.reason` says why.
         progress: told, in a few words, what takes time: compiling and measuring, once per machine.
@@ -143,7 +149,7 @@ def build_stage(
         InputError: the family is not supported, or tensors are missing, unknown or of a wrong shape.
         UsageError: `speed` is none of the three.
     """
-    wanted = parse_speed(speed)
+    wanted = parse_speed(speed if kv_cache_dtype in (None, dtype) else Speed.REFERENCE)
     check_config(config)
     model = build_skeleton(config, family_class(config.model_type))
     model.config.dtype = dtype
@@ -156,7 +162,7 @@ def build_stage(
         spec.device, 0, spec.end_layer - spec.start_layer, has_embedding=spec.has_embedding, has_head=spec.has_head
     )
     fast = set_up(model, [local], [device], speed=wanted, progress=progress)
-    return Stage(model, spec, device=device, fast=fast).eval()
+    return Stage(model, spec, device=device, kv_cache_dtype=kv_cache_dtype, fast=fast).eval()
 
 
 def _prune(model: PreTrainedModel, spec: StageSpec) -> None:

@@ -39,6 +39,7 @@ class LoadSettings:
 
     Attributes:
         dtype: `fp32`, `bf16` or `fp16`.
+        kv_cache_dtype: the same, of keys and values.
         device: where to, if not where the plan says.
         verifies: compare the weights with the export's checksums.
         cache_tokens: the longest any sequence will become.
@@ -46,6 +47,7 @@ class LoadSettings:
     """
 
     dtype: str
+    kv_cache_dtype: str
     device: str | None
     verifies: bool
     cache_tokens: int
@@ -78,6 +80,7 @@ def load_stage(
         source.checkpoint,
         spec,
         dtype=settings.dtype,
+        kv_cache_dtype=settings.kv_cache_dtype,
         context_tokens=settings.cache_tokens,
         batch_size=settings.batch_size,
     )
@@ -89,7 +92,12 @@ def load_stage(
         memory_faults("loading the weights"),
     ):
         stage = build_stage(
-            config, spec, FolderTensors(source.checkpoint), dtype=torch_dtype(settings.dtype), device=device
+            config,
+            spec,
+            FolderTensors(source.checkpoint),
+            dtype=torch_dtype(settings.dtype),
+            kv_cache_dtype=torch_dtype(settings.kv_cache_dtype),
+            device=device,
         )
         verification.wait(progress)
     return LoadedStage(stage, number, config.hidden_size, time.perf_counter() - started)

@@ -46,6 +46,7 @@ class Job(StrictModel):
 
     kind: Literal["job"] = "job"
     dtype: Text
+    kv_cache_dtype: Text
     device: Text | None
     """Where the stage goes if not where the plan says."""
     threads: Natural | None

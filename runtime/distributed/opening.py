@@ -46,6 +46,7 @@ def open_processes(
     source = prepared.source
     load = LoadSettings(
         dtype=prepared.dtype,
+        kv_cache_dtype=prepared.kv_cache_dtype,
         device=prepared.device_map.get(0),
         verifies=verifies,
         cache_tokens=min(cache_tokens or prepared.context_tokens, prepared.context_tokens),
@@ -80,6 +81,7 @@ def _team(
     def job(rank: int) -> Job:
         return Job(
             dtype=load.dtype,
+            kv_cache_dtype=load.kv_cache_dtype,
             device=prepared.device_map.get(rank),
             threads=threads if settings.threads or settings.listen is None else None,
             verifies=load.verifies,

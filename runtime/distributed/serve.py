@@ -134,6 +134,7 @@ def work(
     try:
         settings = LoadSettings(
             dtype=job.dtype,
+            kv_cache_dtype=job.kv_cache_dtype,
             device=device or job.device,
             verifies=job.verifies,
             cache_tokens=job.cache_tokens,
