@@ -96,6 +96,7 @@ def test_sizes_of_any_magnitude_give_exact_answers(bytes_per_layer: int, ticks_p
 
 
 def test_times_of_any_scale_reach_the_solver_as_ordinary_numbers() -> None:
+    """Row L13."""
     rng = random.Random(2)
     for _ in range(20):
         problem = random_problem(rng)
@@ -139,6 +140,7 @@ def test_answers_that_break_the_problem_are_not_accepted(monkeypatch: pytest.Mon
 
 
 def test_unbounded_and_undefined_are_faults_and_never_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row L14."""
     import highspy
 
     monkeypatch.setattr(highspy.Highs, "getModelStatus", lambda _self: highspy.HighsModelStatus.kUnboundedOrInfeasible)
