@@ -1,150 +1,214 @@
-"""Decode on a CPU: the native kernels against transformers' `generate()` and against reading the weights once.
+"""Decode and prefill on a CPU: transformers' `generate()`, llamarun's two paths, and llama.cpp if it is there.
 
-Shapes x dtypes x batch sizes, prompt 128. In every round the machine first reads all weights of a step once with all
-threads (its limit), then each variant makes a few greedy tokens; a cell is the median over all tokens of all rounds.
+Prompt 128, 64 new greedy tokens. Variants take turns of eight tokens, each on its own cache, until all have made 64;
+in every turn the machine also reads the weights of a step once with all its threads, which is its limit. Prefill is
+measured in turns before that. A figure is the median of its kind.
 
-Run: python -m benchmarks decode
+llama.cpp: `pip install --no-binary llama-cpp-python llama-cpp-python gguf` into an environment of its own, and give its
+interpreter with --llama-cpp; the same weights are converted to GGUF in the same dtype.
+
+Run: python -m benchmarks.bench_decode --shape 1.1B --dtype bfloat16 --batch 1 --models FOLDER
 """
 
+import argparse
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from benchmarks.measure import SHAPES, interleave, make_checkpoint
+from benchmarks.measure import SHAPES, interleave, make_checkpoint, timed
+from benchmarks.peer import LlamaCpp, convert
 
 PROMPT_TOKENS = 128
-TOKENS_PER_ROUND = 6
-ROUNDS = 5
-BATCHES = (1, 8)
-DTYPES = ("bfloat16", "float32")
+NEW_TOKENS = 64
+TURN_TOKENS = 8
+PREFILL_ROUNDS = {1: 2}
+"""By batch size, after one that does not count; larger batches read their prompts once, and that counts."""
+SPEEDS = {"reference": "reference", "fast": "max", "fast, 2 stages": "max", "fast, 4 stages": "max"}
+NUM_STAGES = {"fast, 2 stages": 2, "fast, 4 stages": 4}
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """Median seconds of one shape, dtype and batch size; bytes are the weights that a step reads."""
+class Variant(Protocol):
+    """Something that reads a prompt and then makes tokens."""
 
-    weight_bytes: int
-    read: float
-    transformers: float
-    native: float
+    def prefill(self) -> None:
+        """Start anew: read the prompt."""
 
-    def line(self) -> str:
-        """Return the columns after shape, dtype and batch."""
-        return (
-            f"{1000 * self.transformers:12.1f} {1000 * self.native:9.1f} {self.transformers / self.native:7.2f}"
-            f" {self.weight_bytes / self.native / 1e9:7.1f} {self.weight_bytes / self.read / 1e9:7.1f}"
-            f" {self.read / self.native:7.0%}"
-        )
+    def decode(self, count: int) -> list[float]:
+        """Make tokens; return the seconds of each."""
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of what was asked for; without arguments, of everything."""
     import torch
 
-    print(f"decode, {torch.get_num_threads()} threads, prompt {PROMPT_TOKENS}; milliseconds per step, GB/s of weights")
-    print("shape  dtype     batch transformers   native   ratio    GB/s machine   share")
+    options = _options()
+    print(f"{torch.get_num_threads()} threads, prompt {PROMPT_TOKENS}, {NEW_TOKENS} new tokens; medians")
+    print("shape dtype    batch variant             ms/step  ratio     GB/s  limit   prefill ms  ratio", flush=True)
     with tempfile.TemporaryDirectory() as temp:
-        for shape in ("1.1B", "135M"):
-            for dtype in DTYPES:
-                folder = make_checkpoint(SHAPES[shape], Path(temp), dtype=dtype)
-                for batch, cell in _cells(folder):
-                    print(f"{shape:6} {dtype:9} {batch:5} {cell.line()}", flush=True)
+        models = options.models or Path(temp)
+        for shape in options.shape:
+            for dtype in options.dtype:
+                folder = models / f"{shape}-{dtype}"
+                if not folder.is_dir():
+                    make_checkpoint(SHAPES[shape], models, dtype=dtype)
+                for batch in options.batch:
+                    for line in _cell(folder, batch, options.llama_cpp):
+                        print(f"{shape:5} {dtype:8} {batch:5} {line}", flush=True)
 
 
-def _cells(folder: Path) -> Iterator[tuple[int, Cell]]:
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["1.1B", "135M"])
+    parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--models", type=Path, help="keep the checkpoints here")
+    parser.add_argument("--llama-cpp", type=Path, help="an interpreter with llama_cpp and gguf")
+    return parser.parse_args()
+
+
+def _cell(folder: Path, batch: int, llama_cpp: Path | None) -> Iterator[str]:
+    import torch
+
+    torch.manual_seed(0)
+    variants, read, read_bytes = _variants(folder, batch)
+    peer = None
+    if llama_cpp is not None:
+        ids = torch.randint(3, 1000, (batch, PROMPT_TOKENS)).tolist()
+        peer = variants["llama.cpp"] = LlamaCpp(convert(folder, python=llama_cpp), ids, python=llama_cpp)
+    rounds = PREFILL_ROUNDS.get(batch, 0)
+    readings = {name: timed(v.prefill) for name, v in variants.items()}
+    prefill = interleave(readings, rounds=max(1, rounds), warmup=1 if rounds else 0)
+    steps: dict[str, list[float]] = {name: [] for name in ("read", *variants)}
+    for _ in range(NEW_TOKENS // TURN_TOKENS):
+        steps["read"] += [read() for _ in range(3)]
+        for name, variant in variants.items():
+            steps[name] += variant.decode(TURN_TOKENS)
+    medians = {name: statistics.median(seconds) for name, seconds in steps.items()}
+    if peer is not None:
+        peer.close()
+    limit, base = medians.pop("read"), medians["transformers"]
+    yield f"{'reading the weights':18} {1000 * limit:8.1f} {base / limit:6.2f} {read_bytes / limit / 1e9:8.1f}"
+    for name, step in medians.items():
+        yield (
+            f"{name:18} {1000 * step:8.1f} {base / step:6.2f} {read_bytes / step / 1e9:8.1f} {limit / step:6.0%}"
+            f" {1000 * prefill[name]:12.0f} {prefill['transformers'] / prefill[name]:6.2f}"
+        )
+
+
+def _variants(folder: Path, batch: int) -> tuple[dict[str, Variant], Callable[[], float], int]:
+    """Return the variants of this process, a timed reading of the weights of a step, and how many bytes those are."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from runtime import native
-    from runtime.fast_setup import whole
     from runtime.loading import load
-    from runtime.speed import Choice
 
     kernels = native.load(on_build=print)
     if isinstance(kernels, native.Unavailable):
         raise SystemExit(kernels.reason)
-    chain = load(folder)
-    fast = whole(chain, kernels, Choice(((max(BATCHES), torch.get_num_threads()),)))
+    chains = {
+        name: load(folder, stages=_stages(folder, NUM_STAGES.get(name, 1)), speed=speed)
+        for name, speed in SPEEDS.items()
+        if batch == 1 or name not in NUM_STAGES  # what a cut costs does not depend on the batch
+    }
+    chain = chains["fast"]
+    ids = torch.randint(3, chain.config.vocab_size, (batch, PROMPT_TOKENS))
     unsplit = AutoModelForCausalLM.from_pretrained(folder, dtype=chain.dtype).eval()
+    variants: dict[str, Variant] = {"transformers": Generate(unsplit, ids)}
+    variants |= {name: Llamarun(chain, ids) for name, chain in chains.items()}
     table = set() if chain.config.tie_word_embeddings else {"model.embed_tokens.weight"}
     weights = [weight.detach() for name, weight in chain.named_parameters() if name not in table]
-    for batch in BATCHES:
-        cache, ids = _prompt(fast, chain, batch=batch)
-        variants: dict[str, Callable[[], float]] = {
-            "read": lambda: _seconds(lambda: kernels.read_memory(weights, threads=torch.get_num_threads())),
-            "transformers": lambda ids=ids, cache=cache: _generate(unsplit, ids, cache),
-            "native": lambda ids=ids, cache=cache: _steps(fast, ids, cache),
-        }
-        medians = interleave(variants, rounds=ROUNDS)
-        yield batch, Cell(weight_bytes=sum(w.nbytes for w in weights), **medians)
+    threads = torch.get_num_threads()
+    return variants, timed(lambda: kernels.read_memory(weights, threads=threads)), sum(w.nbytes for w in weights)
 
 
-def _prompt(fast: Any, chain: Any, *, batch: int) -> tuple[Any, Any]:
-    """Read all but the last token of random prompts; returns the cache, to be copied before use, and the tokens."""
-    import torch
-    from transformers import DynamicCache
+def _stages(folder: Path, count: int) -> list[Any]:
+    from plans.checkpoint import open_checkpoint
+    from runtime.ranges import StageRange
 
-    ids = torch.randint(3, chain.config.vocab_size, (batch, PROMPT_TOKENS))
-    cache = DynamicCache(config=chain.config)
-    fast.step(ids[:, :-1], attention_mask=None, position_ids=None, cache=cache)
-    return cache, ids
+    num_layers = open_checkpoint(folder).config.num_hidden_layers
+    edges = [num_layers * k // count for k in range(count + 1)]
+    return [StageRange("cpu", a, b, has_embedding=a == 0, has_head=b == num_layers) for a, b in pairwise(edges)]
 
 
-def _copy(cache: Any) -> Any:
-    from transformers import DynamicCache
+class Generate:
+    """transformers' `generate()`, a few tokens at a time on one cache; its start is not counted."""
 
-    copy = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        copy.update(layer.keys, layer.values, index)
-    return copy
+    def __init__(self, model: Any, ids: Any) -> None:
+        self._model, self._prompt = model, ids
 
+    def prefill(self) -> None:
+        """Read the prompt, and choose one token."""
+        from transformers import DynamicCache
 
-def _generate(model: Any, ids: Any, cache: Any) -> float:
-    """Return the median seconds per token of `generate()`, its first token left out."""
-    import torch
+        self._ids, self._cache = self._prompt, DynamicCache(config=self._model.config)
+        self._times: list[float] = []
+        self._generate(1)
 
-    times: list[float] = []
+    def decode(self, count: int) -> list[float]:
+        """Make one token more than asked for: the first one holds the start of `generate()`."""
+        self._times = []
+        self._generate(count + 1)
+        return [b - a for a, b in pairwise(self._times)]
 
-    def note(input_ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
-        times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+    def _generate(self, count: int) -> None:
+        import torch
 
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=_copy(cache),
-        max_new_tokens=TOKENS_PER_ROUND + 1,
-        min_new_tokens=TOKENS_PER_ROUND + 1,
-        do_sample=False,
-        pad_token_id=0,
-        stopping_criteria=[note],
-    )
-    return statistics.median(b - a for a, b in pairwise(times))
+        def note(input_ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
+            self._times.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
 
-
-def _steps(fast: Any, ids: Any, cache: Any) -> float:
-    """Return the median seconds per greedy token of the native kernels, the first one left out."""
-    import torch
-
-    cache, mask, times = _copy(cache), torch.ones_like(ids), []
-    newest = ids[:, -1:]
-    for _ in range(TOKENS_PER_ROUND + 1):
-        logits = fast.step(newest, attention_mask=mask, position_ids=None, cache=cache)
-        newest = logits.float().argmax(-1)
-        mask = torch.cat([mask, torch.ones_like(newest)], dim=1)
-        times.append(time.perf_counter())
-    return statistics.median(b - a for a, b in pairwise(times))
+        self._ids = self._model.generate(
+            self._ids,
+            attention_mask=torch.ones_like(self._ids),
+            past_key_values=self._cache,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=[note],
+        )
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+class Llamarun:
+    """The commands' own loop, without text."""
+
+    def __init__(self, chain: Any, ids: Any) -> None:
+        self._chain, self._prompts = chain, ids.tolist()
+
+    def prefill(self) -> None:
+        """Read the prompt, and choose one token."""
+        import torch
+        from transformers import DynamicCache
+
+        from runtime.batch import TokenBatch
+        from runtime.generate import Decoding, prefill
+
+        batch = TokenBatch(self._prompts, num_new_tokens=NEW_TOKENS + 1, pad_token_id=0)
+        self._state = Decoding(batch, DynamicCache(config=self._chain.config))
+        with torch.inference_mode():
+            self._take(prefill(self._chain, self._state))
+
+    def decode(self, count: int) -> list[float]:
+        """Make tokens."""
+        import torch
+
+        from runtime.generate import decode_one_token
+
+        with torch.inference_mode():
+            step = timed(lambda: self._take(decode_one_token(self._chain, self._state)))
+            return [step() for _ in range(count)]
+
+    def _take(self, logits: Any) -> None:
+        from runtime.numerics import require_finite
+
+        require_finite(self._chain, logits, batch=self._state.batch, step=self._state.step)
+        self._state.batch.append(logits.argmax(-1).tolist())
+        self._state.step += 1
 
 
 if __name__ == "__main__":

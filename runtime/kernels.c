@@ -59,7 +59,7 @@ typedef float quad __attribute__((vector_size(16)));
 
 enum { F32, F16, BF16 };
 enum { BLOCK = 2 * LANES, PANEL = 32, SLOTS = 512, MAX_ROWS = 16, MAX_HEAD = 256, CHUNK_FLOATS = 4096,
-       STREAM_ROWS = 2, AHEAD_BYTES = 1024, AHEAD_ROWS = 4 };
+       STRIP = 4, STREAM_ROWS = 2, AHEAD_BYTES = 1024 };
 
 /* ---- What Python hands over: 8-byte fields only, mirrored in native.py. ---- */
 
@@ -272,7 +272,7 @@ INLINE void tile(int dtype, int M, int N, const char *w, size_t pitch, int is_fe
     floats sum[5][2][8], weights[2];
     UNROLL for (int n = 0; n < N; n++)
         UNROLL for (int m = 0; m < M; m++)
-            UNROLL for (int i = 0; i < ways; i++) sum[n][m][i] = is_first || i ? (floats){0} : sums[n * PANEL + m];
+            UNROLL for (int i = 0; i < ways; i++) sum[n][m][i] = is_first || i ? (floats){0} : sums[n * STRIP + m];
     for (size_t k = 0; k < width; k += blocks * BLOCK)
         UNROLL for (int half = 0; half < 2 * blocks; half++) {
             size_t at = k + half / 2 * BLOCK;
@@ -291,7 +291,7 @@ INLINE void tile(int dtype, int M, int N, const char *w, size_t pitch, int is_fe
     UNROLL for (int n = 0; n < N; n++)
         UNROLL for (int m = 0; m < M; m++) {
             UNROLL for (int i = 1; i < ways; i++) sum[n][m][0] += sum[n][m][i];
-            sums[n * PANEL + m] = sum[n][m][0];
+            sums[n * STRIP + m] = sum[n][m][0];
         }
 }
 
@@ -305,11 +305,11 @@ INLINE void multiply_pair(int dtype, const char *w, size_t pitch, ptrdiff_t ahea
     case n + 8 * fetches: tile(dtype, 2, n, w, pitch, fetches, ahead, x, chunk, width, sums, is_first); break
         switch (N + 8 * is_fetching) { CASE(3, 1); CASE(4, 1); CASE(5, 1); CASE(3, 0); CASE(4, 0); CASE(5, 0); }
 #undef CASE
-        rows -= N, x += N * chunk, sums += N * PANEL;
+        rows -= N, x += N * chunk, sums += N * STRIP;
     }
 }
 
-/* Fold each of four vectors to its total. */
+/* Fold each of STRIP = 4 vectors to its total. */
 INLINE quad totals(const floats *values) {
     quad v[4] = {{0}};
     for (int i = 0; i < 4; i++) {
@@ -330,38 +330,41 @@ INLINE float rest_of_row(int dtype, const char *row, const Order *order, const f
     return sum;
 }
 
+/* Up to STRIP weight rows with one chunk, from column k on, of all activation rows. */
+INLINE void multiply_strip(int dtype, const char *w, const Order *order, size_t k, int count, const float *x,
+                           floats *sums) {
+    size_t size = size_of(dtype), pitch = order->columns * size, chunk = order->chunk;
+    size_t whole = order->columns / BLOCK * BLOCK, width = whole - k < chunk ? whole - k : chunk;
+    int rows = (int)order->rows, rows_ahead = dtype == F32 ? 2 : 4, is_last = k + chunk >= whole, m = 0;
+    for (w += k * size; rows > STREAM_ROWS && m + 2 <= count; m += 2, w += 2 * pitch) {
+        /* What comes `rows_ahead` rows later: of this strip, of its next chunk, or of the next strip. */
+        ptrdiff_t ahead = rows_ahead * pitch;
+        if (chunk >= whole) ahead = ahead < AHEAD_BYTES ? AHEAD_BYTES : ahead;
+        else if (m + rows_ahead >= STRIP) ahead -= is_last ? k * size : STRIP * pitch - chunk * size;
+        multiply_pair(dtype, w, pitch, ahead, x, chunk, width, rows, sums + m, k == 0);
+    }
+    for (; m < count; m++, w += pitch) {
+        if (rows == 2) tile(dtype, 1, 2, w, pitch, 1, AHEAD_BYTES, x, chunk, width, sums + m, k == 0);
+        else
+            for (int n = 0; n < rows; n++)
+                tile(dtype, 1, 1, w, pitch, 1, AHEAD_BYTES, x + n * chunk, chunk, width, sums + n * STRIP + m, k == 0);
+    }
+}
+
 INLINE void panel_of(int dtype, const char *w, const Order *order, int count, const float *x, float *out) {
-    floats sums[MAX_ROWS * PANEL];
-    size_t pitch = order->columns * size_of(dtype), whole = order->columns / BLOCK * BLOCK, chunk = order->chunk;
-    int rows = (int)order->rows;
-    if (whole == 0 || count % 4) memset(sums, 0, sizeof sums);
-    for (size_t k = 0; k < whole; k += chunk) {
-        size_t width = whole - k < chunk ? whole - k : chunk;
-        const float *from = x + k * rows;
-        for (int m = 0; m < count;) {
-            const char *at = w + m * pitch + k * size_of(dtype);
-            /* The next chunk of the first rows comes after this chunk of the last rows. */
-            ptrdiff_t ahead = m + AHEAD_ROWS + 2 <= count ? AHEAD_ROWS * pitch
-                                                          : chunk * size_of(dtype) - (count - AHEAD_ROWS) * pitch;
-            if (rows == 1) tile(dtype, 1, 1, at, pitch, 1, AHEAD_BYTES, from, chunk, width, sums + m++, 1);
-            else if (rows == 2) tile(dtype, 1, 2, at, pitch, 1, AHEAD_BYTES, from, chunk, width, sums + m++, 1);
-            else if (m + 2 <= count) {
-                multiply_pair(dtype, at, pitch, ahead, from, chunk, width, rows, sums + m, k == 0);
-                m += 2;
-            } else {
-                for (int n = 0; n < rows; n++)
-                    tile(dtype, 1, 1, at, pitch, 0, 0, from + n * chunk, chunk, width, sums + n * PANEL + m, k == 0);
-                m++;
-            }
+    floats sums[MAX_ROWS * STRIP] = {{0}};
+    size_t pitch = order->columns * size_of(dtype), whole = order->columns / BLOCK * BLOCK;
+    for (int m = 0; m < count; m += STRIP, w += STRIP * pitch, out += STRIP) {
+        int left = count - m < STRIP ? count - m : STRIP;
+        for (size_t k = 0; k < whole; k += order->chunk)
+            multiply_strip(dtype, w, order, k, left, x + k * order->rows, sums);
+        for (int n = 0; n < (int)order->rows; n++) {
+            quad sum = totals(sums + n * STRIP);
+            for (int i = 0; whole < order->columns && i < left; i++)
+                sum[i] += rest_of_row(dtype, w + i * pitch, order, x, n);
+            memcpy(out + n * PANEL, &sum, sizeof sum);
         }
     }
-    for (int n = 0; n < (int)order->rows; n++)
-        for (int m = 0; m < count; m += 4) {
-            quad sum = totals(sums + n * PANEL + m);
-            for (int i = m; whole < order->columns && i < m + 4 && i < count; i++)
-                sum[i - m] += rest_of_row(dtype, w + i * pitch, order, x, n);
-            memcpy(out + n * PANEL + m, &sum, sizeof sum);
-        }
 }
 
 /* out[n][m] = weight row m . activation row n, for `count` <= PANEL rows of weights. */
@@ -560,6 +563,7 @@ INLINE void mix(int dtype, int N, int C, const char *values, size_t head_dim, si
     UNROLL for (int n = 0; n < N; n++)
         UNROLL for (int c = 0; c < 2 * C; c++) sum[n][c] = *(const floats_at *)(sums + n * MAX_HEAD + i + c * LANES);
     for (int slot = 0; slot < count; slot++, values += head_dim * size_of(dtype)) {
+        __builtin_prefetch(values + i * size_of(dtype) + AHEAD_BYTES);
         UNROLL for (int c = 0; c < 2 * C; c++) part[c] = read_half_block(dtype, values, i + c / 2 * BLOCK, c % 2);
         UNROLL for (int n = 0; n < N; n++)
             UNROLL for (int c = 0; c < 2 * C; c++) sum[n][c] += weights[n * SLOTS + slot] * part[c];
