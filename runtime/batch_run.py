@@ -9,8 +9,9 @@ from typing import Any
 from runtime.batch_input import Job
 from runtime.batch_output import ResultFile
 from runtime.capacity import memory_faults
-from runtime.generate import generate_requests
-from runtime.session import Prepared, Session
+from runtime.generate import Generation
+from runtime.session import Prepared
+from runtime.session_kind import AnySession
 from runtime.writer import GeneratedSequence
 
 
@@ -40,11 +41,12 @@ def model_id(prepared: Prepared) -> str:
 
 
 def run_jobs(
-    session: Session,
+    session: AnySession,
     jobs: Sequence[Job],
     results: ResultFile,
     *,
     batch_size: int,
+    in_flight: int = 1,
     on_batch: Callable[[int], None] = lambda _lines: None,
 ) -> BatchNumbers:
     """Run the jobs that have no result yet.
@@ -54,24 +56,31 @@ def run_jobs(
         jobs: every line of the input.
         results: where results go, a batch at a time.
         batch_size: sequences at once.
+        in_flight: such batches under way at once, where stages run in processes of their own.
         on_batch: told how many lines were finished.
     """
     numbers, started = BatchNumbers(), time.perf_counter()
     waiting = sorted(
         (job for job in jobs if job.index not in results.done), key=lambda job: -len(job.request.prompt_ids)
     )
-    for first in range(0, len(waiting), batch_size):
-        batch = waiting[first : first + batch_size]
-        with memory_faults(f"running {len(batch)} lines at once"):
-            generation = generate_requests(
-                session.chain, [job.request for job in batch], decode=session.prepared.decode
-            )
+    batches = [waiting[first : first + batch_size] for first in range(0, len(waiting), batch_size)]
+
+    def keep(place: int, generation: Generation) -> None:
+        batch = batches[place]
         results.append([_result(job, sequence) for job, sequence in zip(batch, generation.sequences, strict=True)])
         numbers.num_lines += len(batch)
         numbers.num_prompt_tokens += generation.num_prompt_tokens
         numbers.num_new_tokens += generation.num_new_tokens
         numbers.seconds = time.perf_counter() - started
         on_batch(len(batch))
+
+    with memory_faults(f"running {batch_size} lines at once"):
+        session.generate_groups(
+            [[job.request for job in batch] for batch in batches],
+            in_flight=in_flight,
+            decode=session.prepared.decode,
+            on_done=keep,
+        )
     results.finish()
     return numbers
 

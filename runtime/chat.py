@@ -10,11 +10,10 @@ from plans.errors import UsageError
 from runtime.capacity import memory_faults
 from runtime.chat_template import encode_chat
 from runtime.conversation import Conversation
-from runtime.generate import Generation, Request, generate_requests
-from runtime.kept_cache import KeptCache
+from runtime.generate import Generation, Request
 from runtime.limits import Limits
 from runtime.sampling import Sampling
-from runtime.session import Session
+from runtime.session_kind import AnySession
 from runtime.writer import FinishReason
 
 
@@ -75,7 +74,7 @@ class Chat:
 
     def __init__(
         self,
-        session: Session,
+        session: AnySession,
         *,
         conversation: Conversation,
         sampling: Sampling,
@@ -90,7 +89,7 @@ class Chat:
         self._max_tokens = max_tokens
         self._stop_strings = stop_strings
         self._chunk_tokens = prefill_chunk_tokens
-        self._kept = KeptCache(session.chain)
+        self._kept = session.new_kept_cache()
 
     def send(self, text: str, *, on_text: Callable[[str], None]) -> Answer | None:
         """Say something and return the answer, which becomes part of the conversation.
@@ -149,8 +148,7 @@ class Chat:
             prompt_ids=ids, sampling=self._sampling, limits=limits, sequence_index=self.numbers.num_answers
         )
         with memory_faults("answering"):
-            generation = generate_requests(
-                self._session.chain,
+            generation = self._session.generate_requests(
                 [request],
                 decode=prepared.decode,
                 on_text=lambda _place, piece: on_text(piece),

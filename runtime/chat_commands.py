@@ -8,7 +8,7 @@ from plans.errors import UsageError, printable
 from runtime.chat import Answer, Chat
 from runtime.chat_template import special_tokens_in
 from runtime.conversation import Conversation, read_conversation
-from runtime.session import Session
+from runtime.session_kind import AnySession
 
 HELP = """\
 /undo          take back the last message and its answer
@@ -45,7 +45,7 @@ class ChatCommands:
         screen: where to write.
     """
 
-    def __init__(self, chat: Chat, session: Session, *, screen: Screen) -> None:
+    def __init__(self, chat: Chat, session: AnySession, *, screen: Screen) -> None:
         self._chat = chat
         self._session = session
         self._screen = screen

@@ -10,12 +10,13 @@ import typer
 from plans.console import Output
 from plans.errors import UsageError
 from runtime import cli_options as options
-from runtime.cli_opening import load, merge_sampling, prepare, refuse_empty_stops, sampling_choices
+from runtime import cli_processes as several
+from runtime.cli_opening import merge_sampling, prepare, refuse_empty_stops, sampling_choices
 from runtime.speed import Speed
 
 if TYPE_CHECKING:
     from runtime.batch_run import BatchNumbers
-    from runtime.session import Session
+    from runtime.session_kind import AnySession
 
 
 def batch(
@@ -41,6 +42,14 @@ def batch(
     ctx_size: options.ContextOption = None,
     expect_id: options.ExpectOption = None,
     verify: options.VerifyOption = True,
+    processes: several.ProcessesOption = False,
+    listen: several.ListenOption = None,
+    key_file: several.KeyOption = None,
+    trusted_network: several.TrustedOption = False,
+    heartbeat_timeout: several.HeartbeatOption = 30.0,
+    join_timeout: several.JoinOption = 60.0,
+    world_size: several.WorldOption = None,
+    in_flight: several.InFlightOption = None,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -63,6 +72,16 @@ def batch(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    team = several.ProcessChoices(
+        processes=processes,
+        listen=listen,
+        key_file=key_file,
+        trusted_network=trusted_network,
+        heartbeat_timeout=heartbeat_timeout,
+        join_timeout=join_timeout,
+        world_size=world_size,
+    )
+    team.check()
     prepared = prepare(
         output,
         target,
@@ -73,6 +92,7 @@ def batch(
         ctx_size=ctx_size,
         expect_id=expect_id,
         threads=threads,
+        only_stage=team.only_stage,
     )
 
     from runtime.batch_input import Defaults, read_jobs
@@ -93,16 +113,30 @@ def batch(
         if file.done:
             output.note(f"{len(file.done)} of {len(jobs)} lines are done already")
         longest = max((job.num_tokens for job in jobs if job.index not in file.done), default=1)
-        session = load(
-            output, prepared, cache_tokens=longest, batch_size=min(batch_size, len(jobs)), verify=verify, speed=speed
+        groups = several.choose_in_flight(team, prepared, in_flight)
+        start = several.Start(
+            output=output,
+            prepared=prepared,
+            target=target,
+            model=model,
+            threads=threads,
+            cache_tokens=longest,
+            batch_size=min(batch_size * groups, len(jobs)),
+            verify=verify,
+            speed=speed,
         )
         try:
-            with _progress(output, total=len(jobs), done=len(file.done)) as advance:
-                numbers = run_jobs(session, jobs, file, batch_size=batch_size, on_batch=advance)
+            with (
+                several.any_session(team, start) as session,
+                _progress(output, total=len(jobs), done=len(file.done)) as advance,
+            ):
+                numbers = run_jobs(
+                    session, jobs, file, batch_size=batch_size, in_flight=groups, on_batch=advance
+                )
+                _finish(output, session, numbers, results)
         except BaseException:
             output.note(f"{len(file.done)} of {len(jobs)} lines are done; the same command goes on from there")
             raise
-    _finish(output, session, numbers, results)
 
 
 @contextmanager
@@ -117,7 +151,7 @@ def _progress(output: Output, *, total: int, done: int) -> Iterator[Callable[[in
         yield lambda lines: bar.advance(task, lines)
 
 
-def _finish(output: Output, session: "Session", numbers: "BatchNumbers", results: Path) -> None:
+def _finish(output: Output, session: "AnySession", numbers: "BatchNumbers", results: Path) -> None:
     from runtime.opening import check_sources_unchanged
     from runtime.summary import identity
 

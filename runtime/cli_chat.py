@@ -9,8 +9,9 @@ import typer
 from plans.console import Output
 from plans.errors import LlamaplanError, UsageError
 from runtime import cli_options as options
+from runtime import cli_processes as several
 from runtime.chat_input import LineReader
-from runtime.cli_opening import load, merge_sampling, prepare, refuse_empty_stops, sampling_choices
+from runtime.cli_opening import merge_sampling, prepare, refuse_empty_stops, sampling_choices
 from runtime.speed import Speed
 
 if TYPE_CHECKING:
@@ -40,6 +41,13 @@ def chat(
     ctx_size: options.ContextOption = None,
     expect_id: options.ExpectOption = None,
     verify: options.VerifyOption = True,
+    processes: several.ProcessesOption = False,
+    listen: several.ListenOption = None,
+    key_file: several.KeyOption = None,
+    trusted_network: several.TrustedOption = False,
+    heartbeat_timeout: several.HeartbeatOption = 30.0,
+    join_timeout: several.JoinOption = 60.0,
+    world_size: several.WorldOption = None,
     quiet: options.QuietOption = False,
 ) -> None:
     """Talk with a model that has a chat template. Type /help for what can be done in a conversation.
@@ -61,6 +69,16 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    team = several.ProcessChoices(
+        processes=processes,
+        listen=listen,
+        key_file=key_file,
+        trusted_network=trusted_network,
+        heartbeat_timeout=heartbeat_timeout,
+        join_timeout=join_timeout,
+        world_size=world_size,
+    )
+    team.check()
     prepared = prepare(
         output,
         target,
@@ -71,6 +89,7 @@ def chat(
         ctx_size=ctx_size,
         expect_id=expect_id,
         threads=threads,
+        only_stage=team.only_stage,
     )
 
     from runtime.chat import Chat
@@ -81,21 +100,24 @@ def chat(
 
     check_template(prepared.tokenizer, folder=prepared.source.folder)
     start = Conversation(system) if conversation is None else read_conversation(conversation)
-    session = load(output, prepared, verify=verify, speed=speed)
-    talk = Chat(
-        session,
-        conversation=start,
-        sampling=merge_sampling(prepared, choices),
-        max_tokens=max_tokens,
-        stop_strings=tuple(stop or ()),
-        prefill_chunk_tokens=prefill_chunk,
+    begin = several.Start(
+        output=output, prepared=prepared, target=target, model=model, threads=threads, verify=verify, speed=speed
     )
-    reader = LineReader()
-    if reader.is_terminal:
-        output.note("type a message, /help for commands; Ctrl-C stops an answer, Ctrl-D leaves")
-    _converse(output, reader, ChatCommands(talk, session, screen=_Screen(output, reader)))
-    check_sources_unchanged(session.source)
-    output.note(_summary(talk.numbers))
+    with several.any_session(team, begin) as session:
+        talk = Chat(
+            session,
+            conversation=start,
+            sampling=merge_sampling(prepared, choices),
+            max_tokens=max_tokens,
+            stop_strings=tuple(stop or ()),
+            prefill_chunk_tokens=prefill_chunk,
+        )
+        reader = LineReader()
+        if reader.is_terminal:
+            output.note("type a message, /help for commands; Ctrl-C stops an answer, Ctrl-D leaves")
+        _converse(output, reader, ChatCommands(talk, session, screen=_Screen(output, reader)))
+        check_sources_unchanged(session.source)
+        output.note(_summary(talk.numbers))
 
 
 def _converse(output: Output, reader: LineReader, commands: "ChatCommands") -> None:

@@ -40,6 +40,10 @@ HeartbeatOption = Annotated[
 JoinOption = Annotated[
     float, typer.Option("--join-timeout", min=1, max=86400, help="Seconds to wait for every worker to join.")
 ]
+InFlightOption = Annotated[
+    str | None,
+    typer.Option("--in-flight", metavar="N|auto", help="Batches under way at once with --processes; unset: auto."),
+]
 WorldOption = Annotated[int | None, typer.Option("--world-size", hidden=True)]
 
 
@@ -93,6 +97,24 @@ class ProcessChoices:
         if not is_loopback(address.host) and not self.trusted_network:
             raise _untrusted(str(address))
         return read_key(self.key_file)
+
+
+def choose_in_flight(choices: ProcessChoices, prepared: "Prepared", text: str | None) -> int:
+    """Return how many batches are kept under way: what was asked for, else the plan's, else one per stage.
+
+    Raises:
+        UsageError: not a count, or several in one process.
+    """
+    if text not in {None, "auto"} and not (text or "").isdecimal() or text == "0":
+        raise UsageError(f"'{text}' is no count", where="--in-flight", expected="a number from 1, or auto")
+    if not choices.is_used:
+        if text not in {None, "auto", "1"}:
+            raise UsageError("one process computes one batch at a time", where="--in-flight", hint="add --processes")
+        return 1
+    if text not in {None, "auto"}:
+        return int(text or 1)
+    planned = prepared.source.plan.workload.requests_in_flight if prepared.source.plan else 1
+    return planned if planned > 1 else len(prepared.source.stages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +180,7 @@ def _open(choices: ProcessChoices, start: Start) -> "ProcessSession":
         key=choices.key(),
         patience=Patience(join_seconds=choices.join_timeout, heartbeat_seconds=choices.heartbeat_timeout),
         threads=start.threads,
+        speed=start.speed,
     )
     with start.output.progress_console.status("starting", spinner="line") as status:
         return open_processes(

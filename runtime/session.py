@@ -16,6 +16,7 @@ from runtime.capacity import check_room, memory_faults, stage_need
 from runtime.chain import Chain
 from runtime.families import parse_model_config
 from runtime.generate import Generation, Request, generate_requests
+from runtime.kept_cache import KeptCache
 from runtime.loading import (
     FolderTensors,
     load_chain,
@@ -133,6 +134,30 @@ class Session:
             cache=cache,
             measure_stages=measure_stages,
         )
+
+    def generate_groups(
+        self,
+        groups: Sequence[Sequence[Request]],
+        *,
+        in_flight: int,
+        decode: Decode | None = None,
+        on_done: Callable[[int, Generation], None],
+    ) -> None:
+        """Continue many groups of requests, each as one batch, one after the other.
+
+        Args:
+            groups: the batches.
+            in_flight: 1; one process computes one batch at a time.
+            decode: token ids -> text.
+            on_done: told the place of each group as it is finished.
+        """
+        assert in_flight == 1
+        for place, group in enumerate(groups):
+            on_done(place, self.generate_requests(group, decode=decode))
+
+    def new_kept_cache(self) -> KeptCache:
+        """Return a cache that can be kept from one prompt to the next."""
+        return KeptCache(self.chain)
 
     def stage_views(self, *, batch_size: int) -> tuple[StageView, ...]:
         """Return what each stage is, and the bytes it reads in a decode step."""

@@ -12,6 +12,16 @@ from runtime.text import Decode
 from runtime.writer import OnText
 
 
+class AnyKeptCache(Protocol):
+    """A cache kept between turns; see `runtime.kept_cache.KeptCache`."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    def reset(self) -> None: ...
+    def match(self, prompt_ids: Sequence[int]) -> Any: ...
+    def keep(self, token_ids: Sequence[int], cache: Any) -> None: ...
+
+
 class AnySession(Protocol):
     """A loaded model; see `runtime.session.Session` and `runtime.distributed.session.ProcessSession`."""
 
@@ -25,6 +35,15 @@ class AnySession(Protocol):
     def dtype_name(self) -> str: ...
     @property
     def peak_memory_bytes(self) -> int: ...
+    def generate_groups(
+        self,
+        groups: Sequence[Sequence[Request]],
+        *,
+        in_flight: int,
+        decode: Decode | None = None,
+        on_done: Callable[[int, Generation], None],
+    ) -> None: ...
+    def new_kept_cache(self) -> AnyKeptCache: ...
     def stage_views(self, *, batch_size: int) -> tuple[StageView, ...]: ...
     def generate_requests(
         self,

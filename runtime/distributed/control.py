@@ -87,6 +87,11 @@ class Control:
                 self._changed.wait(timeout=0.2)
             return self._openings.pop(group)
 
+    def drop_opening(self, group: int) -> None:
+        """Forget what was said about a group that ends before its first step came here."""
+        with self._changed:
+            self._openings.pop(group, None)
+
     def interrupt(self, number: int) -> None:
         """Leave because of a signal; safe to call from a signal handler."""
         self._signal = number

@@ -75,6 +75,7 @@ class Links:
         expect: checks a header against what must come next, before its payload is received.
         inbox: gets what arrives; if it is bounded and full, the sender has to wait.
         report: told once, with the peer's rank and a sentence, when a connection breaks.
+        is_over: asked while sending has to wait; once true, nothing more is sent.
     """
 
     def __init__(
@@ -86,9 +87,11 @@ class Links:
         expect: Expect,
         inbox: "queue.Queue[Any]",
         report: Callable[[int, Exception], None],
+        is_over: Callable[[], bool],
     ) -> None:
         self._place, self._stamp = place, stamp
         self._expect, self._inbox, self._report = expect, inbox, report
+        self._is_over = is_over
         self._is_broken = threading.Event()
         before = _sockets()
         self._gloo = _gloo(place, c10d.PrefixStore(f"epoch{stamp.epoch}", store))
@@ -107,7 +110,7 @@ class Links:
         """Hand a payload to the sending thread; waits while too many are under way."""
         tensor = payload.contiguous() if self._nccl else payload.to("cpu").contiguous()
         while header.payload_bytes and not self._room.acquire(timeout=0.5):
-            if self._is_broken.is_set():
+            if self._is_broken.is_set() or self._is_over():
                 return
         self._outbox.put((header, tensor))
 

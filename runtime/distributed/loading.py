@@ -44,6 +44,7 @@ class LoadSettings:
         verifies: compare the weights with the export's checksums.
         cache_tokens: the longest any sequence will become.
         batch_size: sequences whose caches are kept at once.
+        speed: `reference`, `auto` or `max`, as in `runtime.stage.build_stage`.
     """
 
     dtype: str
@@ -52,6 +53,7 @@ class LoadSettings:
     verifies: bool
     cache_tokens: int
     batch_size: int
+    speed: str
 
 
 def load_stage(
@@ -98,6 +100,8 @@ def load_stage(
             dtype=torch_dtype(settings.dtype),
             kv_cache_dtype=torch_dtype(settings.kv_cache_dtype),
             device=device,
+            speed=settings.speed,
+            progress=progress,
         )
         verification.wait(progress)
     return LoadedStage(stage, number, config.hidden_size, time.perf_counter() - started)

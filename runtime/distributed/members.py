@@ -101,6 +101,12 @@ _KINDS: Mapping[int, type[LlamaplanError]] = {
 }
 
 
-def error_of(failed: Failed, *, who: str) -> LlamaplanError:
-    """Return what a worker reported as the error it would have been in this process."""
-    return _KINDS.get(failed.exit_code, PeerError)(f"{who}: {failed.line}", code=failed.code)
+def error_of(failed: Failed, *, who: str, is_running: bool) -> LlamaplanError:
+    """Return what a worker reported as the error it would have been in this process.
+
+    Once the run is under way, a machine that cannot go on is a lost peer to all others.
+    """
+    kind = _KINDS.get(failed.exit_code, PeerError)
+    if is_running and kind is MachineError:
+        kind = PeerError
+    return kind(f"{who}: {failed.line}", code=failed.code)

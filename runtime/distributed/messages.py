@@ -53,6 +53,7 @@ class Job(StrictModel):
     verifies: bool
     cache_tokens: Natural
     batch_size: Natural
+    speed: Text
     heartbeat_timeout_seconds: float
     traces: bool
     """Whether every step is kept for a trace."""

@@ -51,6 +51,7 @@ def open_processes(
         verifies=verifies,
         cache_tokens=min(cache_tokens or prepared.context_tokens, prepared.context_tokens),
         batch_size=batch_size,
+        speed=settings.speed,
     )
     threads = share_threads(settings.threads, num_processes=1 if settings.listen else len(source.stages))
     team = _team(prepared, settings, load, threads=threads, progress=progress)
@@ -60,11 +61,15 @@ def open_processes(
         else:
             _listen(team, settings, note=note)
         loaded = load_stage(source, 0, load, progress=lambda text: progress(f"{team.names[0]}: {text}"))
-        session = ProcessSession(prepared, team, loaded, settings)
         team.wait_until_loaded()
-        session.connect()
     except BaseException as error:
         team.abort(exit_code=exit_code_of(error), line=f"the driver ended the run: {describe(error)}")
+        raise
+    session = ProcessSession(prepared, team, loaded, settings)
+    try:
+        session.connect()
+    except BaseException as error:
+        session.close(error)
         raise
     session.load_seconds = time.perf_counter() - started
     return session
@@ -87,6 +92,7 @@ def _team(
             verifies=load.verifies,
             cache_tokens=load.cache_tokens,
             batch_size=load.batch_size,
+            speed=load.speed,
             heartbeat_timeout_seconds=settings.patience.heartbeat_seconds,
             traces=settings.traces,
         )

@@ -77,11 +77,14 @@ class Worker:
             expect=self._expect,
             inbox=inbox,
             report=lambda peer, error: self._report(form, peer, error),
+            is_over=lambda: self._control.form is not form,
         )
 
     def _expect(self, header: Header) -> None:
         """Check a header; its group may have been opened on the control connection a moment ago."""
-        if not self._runner.has(header.group):
+        if header.kind == CLOSE:
+            self._control.drop_opening(header.group)
+        elif not self._runner.has(header.group):
             opening = self._control.take_opening(header.group)
             if opening is not None:
                 self._runner.open(opening)
@@ -139,6 +142,7 @@ def work(
             verifies=job.verifies,
             cache_tokens=job.cache_tokens,
             batch_size=job.batch_size,
+            speed=job.speed,
         )
         share_threads(job.threads or torch.get_num_threads(), num_processes=1)
         loaded = load_stage(source, rank, settings, progress=control.progress)

@@ -1,7 +1,7 @@
 """A session whose stages run in processes of their own; it stands where a `runtime.session.Session` would."""
 
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ from runtime.distributed.endings import describe, exit_code_of
 from runtime.distributed.flow import Flow, HeldCache, make_flow
 from runtime.distributed.header import Stamp
 from runtime.distributed.identity import identity_of
+from runtime.distributed.kept import KeptColumns
 from runtime.distributed.links import Links, Place
 from runtime.distributed.loading import LoadedStage
 from runtime.distributed.messages import Numbers
@@ -43,6 +44,7 @@ class ProcessSettings:
         key: what they must prove.
         patience: how long to wait for what.
         threads: CPU threads per process; None shares this machine's cores out.
+        speed: `reference`, `auto` or `max`: whether decode steps use the native kernels.
         traces: whether every step is kept for a trace.
     """
 
@@ -52,6 +54,7 @@ class ProcessSettings:
     key: bytes = b""
     patience: Patience = field(default_factory=Patience)
     threads: int | None = None
+    speed: str = "reference"
     traces: bool = False
 
 
@@ -97,6 +100,10 @@ class ProcessSession:
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End every process, in order or because of an error."""
         if error is None and self._team.fault is None:
             self._team.finish()
         else:
@@ -130,6 +137,7 @@ class ProcessSession:
             expect=self._pipeline.expect,
             inbox=self._team.events,
             report=self._report,
+            is_over=lambda: self._team.fault is not None,
         )
         self._team.wait_until_formed()
 
@@ -155,28 +163,43 @@ class ProcessSession:
 
     def generate_groups(
         self,
-        groups: Iterable[Sequence[Request]],
+        groups: Sequence[Sequence[Request]],
         *,
         in_flight: int,
         decode: Decode | None = None,
-        on_done: Callable[[Sequence[Request], Generation], None],
+        on_done: Callable[[int, Generation], None],
     ) -> None:
         """Continue many groups of requests, each as one batch, several of them under way at once.
 
         Args:
-            groups: asked for one after the other.
+            groups: the batches.
             in_flight: groups under way at once; tokens do not depend on it.
             decode: token ids -> text.
-            on_done: told about each group as it is finished.
+            on_done: told the place of each group as it is finished; not always in their order.
         """
-        flows = (self._flow(group, decode=decode, on_text=None, cache=None) for group in groups)
-        self._pipeline.run(flows, in_flight=in_flight, on_done=lambda flow: on_done(flow.requests, flow.result()))
+        places: dict[int, int] = {}
+
+        def flows() -> Iterator[Flow]:
+            for place, group in enumerate(groups):
+                flow = self._flow(group, decode=decode, on_text=None, cache=None)
+                places[id(flow)] = place
+                yield flow
+
+        def finish(flow: Flow) -> None:
+            on_done(places.pop(id(flow)), flow.result())
+
+        self._pipeline.run(flows(), in_flight=in_flight, on_done=finish)
 
     def take_numbers(self) -> list[Numbers]:
         """Return what every stage has measured since the last time, in chain order."""
         workers = self._team.numbers()
         self._worker_peaks = [numbers.peak_memory_bytes for numbers in workers]
         return [self._clock.take(), *workers]
+
+    def new_kept_cache(self) -> KeptColumns:
+        """Return a cache that can be kept from one prompt to the next."""
+        has_windows = any(window is not None for window in self.source.checkpoint.config.sliding_windows)
+        return KeptColumns(self.forget, can_be_cut=not has_windows)
 
     def forget(self, cache: HeldCache) -> None:
         """Give up a cache that was kept."""

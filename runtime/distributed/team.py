@@ -296,7 +296,7 @@ class Team:
             case Numbers():
                 member.numbers = message
             case Failed():
-                self.fail(error_of(message, who=member.who))
+                self.fail(error_of(message, who=member.who, is_running=self.epoch > 0))
             case Broken() if message.epoch == self.epoch:
                 self.suspect(f"the data connection from {member.who} to rank {message.peer} broke: {message.text}")
             case Finished():

@@ -1,0 +1,107 @@
+"""Real jobs of several processes for the tests of failures: start them, look at them, hurt them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+T = TypeVar("T")
+PROMPT = "def __init__(self, "
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+
+
+@dataclass(slots=True)
+class Job:
+    """A driver and its local workers."""
+
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def workers(self) -> dict[int, int]:
+        """Rank -> pid of the workers that run now."""
+        found = {}
+        for child in psutil.Process(self.pid).children():
+            words = child.cmdline()
+            if "runtime.worker" in words:
+                found[int(words[words.index("--rank") + 1])] = child.pid
+        return found
+
+    def rank(self, number: int) -> int:
+        """The pid of a rank; waits until it is there."""
+        return self.pid if number == 0 else wait_for(lambda: self.workers().get(number))
+
+    def first_text(self) -> bytes:
+        """Wait for the first byte of text."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read(1)
+
+    def end(self, *, within: float) -> tuple[int, bytes, str]:
+        """Wait for the end; returns the exit code, the rest of the text and what was said."""
+        out, err = self.process.communicate(timeout=within)
+        return self.process.returncode, out, err.decode()
+
+
+def wait_for(look: Callable[[], T | None], *, seconds: float = 60) -> T:
+    """Look until there is something."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            found = look()
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            found = None
+        if found:
+            return found
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+@contextmanager
+def started(*arguments: object, module: str = "runtime.cli", **environment: str) -> Iterator[Job]:
+    """Start a command; nothing of it is left afterwards."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=ENVIRONMENT | environment
+    )
+    job = Job(process)
+    known: set[int] = set()
+    try:
+        yield job
+    finally:
+        if process.poll() is None:
+            known |= set(job.workers().values())
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+        process.communicate()
+        assert not [pid for pid in known if is_alive(pid)] or wait_for(lambda: not any(map(is_alive, known)), seconds=5)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def has_loaded_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def is_connected(pid: int) -> bool:
+    """Whether a process has data connections."""
+    return any(c.status == psutil.CONN_ESTABLISHED for c in psutil.Process(pid).net_connections("inet"))
+
+
+def generate(folder: Path, *options: object, tokens: int = 900) -> Sequence[object]:
+    """The arguments of a run that takes a while."""
+    return ["generate", folder, "--processes", "--threads", 1, "-p", PROMPT, "-n", tokens, "--ignore-eos", *options]

@@ -1,0 +1,185 @@
+"""What a job of several processes does when one of them is lost, stuck or told to leave. Real processes throughout."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from jobs import generate, has_loaded_torch, is_alive, is_connected, started, wait_for
+
+LOST, INTERRUPTED = 7, 130
+Exports = Callable[[int], Path]
+
+AT_THE_START = "at the start"
+LOADING = "loading"
+READING = "reading the prompt"
+WRITING = "writing"
+PHASES = (AT_THE_START, LOADING, READING, WRITING)
+SLOW_PROMPT = ["--prefill-chunk", 1, "-c", 1024]
+LONG = "x = 1\n" * 200
+
+
+def arguments(folder: Path, phase: str) -> list[object]:
+    if phase == READING:
+        return ["generate", folder, "--processes", "--threads", 1, "-p", LONG, "-n", 9, *SLOW_PROMPT]
+    return [*generate(folder, "-c", 1024)]
+
+
+def reach(job, phase: str) -> bytes:
+    """Wait until a job is in a phase; returns the text so far."""
+    worker = job.rank(1)
+    if phase == LOADING:
+        wait_for(lambda: has_loaded_torch(worker))
+    if phase == READING:
+        wait_for(lambda: is_connected(worker))
+    return job.first_text() if phase == WRITING else b""
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_when_a_worker_is_killed_everybody_leaves_in_two_seconds_naming_it(
+    exports: Exports, rank: int, phase: str
+) -> None:
+    """Rows N5 and N14."""
+    with started(*arguments(exports(3), phase)) as job:
+        victim, others = job.rank(rank), [job.rank(other) for other in (1, 2) if other != rank]
+        text = reach(job, phase)
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        code, rest, said = job.end(within=20)
+        assert time.monotonic() - killed < 2 + STARTING[phase]
+        assert code == LOST, said
+        assert said.count("error[") == 1
+        assert f"stage {rank} (" in said
+        assert "killed by signal 9" in said
+        assert bool(text + rest) == (phase == WRITING)
+        assert not any(map(is_alive, others))
+
+
+STARTING = {AT_THE_START: 4.0, LOADING: 1.0, READING: 0.0, WRITING: 0.0}
+"""Seconds a driver that is still importing may take longer: on a busy machine, imports hold its threads up."""
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_when_the_driver_is_killed_its_workers_leave(exports: Exports, phase: str) -> None:
+    """Row N9."""
+    with started(*arguments(exports(3), phase)) as job:
+        workers = [job.rank(1), job.rank(2)]
+        reach(job, phase)
+        os.kill(job.pid, signal.SIGKILL)
+        wait_for(lambda: not any(map(is_alive, workers)), seconds=5)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_ctrl_c_ends_everybody_in_a_second_and_keeps_the_text(exports: Exports, phase: str) -> None:
+    with started(*arguments(exports(2), phase)) as job:
+        worker = job.rank(1)
+        text = reach(job, phase)
+        pressed = time.monotonic()
+        os.kill(job.pid, signal.SIGINT)
+        code, rest, said = job.end(within=20)
+        assert time.monotonic() - pressed < 1.5 + STARTING[phase]
+        assert code == INTERRUPTED, said
+        assert "Traceback" not in said
+        assert bool(text + rest) == (phase == WRITING)
+        assert not is_alive(worker)
+
+
+def test_ctrl_c_at_a_worker_ends_everybody_too(exports: Exports) -> None:
+    with started(*generate(exports(2), "-c", 1024)) as job:
+        worker = job.rank(1)
+        job.first_text()
+        os.kill(worker, signal.SIGINT)
+        code, _, said = job.end(within=5)
+        assert code == INTERRUPTED, said
+        assert "stage 1 (" in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_stands_still_for_a_while_costs_nothing_but_time(exports: Exports, rank: int) -> None:
+    """Row N6: before the timeout."""
+    options = ["-c", 1024, "--temp", 0, "--heartbeat-timeout", 20]
+    with started(*generate(exports(2), *options, tokens=100)) as job:
+        plain = job.end(within=60)
+    with started(*generate(exports(2), *options, tokens=100)) as job:
+        victim = job.rank(rank)
+        first = job.first_text()
+        os.kill(victim, signal.SIGSTOP)
+        wait_for(lambda: psutil.Process(victim).status() == psutil.STATUS_STOPPED)
+        with pytest.raises(AssertionError):
+            wait_for(lambda: job.process.poll() is not None, seconds=2)
+        os.kill(victim, signal.SIGCONT)
+        code, rest, said = job.end(within=60)
+    assert code == 0, said
+    assert first + rest == plain[1]
+
+
+def test_a_worker_that_stands_still_for_too_long_is_lost(exports: Exports) -> None:
+    """Row N6: after the timeout. A stopped process keeps its connections open."""
+    with started(*generate(exports(3), "-c", 1024, "--heartbeat-timeout", 3)) as job:
+        victim, other = job.rank(1), job.rank(2)
+        job.first_text()
+        os.kill(victim, signal.SIGSTOP)
+        stopped = time.monotonic()
+        code, _, said = job.end(within=20)
+        assert time.monotonic() - stopped < 3 + 2
+        assert code == LOST, said
+        assert "stage 1 (" in said
+        assert "no sign of life for 3 s" in said
+        assert not is_alive(victim)
+        assert not is_alive(other)
+
+
+def test_a_worker_without_memory_ends_the_run_with_its_last_error(exports: Exports) -> None:
+    """Row N14."""
+    with started(*generate(exports(2), "-c", 1024)) as job:
+        worker = psutil.Process(job.rank(1))
+        job.first_text()
+        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms, worker.memory_info().vms))
+        code, _, said = job.end(within=60)
+    assert code == LOST, said
+    assert "stage 1 (" in said
+    assert "memory" in said
+
+
+def test_a_local_job_listens_on_nothing_but_loopback_and_leaves_nothing_behind(exports: Exports) -> None:
+    """Row N13: no store, no control port; only gloo's own sockets, bound to 127.0.0.1."""
+    before = set(Path("/tmp").iterdir())  # noqa: S108 - to see that nothing stays there
+    with started(*generate(exports(2), "-c", 1024)) as job:
+        pids = [job.pid, job.rank(1)]
+        job.first_text()
+        listening = [
+            c.laddr for pid in pids for c in psutil.Process(pid).net_connections("inet") if c.status == "LISTEN"
+        ]
+        assert {address.ip for address in listening} == {"127.0.0.1"}
+        assert len(listening) == len(pids)
+        os.kill(job.pid, signal.SIGTERM)
+        assert job.end(within=20)[0] == 128 + signal.SIGTERM
+    assert not {path for path in set(Path("/tmp").iterdir()) - before if "llama" in path.name}
+
+
+def test_short_jobs_end_in_order_one_right_after_the_other(exports: Exports) -> None:
+    """Rows N15 and N17: every token arrives, every worker leaves by itself."""
+    texts = set()
+    for _ in range(3):
+        with started(*generate(exports(2), "--temp", 0, tokens=2)) as job:
+            worker = psutil.Process(job.rank(1))
+            code, text, said = job.end(within=60)
+            assert code == 0, said
+            assert not worker.is_running()
+            texts.add(text)
+    assert len(texts) == 1
+    assert len(texts.pop()) > 1
+
+
+def test_a_reader_that_goes_away_ends_the_job(exports: Exports) -> None:
+    """Row R14."""
+    with started(*generate(exports(2), "-c", 1024)) as job:
+        worker = job.rank(1)
+        job.first_text()
+        job.process.stdout.close()
+        assert job.process.wait(timeout=20) == 141
+        assert not is_alive(worker)
