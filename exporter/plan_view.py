@@ -69,6 +69,11 @@ class PlanView:
         shares = [s.budget_bytes / self.plan.cluster.device(s.device).memory_bytes for s in self.plan.stages]
         return f"{int(min(0.99, *shares) * 100) / 100:.2f}"
 
+    @property
+    def torch_devices(self) -> tuple[str, ...]:
+        """Torch's name of every stage's device on its own host."""
+        return tuple(f"cuda:{device}" if isinstance(device, int) else device for device in self.devices())
+
     def devices(self) -> list[int | str]:
         """Return torch's device of every stage: an index for CUDA, else a name."""
         found = [self.plan.cluster.device(stage.device) for stage in self.plan.stages]

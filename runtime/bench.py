@@ -7,13 +7,12 @@ from statistics import median
 from typing import Any
 
 from runtime.capacity import memory_faults
-from runtime.generate import Generation, Request, generate_requests
+from runtime.generate import Generation, Request
 from runtime.limits import Limits
 from runtime.sampling import Sampling
-from runtime.session import Session
+from runtime.session_kind import AnySession
 from runtime.stage_time import StageTime
 from runtime.summary import identity, stage_documents
-from runtime.traffic import read_bandwidth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +25,8 @@ class BenchSettings:
         batch_size: sequences at once.
         repeats: medians are taken over so many runs, after one that does not count.
         prefill_chunk_tokens: prompt tokens per step.
+        in_flight: batches under way at once, where stages run in processes of their own.
+        traces: whether the last run is one for a trace, even with one batch in flight.
     """
 
     prompt_tokens: int
@@ -33,9 +34,11 @@ class BenchSettings:
     batch_size: int
     repeats: int
     prefill_chunk_tokens: int
+    in_flight: int = 1
+    traces: bool = False
 
 
-def bench_document(session: Session, settings: BenchSettings) -> dict[str, Any]:
+def bench_document(session: AnySession, settings: BenchSettings) -> dict[str, Any]:
     """Measure and return plain data, with `stages` as a run's document has them.
 
     Totals come from runs without stage clocks, stages from runs with them; the two take turns. Stage seconds are the
@@ -65,14 +68,32 @@ def bench_document(session: Session, settings: BenchSettings) -> dict[str, Any]:
         "tokens_per_second": settings.batch_size / step_seconds,
         "decode_read_bytes": read,
         "decode_read_bytes_per_second": read / step_seconds,
-        "read_bandwidth_bytes_per_second": read_bandwidth(session.chain, repeats=settings.repeats),
+        "read_bandwidth_bytes_per_second": session.read_bandwidth(repeats=settings.repeats),
         "peak_memory_bytes": session.peak_memory_bytes,
+        **_in_flight(session, requests, settings),
         "stages": stages,
         "prediction": _prediction(session),
     }
 
 
-def _requests(session: Session, settings: BenchSettings) -> list[Request]:
+def _in_flight(session: AnySession, requests: Sequence[Request], settings: BenchSettings) -> dict[str, Any]:
+    """Measure several batches under way at once: their tokens per second once all of them are decoding."""
+    if settings.in_flight == 1 and not settings.traces:
+        return {"in_flight": 1, "pipelined_tokens_per_second": None}
+    runs: list[Generation] = []
+    session.generate_groups(
+        [requests] * settings.in_flight,
+        in_flight=settings.in_flight,
+        on_done=lambda _place, run: runs.append(run),
+    )
+    cycle = median(seconds for run in runs for seconds in run.step_seconds)
+    return {
+        "in_flight": settings.in_flight,
+        "pipelined_tokens_per_second": settings.in_flight * settings.batch_size / cycle,
+    }
+
+
+def _requests(session: AnySession, settings: BenchSettings) -> list[Request]:
     prepared = session.prepared
     draw = random.Random(0)
     limits = Limits(
@@ -91,8 +112,8 @@ def _requests(session: Session, settings: BenchSettings) -> list[Request]:
     ]
 
 
-def _run(session: Session, requests: Sequence[Request], *, measure_stages: bool) -> Generation:
-    return generate_requests(session.chain, requests, measure_stages=measure_stages)
+def _run(session: AnySession, requests: Sequence[Request], *, measure_stages: bool) -> Generation:
+    return session.generate_requests(requests, measure_stages=measure_stages)
 
 
 def _median_run(runs: Sequence[Generation]) -> Generation:
@@ -114,13 +135,15 @@ def _medians(runs: Sequence[Sequence[StageTime]]) -> tuple[StageTime, ...]:
     )
 
 
-def _prediction(session: Session) -> dict[str, Any] | None:
+def _prediction(session: AnySession) -> dict[str, Any] | None:
     plan = session.source.plan
     if plan is None:
         return None
     return {
         "time_to_first_token_seconds": plan.prediction.time_to_first_token_seconds,
         "seconds_per_token": plan.prediction.seconds_per_token,
+        "pipelined_tokens_per_second": plan.prediction.pipelined_tokens_per_second,
+        "requests_in_flight": plan.workload.requests_in_flight,
         "prompt_tokens": plan.workload.prompt_tokens,
         "batch_size": plan.workload.batch_size,
         "stages": [
@@ -149,6 +172,9 @@ def bench_lines(document: dict[str, Any]) -> list[str]:
     for device, rate in document["read_bandwidth_bytes_per_second"].items():
         share = document["decode_read_bytes_per_second"] / rate
         lines.append(f"reading  {rate / 1e9:.1f} GB/s on {device} (its weights summed up); decode is at {share:.0%}")
+    if document["in_flight"] > 1:
+        rate = document["pipelined_tokens_per_second"]
+        lines.append(f"in flight {rate:.1f} tokens/s with {document['in_flight']} batches under way at once")
     return lines + _prediction_lines(document)
 
 

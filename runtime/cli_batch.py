@@ -49,6 +49,7 @@ def batch(
     heartbeat_timeout: several.HeartbeatOption = 30.0,
     join_timeout: several.JoinOption = 60.0,
     world_size: several.WorldOption = None,
+    restart: several.RestartOption = False,
     in_flight: several.InFlightOption = None,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
@@ -80,6 +81,7 @@ def batch(
         heartbeat_timeout=heartbeat_timeout,
         join_timeout=join_timeout,
         world_size=world_size,
+        restart=restart,
     )
     team.check()
     prepared = prepare(
@@ -130,9 +132,7 @@ def batch(
                 several.any_session(team, start) as session,
                 _progress(output, total=len(jobs), done=len(file.done)) as advance,
             ):
-                numbers = run_jobs(
-                    session, jobs, file, batch_size=batch_size, in_flight=groups, on_batch=advance
-                )
+                numbers = run_jobs(session, jobs, file, batch_size=batch_size, in_flight=groups, on_batch=advance)
                 _finish(output, session, numbers, results)
         except BaseException:
             output.note(f"{len(file.done)} of {len(jobs)} lines are done; the same command goes on from there")

@@ -1,5 +1,6 @@
 """`llamarun bench`: how fast is it here?"""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,7 +8,8 @@ import typer
 from plans.console import Output
 from plans.errors import UsageError
 from runtime import cli_options as options
-from runtime.cli_opening import load, prepare
+from runtime import cli_processes as several
+from runtime.cli_opening import prepare
 from runtime.speed import Speed
 
 
@@ -27,6 +29,17 @@ def bench(
     ctx_size: options.ContextOption = None,
     expect_id: options.ExpectOption = None,
     verify: options.VerifyOption = True,
+    processes: several.ProcessesOption = False,
+    listen: several.ListenOption = None,
+    key_file: several.KeyOption = None,
+    trusted_network: several.TrustedOption = False,
+    heartbeat_timeout: several.HeartbeatOption = 30.0,
+    join_timeout: several.JoinOption = 60.0,
+    world_size: several.WorldOption = None,
+    in_flight: several.InFlightOption = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Write what every stage did, for Perfetto; needs --processes.")
+    ] = None,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -37,6 +50,18 @@ def bench(
     Example: llamarun bench shards/ --prompt-tokens 128 --new-tokens 64 --repeats 5
     """
     output = Output(json=as_json, quiet=quiet)
+    team = several.ProcessChoices(
+        processes=processes,
+        listen=listen,
+        key_file=key_file,
+        trusted_network=trusted_network,
+        heartbeat_timeout=heartbeat_timeout,
+        join_timeout=join_timeout,
+        world_size=world_size,
+    )
+    team.check()
+    if trace is not None and not team.is_used:
+        raise UsageError("a trace is written where stages run side by side", where="--trace", hint="add --processes")
     prepared = prepare(
         output,
         target,
@@ -47,6 +72,7 @@ def bench(
         ctx_size=ctx_size,
         expect_id=expect_id,
         threads=threads,
+        only_stage=team.only_stage,
     )
     if prompt_tokens + new_tokens > prepared.context_tokens:
         raise UsageError(
@@ -66,15 +92,29 @@ def bench(
         batch_size=batch_size,
         repeats=repeats,
         prefill_chunk_tokens=prefill_chunk or prepared.prefill_chunk_tokens,
+        in_flight=several.choose_in_flight(team, prepared, in_flight),
+        traces=trace is not None,
     )
-    session = load(
-        output, prepared, cache_tokens=prompt_tokens + new_tokens, batch_size=batch_size, verify=verify, speed=speed
+    start = several.Start(
+        output=output,
+        prepared=prepared,
+        target=target,
+        model=model,
+        threads=threads,
+        cache_tokens=prompt_tokens + new_tokens,
+        batch_size=batch_size * settings.in_flight,
+        verify=verify,
+        speed=speed,
+        traces=trace is not None,
     )
-    with output.progress_console.status("measuring", spinner="line"):
-        document = bench_document(session, settings)
-    check_sources_unchanged(session.source)
+    with several.any_session(team, start) as session:
+        with output.progress_console.status("measuring", spinner="line"):
+            document = bench_document(session, settings)
+        if trace is not None:
+            several.write_trace(session, trace)
+        check_sources_unchanged(session.source)
     output.data(document)
     for line in bench_lines(document):
         output.show(line)
-    for number, stage in enumerate(document["stages"], start=1):
+    for number, stage in enumerate(document["stages"]):
         output.show(stage_line(number, stage))

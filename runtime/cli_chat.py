@@ -48,6 +48,7 @@ def chat(
     heartbeat_timeout: several.HeartbeatOption = 30.0,
     join_timeout: several.JoinOption = 60.0,
     world_size: several.WorldOption = None,
+    restart: several.RestartOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
     """Talk with a model that has a chat template. Type /help for what can be done in a conversation.
@@ -77,6 +78,7 @@ def chat(
         heartbeat_timeout=heartbeat_timeout,
         join_timeout=join_timeout,
         world_size=world_size,
+        restart=restart,
     )
     team.check()
     prepared = prepare(

@@ -55,6 +55,7 @@ def generate(
     heartbeat_timeout: several.HeartbeatOption = 30.0,
     join_timeout: several.JoinOption = 60.0,
     world_size: several.WorldOption = None,
+    restart: several.RestartOption = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Walk through the chain step by step.")] = False,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
@@ -89,6 +90,7 @@ def generate(
         heartbeat_timeout=heartbeat_timeout,
         join_timeout=join_timeout,
         world_size=world_size,
+        restart=restart,
     )
     team.check()
     prepared = prepare(

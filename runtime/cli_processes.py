@@ -40,11 +40,18 @@ HeartbeatOption = Annotated[
 JoinOption = Annotated[
     float, typer.Option("--join-timeout", min=1, max=86400, help="Seconds to wait for every worker to join.")
 ]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Start a lost worker again and go on where the text was.")
+]
 InFlightOption = Annotated[
     str | None,
     typer.Option("--in-flight", metavar="N|auto", help="Batches under way at once with --processes; unset: auto."),
 ]
 WorldOption = Annotated[int | None, typer.Option("--world-size", hidden=True)]
+
+
+MAX_RESTARTS = 3
+"""Lost workers that one run replaces: whatever takes more of them will not stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +65,7 @@ class ProcessChoices:
     heartbeat_timeout: float
     join_timeout: float
     world_size: int | None
+    restart: bool = False
 
     @property
     def is_used(self) -> bool:
@@ -105,7 +113,7 @@ def choose_in_flight(choices: ProcessChoices, prepared: "Prepared", text: str | 
     Raises:
         UsageError: not a count, or several in one process.
     """
-    if text not in {None, "auto"} and not (text or "").isdecimal() or text == "0":
+    if (text not in {None, "auto"} and not (text or "").isdecimal()) or text == "0":
         raise UsageError(f"'{text}' is no count", where="--in-flight", expected="a number from 1, or auto")
     if not choices.is_used:
         if text not in {None, "auto", "1"}:
@@ -130,6 +138,7 @@ class Start:
     batch_size: int = 1
     verify: bool = True
     speed: Speed = Speed.REFERENCE
+    traces: bool = False
 
 
 def check_world_size(prepared: "Prepared", choices: ProcessChoices) -> None:
@@ -181,6 +190,9 @@ def _open(choices: ProcessChoices, start: Start) -> "ProcessSession":
         patience=Patience(join_seconds=choices.join_timeout, heartbeat_seconds=choices.heartbeat_timeout),
         threads=start.threads,
         speed=start.speed,
+        traces=start.traces,
+        num_restarts=MAX_RESTARTS if choices.restart else 0,
+        note=start.output.note,
     )
     with start.output.progress_console.status("starting", spinner="line") as status:
         return open_processes(
@@ -190,8 +202,18 @@ def _open(choices: ProcessChoices, start: Start) -> "ProcessSession":
             batch_size=start.batch_size,
             verifies=start.verify,
             progress=status.update,
-            note=start.output.note,
         )
+
+
+def write_trace(session: "AnySession", path: Path) -> None:
+    """Write what every stage did since it was last asked."""
+    from plans.files import write_text
+    from plans.strict import dump_json
+    from runtime.distributed.session import ProcessSession
+    from runtime.distributed.trace import trace_document
+
+    assert isinstance(session, ProcessSession)
+    write_text(path, dump_json(trace_document(session.take_numbers(), session.stage_views(batch_size=1))))
 
 
 def _untrusted(address: str) -> MachineError:

@@ -32,7 +32,7 @@ from runtime.stage_view import StageView
 from runtime.steps import OnStep
 from runtime.text import Decode
 from runtime.tokenizer import eos_token_ids, load_tokenizer
-from runtime.traffic import decode_read_bytes
+from runtime.traffic import decode_read_bytes, read_bandwidth
 from runtime.verification import Verification
 from runtime.writer import OnText
 
@@ -154,6 +154,10 @@ class Session:
         assert in_flight == 1
         for place, group in enumerate(groups):
             on_done(place, self.generate_requests(group, decode=decode))
+
+    def read_bandwidth(self, *, repeats: int) -> dict[str, float]:
+        """Measure how fast each device reads its own weights; see `runtime.traffic.read_bandwidth`."""
+        return read_bandwidth(self.chain, repeats=repeats)
 
     def new_kept_cache(self) -> KeptCache:
         """Return a cache that can be kept from one prompt to the next."""

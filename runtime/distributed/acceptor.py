@@ -8,6 +8,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from plans.errors import PeerError
 from runtime.distributed.address import is_same_user
@@ -42,7 +43,10 @@ class Acceptor:
         threading.Thread(target=self._accept_all, daemon=True, name="accept").start()
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening; a socket file goes away."""
+        name = self._listener.getsockname()
+        if isinstance(name, str) and name:
+            Path(name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

@@ -18,10 +18,11 @@ class StageClock:
 
     Args:
         traces: whether every step is kept as well.
+        is_fast: whether decode steps use the native kernels.
     """
 
-    def __init__(self, *, traces: bool) -> None:
-        self._traces = traces
+    def __init__(self, *, traces: bool, is_fast: bool) -> None:
+        self._traces, self._is_fast = traces, is_fast
         self._lock = threading.Lock()
         self._reset()
 
@@ -39,6 +40,7 @@ class StageClock:
             total = self._prefill if is_prefill else self._decode
             total.compute_seconds += seconds
             total.hop_seconds += hop_seconds
+            total.num_fast_steps += self._is_fast and not is_prefill
             if self._traces and len(self._steps) < MAX_STEPS:
                 self._steps.append(
                     StepTime(
@@ -59,6 +61,7 @@ class StageClock:
                 prefill_hop_seconds=self._prefill.hop_seconds,
                 decode_compute_seconds=self._decode.compute_seconds,
                 decode_hop_seconds=self._decode.hop_seconds,
+                decode_fast_steps=self._decode.num_fast_steps,
                 peak_memory_bytes=peak_memory_bytes(),
                 steps=tuple(self._steps),
             )

@@ -137,9 +137,9 @@ class Flow:
         self.batch.append(kept)
         self._note_time()
 
-    def start_over(self, group: int) -> None:
+    def start_over(self) -> None:
         """Prepare to send every step again, under another number, to stages that have forgotten all of them."""
-        self.group, self.step, self.column = group, 0, 0
+        self.step = self.column = 0
         self.cache = HeldCache()
         self.replay, self.replayed_columns = list(self.spans), []
 

@@ -6,9 +6,27 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from runtime.distributed.channel import Channel
 from runtime.distributed.members import LocalProcess
+from runtime.distributed.team import Team
+
+
+def start_local(team: Team, rank: int, target: Path, *, model: Path | None) -> None:
+    """Start the worker of one stage on this machine and make it a member of the team.
+
+    Args:
+        team: gets the new member.
+        rank: its stage.
+        target: what the command was given.
+        model: the checkpoint of a plan file.
+    """
+    arguments = [str(target.absolute())]
+    if model is not None:
+        arguments += ["--model", str(model.absolute())]
+    channel, process = start_worker(rank, arguments)
+    team.adopt(rank, channel, process)
 
 
 def start_worker(rank: int, arguments: Sequence[str]) -> tuple[Channel, LocalProcess]:

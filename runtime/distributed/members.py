@@ -36,7 +36,6 @@ class LocalProcess:
         """End it whatever it is doing, and wait until it is gone."""
         self.process.kill()  # a stopped process dies of this, too
         self.process.wait()
-        self.errors.close()
 
     def last_words(self) -> str:
         """Return how it ended, with the last line it wrote."""
@@ -68,6 +67,7 @@ class Member:
     formed_epoch: int = -1
     numbers: Numbers | None = None
     is_finished: bool = False
+    is_replaced: bool = False
 
     @property
     def who(self) -> str:

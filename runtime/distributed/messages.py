@@ -194,6 +194,8 @@ class Numbers(StrictModel):
     prefill_hop_seconds: float
     decode_compute_seconds: float
     decode_hop_seconds: float
+    decode_fast_steps: Natural
+    """Decode steps of a stage that uses the native kernels."""
     peak_memory_bytes: Natural
     steps: tuple[StepTime, ...]
 

@@ -7,7 +7,7 @@ from runtime.distributed.acceptor import Acceptor
 from runtime.distributed.address import listen
 from runtime.distributed.endings import describe, exit_code_of
 from runtime.distributed.identity import identity_of
-from runtime.distributed.launch import start_worker
+from runtime.distributed.launch import start_local
 from runtime.distributed.loading import LoadSettings, load_stage, share_threads
 from runtime.distributed.messages import Job
 from runtime.distributed.session import ProcessSession, ProcessSettings
@@ -25,7 +25,6 @@ def open_processes(
     batch_size: int = 1,
     verifies: bool = True,
     progress: Callable[[str], None] = lambda _text: None,
-    note: Callable[[str], None] = lambda _text: None,
 ) -> ProcessSession:
     """Start the workers or wait for them, load every stage in its own process, and connect them.
 
@@ -36,7 +35,6 @@ def open_processes(
         batch_size: sequences whose caches are kept at once.
         verifies: compare the weights with the export's checksums.
         progress: told what is being done.
-        note: told what a person needs to know: where this process listens, and whom it sent away.
 
     Raises:
         PeerError: a worker did not join, was refused, or was lost.
@@ -59,7 +57,7 @@ def open_processes(
         if settings.listen is None:
             _start_workers(team, source, settings)
         else:
-            _listen(team, settings, note=note)
+            _listen(team, settings)
         loaded = load_stage(source, 0, load, progress=lambda text: progress(f"{team.names[0]}: {text}"))
         team.wait_until_loaded()
     except BaseException as error:
@@ -103,25 +101,17 @@ def _team(
         names=[f"stage {n} ({describe_stage(s)})" for n, s in enumerate(prepared.source.stages)],
         patience=settings.patience,
         progress=progress,
+        num_restarts=settings.num_restarts,
     )
 
 
 def _start_workers(team: Team, source: Source, settings: ProcessSettings) -> None:
     for rank in range(1, len(source.stages)):
-        start_local(team, rank, settings)
+        start_local(team, rank, settings.target, model=settings.model)
 
 
-def start_local(team: Team, rank: int, settings: ProcessSettings) -> None:
-    """Start the worker of one stage on this machine."""
-    arguments = [str(settings.target.absolute())]
-    if settings.model is not None:
-        arguments += ["--model", str(settings.model.absolute())]
-    channel, process = start_worker(rank, arguments)
-    team.adopt(rank, channel, process)
-
-
-def _listen(team: Team, settings: ProcessSettings, *, note: Callable[[str], None]) -> None:
+def _listen(team: Team, settings: ProcessSettings) -> None:
     assert settings.listen is not None
     listener, address = listen(settings.listen)
-    team.acceptor = Acceptor(listener, key=settings.key, admit=team.admit, warn=note)
-    note(f"listening on {address} for {len(team.names) - 1} workers")
+    team.acceptor = Acceptor(listener, key=settings.key, admit=team.admit, warn=settings.note)
+    settings.note(f"listening on {address} for {len(team.names) - 1} workers")

@@ -17,7 +17,7 @@ from runtime.distributed.flow import Flow
 from runtime.distributed.header import DTYPE_CODES, STEP, TOKENS, Header, check_against, closing
 from runtime.distributed.links import Arrival, Links
 from runtime.distributed.slots import StageRunner
-from runtime.distributed.team import Fault, Team
+from runtime.distributed.team import Fault, Loss, Team
 
 
 class Pipeline:
@@ -27,6 +27,7 @@ class Pipeline:
         team: the other processes.
         runner: the first stage.
         clock: measures the first stage.
+        recover: starts a lost worker again and connects everybody anew.
         num_stages: stages of the chain.
         hidden_size: width of hidden states.
 
@@ -35,8 +36,16 @@ class Pipeline:
     """
 
     def __init__(
-        self, team: Team, runner: StageRunner, clock: StageClock, *, num_stages: int, hidden_size: int
+        self,
+        team: Team,
+        runner: StageRunner,
+        clock: StageClock,
+        *,
+        recover: Callable[[Loss], None],
+        num_stages: int,
+        hidden_size: int,
     ) -> None:
+        self._recover = recover
         self._team, self._runner, self._clock = team, runner, clock
         self._last_rank = num_stages - 1
         self._hidden_size = hidden_size
@@ -87,6 +96,23 @@ class Pipeline:
         flow = self._active.get(header.group)
         if flow is not None:
             check_against(header, rows=len(flow.requests))
+
+    def start_over(self) -> None:
+        """Send everything again that the groups under way consist of, to stages that have forgotten it.
+
+        The same steps over the same token ids give the same caches, and the same draws; tokens that come back a
+        second time are only compared.
+        """
+        flows = list(self._active.values())
+        self._active.clear()
+        self._ready.clear()
+        self._runner.clear()
+        while not self._team.events.empty():  # answers from before
+            self._team.events.get()
+        self._team.check()
+        for flow in flows:
+            flow.start_over()
+            self._open(flow)
 
     def forget(self, group: int) -> None:
         """Give up a group's cache on all stages."""
@@ -150,6 +176,9 @@ class Pipeline:
             is_idle = False
             if isinstance(event, Fault):
                 self._team.check()
+            if isinstance(event, Loss):
+                self._recover(event)
+                return
             flow = self._active.get(event.header.group) if isinstance(event, Arrival) else None
             if flow is not None:
                 self._take(flow, event.payload.tolist(), on_step, on_done, keeps_caches=keeps_caches)

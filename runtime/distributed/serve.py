@@ -16,6 +16,7 @@ from runtime.distributed.loading import LoadedStage, LoadSettings, load_stage, s
 from runtime.distributed.messages import Broken, Failed, Form, Formed, Identity, Job, Ready
 from runtime.distributed.slots import StageRunner
 from runtime.opening import Source
+from runtime.speed import FAST_PATH
 from runtime.traffic import stage_read_bytes
 
 
@@ -36,7 +37,7 @@ class Worker:
         self._control, self._identity, self._address = control, identity, address
         self._rank = loaded.number
         self._runner = StageRunner(loaded.stage, number=loaded.number, hidden_size=loaded.hidden_size)
-        self._clock = StageClock(traces=traces)
+        self._clock = StageClock(traces=traces, is_fast=loaded.stage.path == FAST_PATH)
         self._links: Links | None = None
         control.answer_with(self._clock.take)
 

@@ -15,16 +15,18 @@ from runtime.distributed.flow import Flow, HeldCache, make_flow
 from runtime.distributed.header import Stamp
 from runtime.distributed.identity import identity_of
 from runtime.distributed.kept import KeptColumns
+from runtime.distributed.launch import start_local
 from runtime.distributed.links import Links, Place
 from runtime.distributed.loading import LoadedStage
 from runtime.distributed.messages import Numbers
 from runtime.distributed.pipeline import Pipeline
 from runtime.distributed.slots import StageRunner
-from runtime.distributed.team import Patience, Team
+from runtime.distributed.team import Loss, Patience, Team
 from runtime.generate import Generation, Request
 from runtime.memory import peak_memory_bytes
 from runtime.opening import Source
 from runtime.session import Prepared
+from runtime.speed import FAST_PATH
 from runtime.stage_time import StageTime
 from runtime.stage_view import StageView
 from runtime.steps import OnStep, StepTrace
@@ -46,6 +48,8 @@ class ProcessSettings:
         threads: CPU threads per process; None shares this machine's cores out.
         speed: `reference`, `auto` or `max`: whether decode steps use the native kernels.
         traces: whether every step is kept for a trace.
+        num_restarts: how many lost workers may be started again.
+        note: told what a person needs to know.
     """
 
     target: Path
@@ -56,6 +60,8 @@ class ProcessSettings:
     threads: int | None = None
     speed: str = "reference"
     traces: bool = False
+    num_restarts: int = 0
+    note: Callable[[str], None] = lambda _text: None
 
 
 class ProcessSession:
@@ -74,9 +80,14 @@ class ProcessSession:
         self._worker_peaks: list[int] = []
         self._team, self._loaded, self._settings = team, loaded, settings
         runner = StageRunner(loaded.stage, number=0, hidden_size=loaded.hidden_size)
-        self._clock = StageClock(traces=settings.traces)
+        self._clock = StageClock(traces=settings.traces, is_fast=loaded.stage.path == FAST_PATH)
         self._pipeline = Pipeline(
-            team, runner, self._clock, num_stages=len(prepared.source.stages), hidden_size=loaded.hidden_size
+            team,
+            runner,
+            self._clock,
+            recover=self._recover,
+            num_stages=len(prepared.source.stages),
+            hidden_size=loaded.hidden_size,
         )
 
     @property
@@ -137,7 +148,7 @@ class ProcessSession:
             expect=self._pipeline.expect,
             inbox=self._team.events,
             report=self._report,
-            is_over=lambda: self._team.fault is not None,
+            is_over=lambda: self._team.fault is not None or self._team.loss is not None,
         )
         self._team.wait_until_formed()
 
@@ -196,6 +207,10 @@ class ProcessSession:
         self._worker_peaks = [numbers.peak_memory_bytes for numbers in workers]
         return [self._clock.take(), *workers]
 
+    def read_bandwidth(self, *, repeats: int) -> dict[str, float]:  # noqa: ARG002 - the same call as in one process
+        """Return nothing: reading weights is measured in one process only."""
+        return {}
+
     def new_kept_cache(self) -> KeptColumns:
         """Return a cache that can be kept from one prompt to the next."""
         has_windows = any(window is not None for window in self.source.checkpoint.config.sliding_windows)
@@ -229,6 +244,22 @@ class ProcessSession:
         """The address of this machine at which the other stages reach it: the one they joined at."""
         channels = [member.channel for member in self._team.members.values()]
         return next((address for channel in channels if (address := channel.local_address())), "127.0.0.1")
+
+    def _recover(self, loss: Loss) -> None:
+        """Start a lost worker again, or wait until somebody does, and rebuild every cache.
+
+        Raises:
+            LlamaplanError: it could not be done.
+        """
+        self._settings.note(f"{loss.error.what}; starting it again")
+        assert self._pipeline.links is not None
+        self._pipeline.links.close()
+        self._team.replace(loss.rank)
+        if self._settings.listen is None:
+            start_local(self._team, loss.rank, self._settings.target, model=self._settings.model)
+        self._team.wait_until_loaded()
+        self.connect()
+        self._pipeline.start_over()
 
     def _report(self, peer: int, error: Exception) -> None:
         if isinstance(error, LlamaplanError):
@@ -282,13 +313,24 @@ class _Watch:
 
 
 def _times(numbers: Sequence[Numbers], phase: str) -> tuple[StageTime, ...]:
-    return tuple(StageTime(getattr(n, f"{phase}_compute_seconds"), getattr(n, f"{phase}_hop_seconds")) for n in numbers)
+    return tuple(
+        StageTime(
+            getattr(n, f"{phase}_compute_seconds"),
+            getattr(n, f"{phase}_hop_seconds"),
+            num_fast_steps=n.decode_fast_steps if phase == "decode" else 0,
+        )
+        for n in numbers
+    )
 
 
 def _sums(first: Sequence[StageTime], second: Sequence[StageTime]) -> list[StageTime]:
     if not first:
         return list(second)
     return [
-        StageTime(a.compute_seconds + b.compute_seconds, a.hop_seconds + b.hop_seconds)
+        StageTime(
+            a.compute_seconds + b.compute_seconds,
+            a.hop_seconds + b.hop_seconds,
+            num_fast_steps=a.num_fast_steps + b.num_fast_steps,
+        )
         for a, b in zip(first, second, strict=True)
     ]

@@ -53,6 +53,14 @@ class Fault:
     error: LlamaplanError
 
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Put into the event queue when a worker is gone that will be started again."""
+
+    rank: int
+    error: PeerError
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
     """How long things may take, in seconds."""
@@ -75,13 +83,16 @@ class Team:
         names: what each stage is called, by rank; rank 0 is this process.
         patience: how long to wait for what.
         progress: told what the workers are doing.
+        num_restarts: how many lost workers may be started again.
 
     Attributes:
         names: what each stage is called.
         members: the workers, by rank.
         acceptor: takes connections of workers from elsewhere, if there can be any.
         store: how torch.distributed finds its peers.
-        events: gets a `Fault` when the run cannot go on, and whatever else the driver waits for.
+        fault: why the run cannot go on.
+        loss: the worker that has to be started again before it can go on.
+        events: gets a `Fault` or a `Loss` when the run cannot go on, and whatever else the driver waits for.
     """
 
     def __init__(
@@ -92,15 +103,19 @@ class Team:
         names: Iterable[str],
         patience: Patience,
         progress: Callable[[str], None],
+        num_restarts: int = 0,
     ) -> None:
+        self._num_restarts = num_restarts
         self._identity, self._job, self.names = identity, job, tuple(names)
         self._patience, self._progress = patience, progress
         self.members: dict[int, Member] = {}
         self.acceptor: Acceptor | None = None
         self.events: queue.Queue[Any] = queue.Queue()
         self.fault: LlamaplanError | None = None
+        self.loss: Loss | None = None
         self.epoch = 0
         self._fault_at = self._beat_at = 0.0
+        self._started_at = time.monotonic()
         self._is_handled = False
         self._is_over = False
         self._suspicion: tuple[float, str] | None = None
@@ -151,21 +166,15 @@ class Team:
             PeerError: one did not join in time, or was lost.
             LlamaplanError: whatever a worker failed with.
         """
+        self._wait(lambda: not self._missing() and all(member.ready for member in self.members.values()))
+
+    def _missing(self) -> list[int]:
         ranks = range(1, len(self.names))
-        deadline = time.monotonic() + self._patience.join_seconds
-        self._wait(lambda: all(self._has_joined(rank) for rank in ranks), until=deadline, otherwise=self._missing)
-        self._wait(lambda: all(self.members[rank].ready for rank in ranks))
+        return [rank for rank in ranks if rank not in self.members or self.members[rank].join is None]
 
-    def _has_joined(self, rank: int) -> bool:
-        return rank in self.members and self.members[rank].join is not None
-
-    def _missing(self) -> LlamaplanError:
-        missing = [
-            f"rank {rank} ({name})" for rank, name in enumerate(self.names) if rank and not self._has_joined(rank)
-        ]
-        seconds = self._patience.join_seconds
+    def _did_not_join(self, ranks: Iterable[int]) -> PeerError:
         return PeerError(
-            f"{', '.join(missing)} did not join within {seconds:.0f} s",
+            f"{', '.join(self.names[rank] for rank in ranks)} did not join within {self._patience.join_seconds:.0f} s",
             hint="start it, or give it longer with --join-timeout",
             code="E-JOIN",
         )
@@ -242,26 +251,39 @@ class Team:
         self.broadcast(Abort(exit_code=ExitCode.PEER, line=error.line()[:4000]))
         self.events.put(Fault(error))
 
+    def lose(self, member: Member, error: PeerError) -> None:
+        """Record that a worker is gone: the end of the run, unless it may be started again."""
+        with self._changed:
+            may_restart = self._num_restarts > 0 and member.formed_epoch == self.epoch > 0 and self.loss is None
+            if may_restart and self.fault is None and not self._is_over:
+                self._num_restarts -= 1
+                self.loss = Loss(member.rank, error)
+        if self.loss is not None and self.loss.error is error:
+            self.events.put(self.loss)
+        else:
+            self.fail(error)
+
+    def replace(self, rank: int) -> None:
+        """Make room for a new worker in the place of a lost one."""
+        with self._changed:
+            member = self.members.pop(rank)
+            self._started_at, self._suspicion, self.loss = time.monotonic(), None, None
+        member.is_replaced = True
+        member.channel.close()
+        if member.local is not None:
+            member.local.end()
+
     def suspect(self, text: str) -> None:
         """Note that a data connection broke; if nobody turns out to be gone, that itself is the fault."""
         with self._changed:
             self._suspicion = self._suspicion or (time.monotonic(), text)
 
-    def _wait(
-        self,
-        is_done: Callable[[], bool],
-        *,
-        until: float | None = None,
-        otherwise: Callable[[], LlamaplanError] | None = None,
-    ) -> None:
+    def _wait(self, is_done: Callable[[], bool]) -> None:
         with self._changed:
-            while self.fault is None and not is_done():
-                if until is not None and time.monotonic() > until:
-                    break
+            while self.fault is None and self.loss is None and not is_done():
                 self._changed.wait(timeout=0.1)
-            is_late = self.fault is None and not is_done()
-        if is_late and otherwise is not None:
-            self.fail(otherwise())
+        if self.loss is not None:
+            self.fail(self.loss.error)
         self.check()
 
     # --- threads ---------------------------------------------------------------------------------------------------
@@ -274,12 +296,13 @@ class Team:
                 with self._changed:
                     self._changed.notify_all()
                 message = member.channel.receive()
-            if not member.is_finished:
-                self.fail(member.ended())
         except LlamaplanError as error:
             self.fail(error)
+            return
         except OSError:
-            self.fail(member.ended())
+            pass  # as good as the end of the stream
+        if not (member.is_finished or member.is_replaced or self._is_over):
+            self.lose(member, member.ended())
 
     def _handle(self, member: Member, message: Message) -> None:
         match message:
@@ -341,10 +364,13 @@ class Team:
     def _find_faults(self, now: float) -> None:
         limit = self._patience.heartbeat_seconds
         for member in list(self.members.values()):
-            if member.join and not member.is_finished and now - member.channel.last_heard > limit:
-                self.fail(member.silent(limit))
+            is_lost = self.loss is not None and self.loss.rank == member.rank
+            if member.join and not member.is_finished and not is_lost and now - member.channel.last_heard > limit:
+                self.lose(member, member.silent(limit))
+        if now - self._started_at > self._patience.join_seconds and (missing := self._missing()):
+            self.fail(self._did_not_join(missing))
         suspicion = self._suspicion
-        if suspicion is not None and now - suspicion[0] > BLAME_SECONDS:
+        if suspicion is not None and self.loss is None and now - suspicion[0] > BLAME_SECONDS:
             self.fail(PeerError(suspicion[1], code="E-LINK"))
 
     def _leave_now(self, fault: LlamaplanError) -> NoReturn:

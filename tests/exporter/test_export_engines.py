@@ -190,7 +190,7 @@ def run_script(text: str, folder: Path, *, program: str, arguments: Sequence[str
         capture_output=True,
         check=True,
         cwd=folder,
-        env={"PATH": f"{folder}:{os.environ['PATH']}"},
+        env={"PATH": f"{folder}:{os.environ['PATH']}", "LLAMARUN_KEY_FILE": "key"},
     )
     return done.stdout.splitlines()
 
@@ -223,7 +223,10 @@ def test_several_hosts_get_a_rank_each(shipped: Path, tmp_path: Path) -> None:
     said = run_script(launches["launch-b.sh"], tmp_path, program="torchrun", arguments=["--more"])
     pairs = dict(itertools.pairwise(said))
     assert (pairs["--nnodes"], pairs["--node-rank"], pairs["--nproc-per-node"]) == ("2", "1", "2")
-    assert said[-4:] == ["runtime.worker", "d", "--trusted-network", "--more"]
+    assert said[said.index("runtime.worker") :] == [
+        *["runtime.worker", "d", "--more", "--listen", "a:29501", "--key-file", "key", "--trusted-network"],
+        *["--device-map", "2=cuda:0", "--device-map", "3=cuda:1"],
+    ]
 
 
 NOT_EXPRESSED: dict[str, tuple[list[str], list[str], str, str]] = {

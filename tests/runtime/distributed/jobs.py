@@ -1,5 +1,6 @@
 """Real jobs of several processes for the tests of failures: start them, look at them, hurt them."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -71,7 +72,12 @@ def started(*arguments: object, module: str = "runtime.cli", **environment: str)
     """Start a command; nothing of it is left afterwards."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=ENVIRONMENT | environment
+        command,
+        bufsize=0,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env=ENVIRONMENT | environment,
     )
     job = Job(process)
     known: set[int] = set()
@@ -79,7 +85,8 @@ def started(*arguments: object, module: str = "runtime.cli", **environment: str)
         yield job
     finally:
         if process.poll() is None:
-            known |= set(job.workers().values())
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may be ending just now
+                known |= set(job.workers().values())
             process.send_signal(signal.SIGCONT)
             process.kill()
         process.communicate()

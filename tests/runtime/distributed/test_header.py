@@ -1,0 +1,138 @@
+"""Nothing reaches a buffer that was not announced, checked and expected. Row N10."""
+
+import queue
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.distributed_c10d as c10d
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plans.errors import PeerError
+from runtime.distributed.header import NUM_WORDS, STEP, TOKENS, Header, Stamp, check_against, pack, unpack
+from runtime.distributed.links import Links, Place, _gloo
+from runtime.distributed.messages import Beat, Open, decode, encode
+from runtime.distributed.store import SharedStore
+
+STAMP = Stamp.of("ab" * 32, epoch=3)
+HEADER = Header(STEP, 0, 5, 2, 7, 2, 3, 8, 1, 1)
+WORDS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
+
+
+def test_a_header_says_what_was_packed() -> None:
+    assert unpack(pack(HEADER, STAMP), STAMP) == HEADER
+    assert HEADER.payload_bytes == 2 * 3 * 8 * 4
+
+
+@given(place=st.integers(min_value=0, max_value=NUM_WORDS - 1), word=WORDS)
+def test_a_header_with_any_other_word_is_refused(place: int, word: int) -> None:
+    words = pack(HEADER, STAMP)
+    if words[place] != word:
+        words[place] = word
+        with pytest.raises(PeerError):
+            unpack(words, STAMP)
+
+
+@given(words=st.lists(WORDS, min_size=NUM_WORDS, max_size=NUM_WORDS))
+def test_random_words_are_refused(words: list[int]) -> None:
+    with pytest.raises(PeerError):
+        unpack(words, STAMP)
+
+
+@pytest.mark.parametrize("stamp", [Stamp.of("ab" * 32, epoch=2), Stamp.of("cd" * 32, epoch=3)])
+def test_a_header_of_another_epoch_or_export_is_refused(stamp: Stamp) -> None:
+    with pytest.raises(PeerError):
+        unpack(pack(HEADER, stamp), STAMP)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", 1), ("step", 3), ("start", 6), ("rows", 1), ("width", 4), ("dtype", 2), ("sender", 2)]
+)
+def test_a_stale_repeated_or_foreign_step_is_refused(name: str, value: int) -> None:
+    with pytest.raises(PeerError, match=name):
+        check_against(replace(HEADER, **{name: value}), **{name: getattr(HEADER, name)})
+
+
+def test_a_huge_or_empty_payload_is_refused() -> None:
+    for shape in ({"rows": 0}, {"columns": -1}, {"rows": 1 << 20, "columns": 1 << 20}):
+        with pytest.raises(PeerError):
+            unpack(pack(replace(HEADER, **shape), STAMP), STAMP)
+
+
+@given(data=st.binary(max_size=300))
+def test_random_bytes_are_no_control_message(data: bytes) -> None:
+    with pytest.raises(PeerError):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"kind":"beat","more":1}', b'{"kind":"open"}', b'{"kind":"beat","kind":"beat"}', b'["beat"]', b"{}"]
+)
+def test_a_message_that_is_not_quite_one_of_ours_is_refused(data: bytes) -> None:
+    with pytest.raises(PeerError):
+        decode(data)
+
+
+def test_a_message_survives_the_way() -> None:
+    opening = Open(
+        group=1, lengths=(3,), num_new_tokens=2, drawings=(), prompts=((1, 2, 3),), continues=None, keeps_tokens=0
+    )
+    assert decode(encode(opening)) == opening
+    assert decode(encode(Beat())) == Beat()
+
+
+class Pair:
+    """Real links of rank 1, and a bare process group as a rank 0 that sends what it likes."""
+
+    def __init__(self) -> None:
+        self.inbox: queue.Queue[Any] = queue.Queue()
+        self.reports: queue.Queue[Exception] = queue.Queue()
+        stores = [SharedStore(lambda _entry: None, has_ended=lambda: False) for _ in range(2)]
+        stores[0]._publish, stores[1]._publish = stores[1].receive, stores[0].receive
+        places = [
+            Place(rank=rank, num_ranks=2, address="127.0.0.1", device=torch.device("cpu"), uses_nccl=False)
+            for rank in range(2)
+        ]
+        made: list[Any] = []
+        prefixed = c10d.PrefixStore(f"epoch{STAMP.epoch}", stores[0])
+        helper = threading.Thread(target=lambda: made.append(_gloo(places[0], prefixed)))
+        helper.start()
+        self.links = Links(
+            places[1],
+            stores[1],
+            stamp=STAMP,
+            expect=lambda header: check_against(header, kind=STEP, rows=2, width=8),
+            inbox=self.inbox,
+            report=lambda _peer, error: self.reports.put(error),
+            is_over=lambda: False,
+        )
+        helper.join()
+        self.evil = made[0]
+
+    def send(self, words: list[int], payload: torch.Tensor | None = None) -> None:
+        self.evil.send([torch.tensor(words)], 1, 0).wait()
+        if payload is not None:
+            self.evil.send([payload], 1, 1).wait()
+
+
+def test_real_links_take_what_is_announced_and_refuse_the_rest() -> None:
+    pair = Pair()
+    payload = torch.arange(48.0).reshape(2, 3, 8)
+    pair.send(pack(HEADER, STAMP), payload)
+    assert torch.equal(pair.inbox.get(timeout=20).payload, payload)
+    pair.send(pack(replace(HEADER, kind=TOKENS), STAMP))
+    assert "kind" in str(pair.reports.get(timeout=20))
+    assert pair.inbox.empty()
+    pair.links.close()
+
+
+def test_closing_wakes_a_receive_that_gloo_cannot_cancel() -> None:
+    pair = Pair()
+    threads = pair.links._threads
+    assert all(thread.is_alive() for thread in threads)
+    pair.links.close()
+    assert not any(thread.is_alive() for thread in threads)
+    assert pair.reports.empty()
