@@ -268,6 +268,7 @@ class Team:
         with self._changed:
             member = self.members.pop(rank)
             self._started_at, self._suspicion, self.loss = time.monotonic(), None, None
+            self.epoch += 1  # what is still said about the old connections no longer counts
         member.is_replaced = True
         member.channel.close()
         if member.local is not None:

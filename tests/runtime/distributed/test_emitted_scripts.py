@@ -8,7 +8,8 @@ from pathlib import Path
 
 from jobs import ENVIRONMENT, PROMPT
 
-from exporter import emit, export
+from exporter import export
+from exporter.emit import emit
 from runtime.opening import open_source
 from runtime.session import load_session, prepare_session
 from tests.exporter.export_helpers import make_plan
@@ -25,6 +26,7 @@ def test_two_hosts_with_only_their_own_bundles_write_the_text_of_one_process(shi
     )
     export(plan, model=shipped, output=tmp_path / "whole")
     for name, stages in (("127.0.0.1", {0, 1}), ("localhost", {2})):
+        (tmp_path / name).mkdir()
         export(plan, model=shipped, output=tmp_path / name / "shards", stages=stages)
     key = tmp_path / "key"
     key.write_text("correct horse battery")

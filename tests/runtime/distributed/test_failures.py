@@ -120,16 +120,16 @@ def test_a_process_that_stands_still_for_a_while_costs_nothing_but_time(exports:
 
 def test_a_worker_that_stands_still_for_too_long_is_lost(exports: Exports) -> None:
     """Row N6: after the timeout. A stopped process keeps its connections open."""
-    with started(*generate(exports(3), "-c", 1024, "--heartbeat-timeout", 3)) as job:
+    with started(*generate(exports(3), "-c", 1024, "--heartbeat-timeout", 10)) as job:
         victim, other = job.rank(1), job.rank(2)
         job.first_text()
         os.kill(victim, signal.SIGSTOP)
         stopped = time.monotonic()
-        code, _, said = job.end(within=20)
-        assert time.monotonic() - stopped < 3 + 4
+        code, _, said = job.end(within=40)
+        assert time.monotonic() - stopped < 10 + 4
         assert code == LOST, said
         assert "stage 1 (" in said
-        assert "no sign of life for 3 s" in said
+        assert "no sign of life for 10 s" in said
         assert not is_alive(victim)
         assert not is_alive(other)
 

@@ -1,0 +1,168 @@
+"""Two processes of one thread each against one process: decode with 1 and 4 requests in flight, batch 4, first token.
+
+1.1B shape cut in two equal halves. In every round each variant makes a few greedy tokens, in turn. "formula" is what
+the planner's formula gives for the stage and cycle times measured with one request in flight.
+
+Run: python -m benchmarks distributed            (everything; on a shared machine rather one dtype and path at a time)
+     python -m benchmarks.bench_distributed bf16 reference [decode|first]
+"""
+
+import itertools
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.measure import SHAPES, interleave, make_checkpoint
+
+PROMPT_TOKENS = 64
+NEW_TOKENS = 7
+ROUNDS = 5
+IN_FLIGHT = 4
+LONG_PROMPT_TOKENS = 512
+LONG_ROUNDS = 2
+CHUNK_TOKENS = 128
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """The same export in one process and in two."""
+
+    one: Any
+    two: Any
+    plan: Any
+
+
+def main() -> None:
+    """Print every table."""
+    for dtype, speed, what in itertools.product(DTYPES, ("reference", "max"), ("decode", "first")):
+        run(dtype, speed, what)
+
+
+def run(dtype: str, speed: str, what: str) -> None:
+    """Print one table."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temp:
+        model = make_checkpoint(SHAPES["1.1B"], Path(temp), dtype=DTYPES[dtype])
+        with _open(model, Path(temp) / "shards", speed=speed) as (sessions, threads):
+            assert threads == 1
+            print(f"\n1.1B {dtype}, {speed} path, 2 processes x 1 thread against 1 process x 1 thread: {what}")
+            (_decode if what == "decode" else _first)(sessions)
+
+
+def _decode(sessions: Sessions) -> None:
+    one, two = sessions.one, sessions.two
+    rates: Mapping[str, Callable[[], float]] = {
+        "one process, 1 request": lambda: 1 / _step(one.generate_requests(_requests(one, 1))),
+        "two processes, 1 in flight": lambda: 1 / _step(two.generate_requests(_requests(two, 1))),
+        f"two processes, {IN_FLIGHT} in flight": lambda: IN_FLIGHT / _cycle(two),
+        f"one process, batch {IN_FLIGHT}": lambda: IN_FLIGHT / _step(one.generate_requests(_requests(one, IN_FLIGHT))),
+    }
+    found = interleave(rates, rounds=ROUNDS)
+    base, alone, flight, _batch = found.values()
+    for name, rate in found.items():
+        print(f"{name:28} {rate:7.2f} tokens/s")
+    print(f"1 in flight / one process      {alone / base:.3f}")
+    print(f"{IN_FLIGHT} in flight / 1 in flight      {flight / alone:.3f}   formula {_formula(two) / alone:.3f}")
+
+
+def _first(sessions: Sessions) -> None:
+    one, two = sessions.one, sessions.two
+    seconds: Mapping[str, Callable[[], float]] = {
+        "one process": lambda: _first_token(one, LONG_PROMPT_TOKENS),
+        "two processes, whole prompt": lambda: _first_token(two, LONG_PROMPT_TOKENS),
+        f"two processes, chunks of {CHUNK_TOKENS}": lambda: _first_token(two, CHUNK_TOKENS),
+    }
+    found = interleave(seconds, rounds=LONG_ROUNDS, warmup=0)
+    whole, chunked = list(found.values())[1:]
+    for name, value in found.items():
+        print(f"{name:32} {value:7.2f} s to the first token of {LONG_PROMPT_TOKENS}")
+    print(f"chunks / whole prompt            {chunked / whole:.3f}")
+
+
+def _open(model: Path, output: Path, *, speed: str) -> Any:
+    from contextlib import contextmanager
+
+    from exporter import export
+    from planner import solve_model
+    from runtime.distributed.opening import open_processes
+    from runtime.distributed.session import ProcessSettings
+    from runtime.opening import open_source
+    from runtime.session import load_session, prepare_session
+
+    @contextmanager
+    def opened() -> Any:
+        import torch
+
+        plan = solve_model(model, devices=["cpu=8GiB"] * 2, layers=[11, 11])
+        export(plan, model=model, output=output)
+        prepared = prepare_session(open_source(output, model=None), device_map={})
+        one = load_session(prepared, speed=speed, verifies=False)
+        settings = ProcessSettings(target=output, threads=1, speed=speed)
+        with open_processes(prepared, settings, batch_size=IN_FLIGHT, verifies=False) as two:
+            yield Sessions(one, two, plan), torch.get_num_threads()
+
+    return opened()
+
+
+def _requests(
+    session: Any, count: int, *, prompt_tokens: int = PROMPT_TOKENS, chunk: int = 2048, new: int = NEW_TOKENS
+) -> Any:
+    import random
+
+    from runtime.generate import Request
+    from runtime.limits import Limits
+    from runtime.sampling import Sampling
+
+    draw = random.Random(0)
+    limits = Limits(context_tokens=2048, max_tokens=new, prefill_chunk_tokens=chunk)
+    vocab_size = session.prepared.vocab_size
+    return [
+        Request(
+            prompt_ids=[draw.randrange(vocab_size) for _ in range(prompt_tokens)],
+            sampling=Sampling(),
+            limits=limits,
+            sequence_index=index,
+        )
+        for index in range(count)
+    ]
+
+
+def _step(generation: Any) -> float:
+    return median(generation.step_seconds)
+
+
+def _cycle(session: Any) -> float:
+    """Median seconds between two tokens of a request while several are under way; the first tokens do not count."""
+    steps: list[float] = []
+    groups = [[request] for request in _requests(session, IN_FLIGHT, new=2 * NEW_TOKENS)]
+    session.generate_groups(
+        groups, in_flight=IN_FLIGHT, on_done=lambda _place, run: steps.extend(run.step_seconds[3 : NEW_TOKENS + 3])
+    )
+    return median(steps)
+
+
+def _first_token(session: Any, chunk: int) -> float:
+    requests = _requests(session, 1, prompt_tokens=LONG_PROMPT_TOKENS, chunk=chunk, new=1)
+    return float(session.generate_requests(requests).time_to_first_token_seconds)
+
+
+def _formula(session: Any) -> float:
+    """Tokens per second by the planner's formula: one per slowest stage, or N per cycle, whichever is slower."""
+    generation = session.generate_requests(_requests(session, 1), measure_stages=True)
+    steps = len(generation.step_seconds)
+    slowest = max(stage.compute_seconds for stage in generation.decode_stages) / steps
+    return 1 / max(slowest, _step(generation) / IN_FLIGHT)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run(sys.argv[1], sys.argv[2], sys.argv[3])
+    else:
+        main()

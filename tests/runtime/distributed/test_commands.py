@@ -1,0 +1,77 @@
+"""`chat`, `batch` and `bench` with a process per stage do what they do in one process."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from jobs import ENVIRONMENT
+
+from tests.conftest import RunCommand
+
+Exports = Callable[[int], Path]
+PLAIN = ["--temp", 0, "--speed", "reference", "--threads", 1]
+
+
+def chat(folder: Path, *options: object) -> str:
+    command = [sys.executable, "-m", "runtime.cli", "chat", *map(str, [folder, *PLAIN, "-n", 12, *options])]
+    lines = "hello\nand more\n/undo\nagain\n/reset\nhello\n"
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    read = next(line for line in done.stderr.splitlines() if "prompt tokens read" in line)
+    return done.stdout + read[: read.index("; time")]
+
+
+def test_a_chat_gives_the_same_answers_and_reads_no_more_of_the_prompt(exports: Exports) -> None:
+    assert chat(exports(3), "--processes") == chat(exports(3))
+
+
+def test_a_batch_gives_the_same_results_with_several_in_flight(
+    exports: Exports, run_command: RunCommand, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ["def ", "import os\n", "class A:\n    def f(self", "x", "for i in ", "    return"]
+    prompts.write_text("".join(json.dumps({"prompt": text, "seed": 3}) + "\n" for text in texts))
+    found = []
+    for options in ([], ["--processes", "--in-flight", 3]):
+        output = tmp_path / f"out{len(found)}.jsonl"
+        settings = ["-o", output, "--batch-size", 2, "-n", 9, "--temp", 0.8, "--speed", "reference", "--threads", 1]
+        done = run_command("llamarun", "batch", exports(2), prompts, *settings, *options)
+        assert done.code == 0, done.err
+        found.append(sorted((json.loads(line) for line in output.read_text().splitlines()), key=lambda r: r["index"]))
+    assert found[0] == found[1]
+    assert len(found[0]) == len(texts)
+
+
+def test_a_trace_shows_every_step_of_every_stage_side_by_side(
+    exports: Exports, run_command: RunCommand, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.json"
+    options = ["--processes", "--in-flight", 2, "--prompt-tokens", 12, "-n", 6, "--repeats", 1, "--prefill-chunk", 4]
+    done = run_command("llamarun", "bench", exports(3), *options, *PLAIN[2:], "--trace", trace, "--json")
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert document["in_flight"] == 2
+    assert document["pipelined_tokens_per_second"] > 0
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+    tracks = {(event["pid"], event["tid"]) for event in events}
+    assert tracks == {(pid, tid) for pid in (1, 2) for tid in (1, 2, 3)}
+    for pid, steps in ((1, 3), (2, 5)):
+        names = [event["name"] for event in events if (event["pid"], event["tid"]) == (pid, 3)]
+        assert len(names) == len(set(names)) == 2 * steps
+    for event in events:  # a stage starts a step after the stage before it ended it
+        before = [e for e in events if e["name"] == event["name"] and e["tid"] == event["tid"] - 1]
+        assert all(e["ts"] + e["dur"] <= event["ts"] + 1000 for e in before)
+
+
+def test_one_stage_or_several_batches_in_one_process_are_usage_errors(
+    exports: Exports, run_command: RunCommand, shipped: Path, tmp_path: Path
+) -> None:
+    alone = run_command("llamarun", "generate", shipped, "-p", "x", "-n", 1, "--processes")
+    assert (alone.code, "only one stage" in alone.err) == (2, True)
+    options = ["--prompt-tokens", 2, "-n", 2]
+    flight = run_command("llamarun", "bench", exports(2), *options, "--in-flight", 2)
+    assert (flight.code, "add --processes" in flight.err) == (2, True)
+    trace = run_command("llamarun", "bench", exports(2), *options, "--trace", tmp_path / "t.json")
+    assert (trace.code, "add --processes" in trace.err) == (2, True)
