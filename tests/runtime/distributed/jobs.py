@@ -68,16 +68,17 @@ def wait_for(look: Callable[[], T | None], *, seconds: float = 60) -> T:
 
 
 @contextmanager
-def started(*arguments: object, module: str = "runtime.cli", **environment: str) -> Iterator[Job]:
-    """Start a command; nothing of it is left afterwards."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+def started(*arguments: object, module: str = "runtime.cli", host: str | None = None) -> Iterator[Job]:
+    """Start a command, in a network namespace if one is named; nothing of it is left afterwards."""
+    where = ["ip", "netns", "exec", host] if host else []
+    command = [*where, sys.executable, "-m", module, *map(str, arguments)]
     process = subprocess.Popen(
         command,
         bufsize=0,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
-        env=ENVIRONMENT | environment,
+        env=ENVIRONMENT,
     )
     job = Job(process)
     known: set[int] = set()
