@@ -1,6 +1,6 @@
 """Run benchmarks by name; without names, the quick ones.
 
-python -m benchmarks [NAME ...]    with names: chain commands export decode solve distributed simulator
+python -m benchmarks [NAME ...]    with names: cache chain commands decode distributed export simulator solve startup
 """
 
 import importlib

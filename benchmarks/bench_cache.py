@@ -8,8 +8,9 @@ Run: python -m benchmarks.bench_cache --models FOLDER
 
 import argparse
 import statistics
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ LONG = 500
 SHIPPED = Path(__file__).parents[1] / "tests/checkpoint/python-llama"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", type=Path, help="keep the checkpoints here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temp:
         models = options.models or Path(temp)
         large = models / "135M-bfloat16"
@@ -103,4 +104,4 @@ def _stepper(chain: Any, ids: Any, cache: Any) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

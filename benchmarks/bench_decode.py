@@ -12,9 +12,10 @@ Run: python -m benchmarks.bench_decode --shape 1.1B --dtype bfloat16 --batch 1 -
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,11 +42,11 @@ class Variant(Protocol):
         """Make tokens; return the seconds of each."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Print the table of what was asked for; without arguments, of everything."""
     import torch
 
-    options = _options()
+    options = _options(arguments)
     print(f"{torch.get_num_threads()} threads, prompt {PROMPT_TOKENS}, {NEW_TOKENS} new tokens; medians")
     print("shape dtype    batch variant             ms/step  ratio     GB/s  limit   prefill ms  ratio", flush=True)
     with tempfile.TemporaryDirectory() as temp:
@@ -60,14 +61,14 @@ def main() -> None:
                         print(f"{shape:5} {dtype:8} {batch:5} {line}", flush=True)
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["1.1B", "135M"])
     parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--models", type=Path, help="keep the checkpoints here")
     parser.add_argument("--llama-cpp", type=Path, help="an interpreter with llama_cpp and gguf")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def _cell(folder: Path, batch: int, llama_cpp: Path | None) -> Iterator[str]:
@@ -212,4 +213,4 @@ class Llamarun:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

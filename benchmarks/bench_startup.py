@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure import SHAPES, make_checkpoint
@@ -28,12 +29,12 @@ model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
 """
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Print seconds and peak memory for each shape."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["135M", "1.1B"])
     parser.add_argument("--models", type=Path, help="keep the checkpoints here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temp:
         models = options.models or Path(temp)
         for shape in options.shape:
@@ -77,4 +78,4 @@ def _run(command: list[str], *, cache: Path | None = None) -> tuple[float, str]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
