@@ -27,8 +27,10 @@ class Shape:
 SHAPES: Mapping[str, Shape] = {
     shape.name: shape
     for shape in (
+        Shape("55M", 8, 512, 8, 4, 1408, 32000),
         Shape("100M", 12, 768, 12, 4, 2048, 16384),
         Shape("135M", 30, 576, 9, 3, 1536, 49152, tie_word_embeddings=True),
+        Shape("360M", 24, 960, 15, 5, 2560, 49152, tie_word_embeddings=True),
         Shape("1.1B", 22, 2048, 32, 4, 5632, 32000),
     )
 }

@@ -5,9 +5,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from planner import cli_compare, cli_export, cli_simulate, cli_solve, options
+from planner import cli_compare, cli_devices, cli_export, cli_simulate, cli_solve, options
 from plans.console import Output, run_command
-from plans.errors import UsageError
 
 app = typer.Typer(
     name="llamaplan",
@@ -85,52 +84,7 @@ def analyze(
     screen.next_step(f"llamaplan solve {shlex.quote(model)} -o plan.json")
 
 
-@app.command()
-def devices(
-    *,
-    device: options.DeviceOption = None,
-    cluster: options.ClusterOption = None,
-    margin: options.MarginOption = None,
-    catalogue: Annotated[bool, typer.Option("--catalogue", help="List common accelerators by name.")] = False,
-    output: options.OutputOption = None,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
-) -> None:
-    """Say what this machine, or a described cluster, offers to a plan.
-
-    Example: llamaplan devices --device 2xrtx4090 --device cpu=32GiB -o cluster.json
-    """
-    from planner import show_cluster
-    from planner.clusters import load_cluster
-    from planner.machine import inspect_machine
-    from plans.files import write_text
-
-    screen = Output(json=as_json, quiet=quiet)
-    if catalogue:
-        if device or cluster or margin or output:
-            raise UsageError("--catalogue lists accelerators and takes no devices, cluster, margin or output")
-        screen.data(show_cluster.catalogue_json())
-        screen.show(show_cluster.catalogue_table())
-        screen.next_step("llamaplan devices --device NAME -o cluster.json")
-        return
-    offered = load_cluster(cluster, devices=device, margins=margin)
-    if output is not None:
-        write_text(output, offered.to_json())
-        screen.note(f"wrote {output}")
-    screen.data(offered.model_dump(mode="json", by_alias=True))
-    screen.show(show_cluster.device_table(offered))
-    if not (as_json or device or cluster):
-        for line in show_cluster.machine_lines(inspect_machine()):
-            screen.show(line)
-    links = show_cluster.link_table(offered)
-    if links is not None:
-        screen.show("")
-        screen.show(links)
-    described = ["--cluster", str(output or cluster)] if output or cluster else []
-    described += [word for name in device or () for word in ("--device", name)] if not described else []
-    screen.next_step(shlex.join(["llamaplan", "solve", "MODEL", *described, "-o", "plan.json"]))
-
-
+cli_devices.register(app)
 cli_solve.register(app)
 cli_compare.register(app)
 cli_simulate.register(app)

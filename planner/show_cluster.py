@@ -37,6 +37,18 @@ def machine_lines(machine: Machine) -> Iterator[str]:
     )
 
 
+def timing_lines(cluster: Cluster) -> Iterator[str]:
+    """Yield what was measured on each device."""
+    for device in cluster.devices:
+        for timings in device.timings:
+            rows = len(timings.decode_seconds_per_layer) + len(timings.prefill_seconds_per_layer)
+            threads = f", {timings.threads} threads" if timings.threads else ""
+            yield (
+                f"{device.name}: {rows} points of layer {timings.profile[:12]} in {timings.dtype} measured, "
+                f"{timings.path} path{threads}"
+            )
+
+
 def link_table(cluster: Cluster) -> "Table | None":
     """Return how a message of 1 MiB travels between the devices, or None where that would be no table for people."""
     if not 2 <= len(cluster.devices) <= MAX_LINKED_DEVICES:

@@ -19,6 +19,7 @@ EXTRA = {
     "planner/cli_export.py": {"exporter"},
     "planner/cli_compare.py": {"exporter"},
     "planner/measure.py": {"runtime"},
+    "planner/measure_chain.py": {"runtime"},
 }
 """The planner's command line drives the exporter and reads its partitions; only measuring times real stages."""
 

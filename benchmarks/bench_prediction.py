@@ -1,0 +1,137 @@
+"""Prediction against reality: `devices --measure`, then what `solve` predicts beside what `llamarun bench` measures.
+
+Shapes x dtypes x cuts x contexts, every command a process of its own as a person would type it. A run during which
+other programs took more than a tenth of a core is repeated, at most three times, and marked with * if none was calm.
+
+Run: python -m benchmarks prediction [SHAPE:DTYPE ...]      all of them take half an hour on two cores
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from shutil import copy
+from statistics import median
+from typing import Any
+
+from benchmarks.measure import SHAPES, Shape, make_checkpoint
+from planner.calm import MOST_OTHER_CORES, CalmMeter
+
+TOKENIZER = Path(__file__).parents[1] / "tests" / "checkpoint" / "python-llama"
+MODELS = ("55M:bfloat16", "100M:float32", "135M:bfloat16", "360M:float32", "1.1B:bfloat16")
+CASES = ((1, 112), (2, 496), (3, 1008), (4, 2032))
+"""(stages, prompt tokens): with the new tokens, contexts of 128 to 2048."""
+NEW_TOKENS = 16
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Predicted and measured of one run; seconds and bytes."""
+
+    decode: tuple[float, float]
+    prefill: tuple[float, float]
+    memory: tuple[float, float]
+    is_calm: bool
+
+    def errors(self) -> tuple[float, float, float]:
+        """Return (predicted / measured - 1) of each pair."""
+        return tuple(a / b - 1 for a, b in (self.decode, self.prefill, self.memory))  # type: ignore[return-value]
+
+
+def main(names: Sequence[str] = ()) -> None:
+    """Print the table and the medians of the absolute errors."""
+    found: list[Comparison] = []
+    print("shape    dtype     stages context   decode ms/token       prefill s          memory MiB")
+    print("                                    predicted measured    predicted measured    predicted measured")
+    with tempfile.TemporaryDirectory(prefix="bench-prediction-") as temp:
+        for name in [arg for arg in names or sys.argv[2:] if ":" in arg] or MODELS:
+            shape, dtype = name.split(":")
+            model = _checkpoint(SHAPES[shape], Path(temp), dtype)
+            for stages, prompt, comparison in _compare(model, Path(temp)):
+                found.append(comparison)
+                print(f"{shape:8} {dtype:9} {_line(stages, prompt, comparison)}", flush=True)
+    for number, what in enumerate(("decode", "prefill", "memory")):
+        errors = [abs(comparison.errors()[number]) for comparison in found]
+        print(f"{what}: median error {median(errors):.1%}, largest {max(errors):.1%}")
+
+
+def _checkpoint(shape: Shape, folder: Path, dtype: str) -> Path:
+    target = make_checkpoint(shape, folder, dtype=dtype)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        copy(TOKENIZER / file, target)
+    return target
+
+
+def _compare(model: Path, folder: Path) -> Iterator[tuple[int, int, Comparison]]:
+    cluster, plan = folder / "cluster.json", folder / "plan.json"
+    devices = ["--device", "cpu=4GiB"] * max(stages for stages, _prompt in CASES)
+    _calm("planner.cli", "devices", "--measure", model, *devices, "-o", cluster, "-q")
+    for stages, prompt in CASES:
+        cut = _cut(_num_layers(model), stages)
+        sizes = ["--prompt-tokens", prompt, "-n", NEW_TOKENS]
+        options = ["--cluster", cluster, "--layers", cut, *sizes, "-c", prompt + NEW_TOKENS, "-o", plan]
+        planned = json.loads(_run("planner.cli", "solve", model, *options, "--json"))
+        ran, is_calm = _calm("runtime.cli", "bench", plan, "--model", model, *sizes, "--repeats", 2, "--json", "-q")
+        yield stages, prompt, _comparison(planned, json.loads(ran), is_calm=is_calm)
+
+
+def _comparison(planned: dict[str, Any], ran: dict[str, Any], *, is_calm: bool) -> Comparison:
+    predicted = planned["prediction"]
+    parts = ("weight_bytes", "kv_cache_bytes", "overhead_bytes")
+    memory = sum(stage[part] for stage in planned["stages"] for part in parts)
+    # One process: its stages take turns, so only one of them needs its workspace.
+    memory += max(stage["activation_bytes"] for stage in planned["stages"])
+    return Comparison(
+        decode=(predicted["seconds_per_token"], ran["median_seconds_per_token"]),
+        prefill=(predicted["time_to_first_token_seconds"], ran["time_to_first_token_seconds"]),
+        memory=(memory, ran["peak_memory_bytes"]),
+        is_calm=is_calm,
+    )
+
+
+def _line(stages: int, prompt: int, comparison: Comparison) -> str:
+    decode, prefill, memory = (f"{error:+6.1%}" for error in comparison.errors())
+    numbers = (
+        f"{1000 * comparison.decode[0]:8.2f} {1000 * comparison.decode[1]:8.2f} {decode}",
+        f"{comparison.prefill[0]:7.3f} {comparison.prefill[1]:7.3f} {prefill}",
+        f"{comparison.memory[0] / 2**20:6.0f} {comparison.memory[1] / 2**20:6.0f} {memory}",
+    )
+    return f"{stages:6} {prompt + NEW_TOKENS:7}   {'   '.join(numbers)}{'' if comparison.is_calm else ' *'}"
+
+
+def _num_layers(model: Path) -> int:
+    count: int = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    return count
+
+
+def _cut(num_layers: int, stages: int) -> str:
+    ends = [num_layers * part // stages for part in range(stages + 1)]
+    return ",".join(f"{start}-{end}@cpu#{index}" for index, (start, end) in enumerate(pairwise(ends)))
+
+
+def _calm(module: str, *arguments: object) -> tuple[str, bool]:
+    for _ in range(ATTEMPTS):
+        meter = CalmMeter()
+        output = _run(module, *arguments)
+        is_calm = meter.other_cores() <= MOST_OTHER_CORES
+        if is_calm:
+            break
+    return output, is_calm
+
+
+def _run(module: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
