@@ -1,6 +1,7 @@
 """Run benchmarks by name; without names, the quick ones.
 
-python -m benchmarks [NAME ...]    with names: cache chain commands decode distributed export simulator solve startup
+python -m benchmarks [NAME ...]    with names: cache chain commands decode distributed export prediction simulator solve
+startup
 """
 
 import importlib

@@ -3,14 +3,15 @@
 Shapes x dtypes x cuts x contexts, every command a process of its own as a person would type it. A run during which
 other programs took more than a tenth of a core is repeated, at most three times, and marked with * if none was calm.
 
-Run: python -m benchmarks prediction [SHAPE:DTYPE ...]      all of them take half an hour on two cores
+Run: python -m benchmarks prediction      half an hour on two cores; MODELS="55M:bfloat16 ..." chooses
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,13 +44,13 @@ class Comparison:
         return tuple(a / b - 1 for a, b in (self.decode, self.prefill, self.memory))  # type: ignore[return-value]
 
 
-def main(names: Sequence[str] = ()) -> None:
+def main() -> None:
     """Print the table and the medians of the absolute errors."""
     found: list[Comparison] = []
     print("shape    dtype     stages context   decode ms/token       prefill s          memory MiB")
     print("                                    predicted measured    predicted measured    predicted measured")
     with tempfile.TemporaryDirectory(prefix="bench-prediction-") as temp:
-        for name in [arg for arg in names or sys.argv[2:] if ":" in arg] or MODELS:
+        for name in os.environ.get("MODELS", "").split() or MODELS:
             shape, dtype = name.split(":")
             model = _checkpoint(SHAPES[shape], Path(temp), dtype)
             for stages, prompt, comparison in _compare(model, Path(temp)):
@@ -134,4 +135,4 @@ def _run(module: str, *arguments: object) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

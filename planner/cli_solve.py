@@ -107,6 +107,7 @@ def solve_command(
     cluster: options.ClusterOption = None,
     device: options.DeviceOption = None,
     margin: options.MarginOption = None,
+    speed: options.SpeedOption = "auto",
     ctx_size: options.ContextOption = None,
     prompt_tokens: options.PromptTokensOption = None,
     new_tokens: NewTokensOption = None,
@@ -138,7 +139,7 @@ def solve_command(
 
     from planner import show
     from planner.chunking import solve_with_best_chunk
-    from planner.clusters import load_cluster
+    from planner.clusters import for_speed, load_cluster
     from planner.models import find_model
     from planner.profile import build_profile
     from planner.solve import solve
@@ -163,7 +164,7 @@ def solve_command(
     )
     for warning in checkpoint.warnings:
         screen.warn(warning)
-    offered = load_cluster(cluster, devices=device, margins=margin)
+    offered = for_speed(load_cluster(cluster, devices=device, margins=margin), speed)
     started = time.monotonic()
 
     def ask(load: "Workload") -> "Plan":

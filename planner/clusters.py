@@ -31,3 +31,19 @@ def load_cluster(
     if devices:
         return cluster_from_options(devices, margins=leave_free)
     return this_machine(leave_free)
+
+
+def for_speed(cluster: Cluster, speed: str) -> Cluster:
+    """Return the cluster with the curves of the path that will run.
+
+    Args:
+        cluster: may hold curves of the fast and of the reference path; a device's fast ones count first.
+        speed: as `llamarun --speed`: `reference` leaves only the curves of the reference path.
+    """
+    if speed != "reference":
+        return cluster
+    devices = tuple(
+        device.model_copy(update={"timings": tuple(t for t in device.timings if t.path == "reference")})
+        for device in cluster.devices
+    )
+    return cluster.model_copy(update={"devices": devices})

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from planner.calm import MOST_OTHER_CORES, WINDOW_SECONDS, CalmMeter
-from planner.measure_chain import WEIGHT_SCALE, short_chain
+from planner.measure_chain import WEIGHT_SCALE, PathName, short_chain
 from planner.measure_points import Points
 from plans.checkpoint import Checkpoint
 from plans.cluster import Timings
@@ -23,11 +23,12 @@ from plans.profile import ModelProfile
 from runtime.batch import TokenBatch
 from runtime.capacity import memory_faults
 from runtime.chain import Chain
-from runtime.clock import StageTime, stage_clock
+from runtime.clock import stage_clock
 from runtime.devices import synchronize, torch_device
 from runtime.generate import Decoding, Request, decode_one_token, generate_requests, prefill
 from runtime.limits import Limits
 from runtime.sampling import Sampling
+from runtime.stage_time import StageTime
 from runtime.steps import StepTrace, since
 
 COPY_BYTES = (4096, 64 << 20)
@@ -81,8 +82,14 @@ class Measured:
 
 
 def measure_device(
-    checkpoint: Checkpoint, profile: ModelProfile, *, device: str, points: Points, progress: Progress = lambda: None
-) -> Measured:
+    checkpoint: Checkpoint,
+    profile: ModelProfile,
+    *,
+    device: str,
+    points: Points,
+    path: PathName = "reference",
+    progress: Progress = lambda: None,
+) -> Measured | None:
     """Time the shape on one device of this machine.
 
     Every point is visited several times, far apart. What was read while other programs kept the processor busy counts
@@ -93,23 +100,29 @@ def measure_device(
         profile: sizes and dtype.
         device: a device of this machine, as a plan names it.
         points: from `planner.measure_points.choose_points`.
+        path: which path to time.
         progress: called `num_visits(points)` times.
+
+    Returns:
+        None if `path` is fast and the reference path would serve every step here.
 
     Raises:
         MachineError: memory ran out, or the device is not here.
         InputError: the runtime does not run this family.
     """
     chain, reader = (
-        short_chain(checkpoint, num_layers=num_layers, dtype=profile.dtype, device=device)
+        short_chain(checkpoint, num_layers=num_layers, dtype=profile.dtype, device=device, path=path)
         for num_layers in (points.num_layers, points.num_prefill_layers)
     )
+    if path == "fast" and chain.fast is None:
+        return None
     calm, disturbed = Samples(), Samples()
     with memory_faults("timing layers"):
         _visit_steps(chain, points.decode[0][0], 1, calm, Samples())  # not kept: the first steps warm up
         _visit_prefill(reader, points.prefill[0], calm, Samples())
         for _ in range(ROUNDS):
             _visit_all(_visits(chain, reader, points), calm, disturbed, progress)
-    return _result(calm, disturbed, chain, profile)
+    return _result(calm, disturbed, chain, profile, path=path)
 
 
 def _visit_all(visits: Iterable[Visit], calm: Samples, disturbed: Samples, progress: Progress) -> None:
@@ -215,14 +228,14 @@ def _empty_cache(chain: Chain) -> DynamicCache:
     return DynamicCache(config=chain.config)
 
 
-def _result(calm: Samples, disturbed: Samples, chain: Chain, profile: ModelProfile) -> Measured:
+def _result(calm: Samples, disturbed: Samples, chain: Chain, profile: ModelProfile, *, path: PathName) -> Measured:
     pairs = list(zip(calm.tables(), disturbed.tables(), strict=True))
     is_disturbed = any(point not in best for best, other in pairs for point in other)
     decode, prefill, embedding, head = (_rows(other | best) for best, other in pairs)
     timings = Timings(
         profile=profile.layers[0].shapes_sha256,
         dtype=profile.dtype,
-        path="reference",
+        path=path,
         threads=torch.get_num_threads() if chain.stage_devices[0].type == "cpu" else 0,
         decode_seconds_per_layer=decode,
         prefill_seconds_per_layer=prefill,

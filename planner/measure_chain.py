@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -15,10 +16,11 @@ from plans.profile import DtypeName
 from runtime.capacity import memory_faults
 from runtime.chain import Chain
 from runtime.families import PER_LAYER_KEYS, parse_model_config
-from runtime.loading import FolderTensors, load_chain, torch_dtype
+from runtime.loading import FolderTensors, load_chain, set_speed, torch_dtype
 from runtime.ranges import StageRange
 from runtime.weights import TensorSource
 
+PathName = Literal["reference", "fast"]
 BLOCK_VALUES = 1 << 20
 WEIGHT_SCALE = 0.02
 
@@ -79,7 +81,9 @@ class FirstLayers(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def short_chain(checkpoint: Checkpoint, *, num_layers: int, dtype: DtypeName, device: str) -> Chain:
+def short_chain(
+    checkpoint: Checkpoint, *, num_layers: int, dtype: DtypeName, device: str, path: PathName = "reference"
+) -> Chain:
     """Build the embedding, the first layers and the head of a model as three stages on one device.
 
     Args:
@@ -87,6 +91,7 @@ def short_chain(checkpoint: Checkpoint, *, num_layers: int, dtype: DtypeName, de
         num_layers: layers to keep.
         dtype: what to compute in.
         device: a device of this machine.
+        path: how to compute; `fast` means as `llamarun --speed auto` does, which may be `reference` after all.
     """
     raw = copy.deepcopy(dict(checkpoint.config.raw))
     raw |= {key: raw[key][:num_layers] for key in PER_LAYER_KEYS if raw.get(key) is not None}
@@ -102,7 +107,9 @@ def short_chain(checkpoint: Checkpoint, *, num_layers: int, dtype: DtypeName, de
         StageRange(device, num_layers, num_layers, has_embedding=False, has_head=True),
     )
     with memory_faults("loading the layers to time"):
-        return load_chain(config, stages, tensors, dtype=dtype)
+        chain = load_chain(config, stages, tensors, dtype=dtype)
+        set_speed(chain, "auto" if path == "fast" else "reference")
+    return chain
 
 
 def _is_tied_head(config: ModelConfig, name: str) -> bool:
@@ -121,6 +128,7 @@ def use_memory(
     device: str,
     num_layers: int,
     threads: int,
+    path: PathName,
     prompt_tokens: int,
     new_tokens: int,
 ) -> dict[str, int]:
@@ -133,8 +141,8 @@ def use_memory(
     import runtime.bench  # noqa: F401 - what a run loads
     from runtime.generate import generate
     from runtime.limits import Limits
+    from runtime.memory import peak_memory_bytes
     from runtime.sampling import Sampling
-    from runtime.summary import peak_memory_bytes
     from runtime.tokenizer import load_tokenizer
     from runtime.traffic import read_bandwidth
 
@@ -145,7 +153,7 @@ def use_memory(
     tokenizer = None
     if checkpoint.directory is not None and (checkpoint.directory / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(checkpoint.directory, vocab_size=checkpoint.config.vocab_size)
-    chain = short_chain(checkpoint, num_layers=num_layers, dtype=dtype, device=device)
+    chain = short_chain(checkpoint, num_layers=num_layers, dtype=dtype, device=device, path=path)
     limits = Limits(context_tokens=prompt_tokens + new_tokens, max_tokens=new_tokens)
     with memory_faults("measuring memory"):
         generate(chain, [[1] * prompt_tokens], sampling=Sampling(), limits=limits)

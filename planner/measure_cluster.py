@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import permutations
-from typing import Any
+from itertools import count, permutations
+from typing import TYPE_CHECKING, Any
 
 from planner.machine import Machine, inspect_machine
 from planner.measure_points import Points, choose_points, default_checkpoint, last_cache_bytes
@@ -14,6 +14,12 @@ from plans.checkpoint import Checkpoint
 from plans.cluster import Cluster, Device, Host, Link, Timings
 from plans.errors import UsageError
 from plans.profile import DtypeName, ModelProfile
+
+if TYPE_CHECKING:
+    from planner.measure import Measured
+    from planner.measure_process import PathName
+
+PATHS: "tuple[PathName, ...]" = ("reference", "fast")
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how many visits of it are over, and how many there are."""
@@ -72,11 +78,13 @@ def measure_cluster(
         same = [device for device in here if plain_name(device.name) == kind]
         cache = last_cache_bytes() if kind == "cpu" else 0
         points = choose_points(profile, same[0], free_bytes=machine.free_bytes[kind], cache_bytes=cache)
-        timings, is_disturbed = _time_device(subject, profile, kind, points, progress)
+        timed = _time_device(subject, profile, kind, points, progress)
         used = _footprint(subject, profile, kind, points, num_threads, progress)
         is_any = checkpoint is None
-        measured.add(same, timings=timings, footprint=used, profile=profile, is_any_shape=is_any)
-        if is_disturbed:
+        measured.add(
+            same, timings=[found.timings for found in timed], footprint=used, profile=profile, is_any_shape=is_any
+        )
+        if any(found.is_disturbed for found in timed):
             measured.warn(f"other programs were busy while {kind} was timed; measure again when they are not")
     measured.add_links(_hop_links(here, progress))
     return measured.result(tuple(device.name for device in here))
@@ -116,19 +124,21 @@ def plain_name(name: str) -> str:
 
 def _time_device(
     checkpoint: Checkpoint, profile: ModelProfile, name: str, points: Points, progress: Progress
-) -> tuple[Timings, bool]:
+) -> "list[Measured]":
+    """Time the reference path, and the fast one where it serves."""
     from planner.measure import measure_device, num_visits
 
-    done, total = 0, num_visits(points)
+    found = []
+    for path in PATHS:
+        what, counter, total = f"timing {profile.model.name} on {name}, {path} path", count(1), num_visits(points)
+        progress(what, 0, total)
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress(f"timing {profile.model.name} on {name}", done, total)
+        def step(what: str = what, counter: "count[int]" = counter, total: int = total) -> None:
+            progress(what, next(counter), total)
 
-    progress(f"timing {profile.model.name} on {name}", 0, total)
-    found = measure_device(checkpoint, profile, device=name, points=points, progress=step)
-    return found.timings, found.is_disturbed
+        measured = measure_device(checkpoint, profile, device=name, points=points, path=path, progress=step)
+        found += [measured] if measured is not None else []
+    return found
 
 
 def _footprint(
@@ -170,14 +180,14 @@ class _Results:
         self,
         devices: list[Device],
         *,
-        timings: Timings,
+        timings: list[Timings],
         footprint: Footprint,
         profile: ModelProfile,
         is_any_shape: bool,
     ) -> None:
         for device in devices:
             changed = (
-                with_measured_rates(device, timings, profile=profile)
+                with_measured_rates(device, timings[-1], profile=profile)
                 if is_any_shape
                 else device.model_copy(update={"timings": replace_timings(device.timings, timings)})
             )
@@ -216,10 +226,11 @@ def make_link(from_name: str, to_name: str, *, latency_seconds: float, bandwidth
     return Link(**ends, latency_seconds=latency_seconds, bandwidth_bytes_per_second=bandwidth_bytes_per_second)
 
 
-def replace_timings(known: tuple[Timings, ...], new: Timings) -> tuple[Timings, ...]:
-    """Return timings with an entry added, in place of one of the same shape, dtype and path."""
-    kept = [t for t in known if (t.profile, t.dtype, t.path) != (new.profile, new.dtype, new.path)]
-    return tuple(sorted([*kept, new], key=lambda t: (t.profile, t.dtype, t.path)))
+def replace_timings(known: tuple[Timings, ...], new: list[Timings]) -> tuple[Timings, ...]:
+    """Return timings with new ones in place of all of the same shape and dtype."""
+    replaced = {(timings.profile, timings.dtype) for timings in new}
+    kept = [timings for timings in known if (timings.profile, timings.dtype) not in replaced]
+    return tuple(sorted([*kept, *new], key=lambda timings: (timings.profile, timings.dtype, timings.path)))
 
 
 def merge_links(known: tuple[Link, ...], new: list[Link]) -> tuple[Link, ...]:

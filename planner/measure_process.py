@@ -8,12 +8,14 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from plans.errors import MachineError, printable
 from plans.memory import stage_memory
 from plans.profile import DtypeName, ModelProfile
 from plans.workload import Workload
 
+PathName = Literal["reference", "fast"]
 PROMPT_TOKENS = 64
 NEW_TOKENS = 8
 TIMEOUT_SECONDS = 600
@@ -29,6 +31,7 @@ class Request:
     device: str
     num_layers: int
     threads: int
+    path: PathName = "fast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ def main() -> None:
         device=request.device,
         num_layers=request.num_layers,
         threads=request.threads,
+        path=request.path,
         prompt_tokens=PROMPT_TOKENS,
         new_tokens=NEW_TOKENS,
     )

@@ -1,7 +1,7 @@
 """Command-line options that several commands share, so that they are spelled and explained once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -42,6 +42,13 @@ PrefillChunkOption = Annotated[
         min=1,
         help="Prompt tokens per step; unset: all at once.",
         show_default=False,
+    ),
+]
+SpeedOption = Annotated[
+    Literal["auto", "reference"],
+    typer.Option(
+        "--speed",
+        help="As for llamarun: which measured curves count, those of the path it takes or of transformers' code.",
     ),
 ]
 ClusterOption = Annotated[

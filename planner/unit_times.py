@@ -63,10 +63,14 @@ class UnitTimes:
 
 
 def _matching_timings(device: Device, profile: ModelProfile, workload: Workload) -> tuple[Timings, ...]:
-    """Timings for a layer of this model before those for any model; the order of the file otherwise."""
+    """Timings for a layer of this model before those for any model, the fast path's before the reference path's."""
     hashes = {layer.shapes_sha256 for layer in profile.layers}
-    fitting = [t for t in device.timings if t.dtype == workload.dtype and (t.profile == "*" or t.profile in hashes)]
-    return tuple(sorted(fitting, key=lambda timings: timings.profile == "*"))
+    fitting = [
+        timings
+        for timings in device.timings
+        if timings.dtype == workload.dtype and (timings.profile == "*" or timings.profile in hashes)
+    ]
+    return tuple(sorted(fitting, key=lambda timings: (timings.profile == "*", timings.path == "reference")))
 
 
 def _rows(timings: Timings, unit: UnitProfile, *, is_decode: bool) -> Table:
