@@ -5,7 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from planner import cli_compare, cli_devices, cli_export, cli_simulate, cli_solve, options
+from planner import cli_compare, cli_devices, cli_export, cli_links, cli_simulate, cli_solve, options
 from plans.console import Output, run_command
 
 app = typer.Typer(
@@ -85,6 +85,7 @@ def analyze(
 
 
 cli_devices.register(app)
+cli_links.register(app)
 cli_solve.register(app)
 cli_compare.register(app)
 cli_simulate.register(app)

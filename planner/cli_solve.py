@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,8 +14,11 @@ from plans.console import Output
 from plans.errors import UsageError, printable
 
 if TYPE_CHECKING:
+    from planner.calibrate import Calibration
     from planner.capacity import Capacity
+    from plans.cluster import Cluster
     from plans.plan import Plan
+    from plans.profile import ModelProfile
     from plans.workload import Workload
 
 AUTO = "auto"
@@ -85,6 +88,15 @@ ChunkOption = Annotated[
         show_default=False,
     ),
 ]
+CalibrateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate",
+        metavar="RUN",
+        help="Correct the devices' times by a run: what llamarun generate or bench wrote with --json.",
+        show_default=False,
+    ),
+]
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan written by 'llamaplan solve'.")]
 
 
@@ -108,6 +120,7 @@ def solve_command(
     device: options.DeviceOption = None,
     margin: options.MarginOption = None,
     speed: options.SpeedOption = "auto",
+    calibrate: CalibrateOption = None,
     ctx_size: options.ContextOption = None,
     prompt_tokens: options.PromptTokensOption = None,
     new_tokens: NewTokensOption = None,
@@ -165,6 +178,8 @@ def solve_command(
     for warning in checkpoint.warnings:
         screen.warn(warning)
     offered = for_speed(load_cluster(cluster, devices=device, margins=margin), speed)
+    calibration = None if calibrate is None else calibration_of(calibrate, offered, profile)
+    offered = offered if calibration is None else calibration.cluster
     started = time.monotonic()
 
     def ask(load: "Workload") -> "Plan":
@@ -204,8 +219,12 @@ def solve_command(
         from plans.files import write_text
 
         write_text(output, plan.to_json())
-    screen.data(show.as_json(plan, solve_seconds=seconds, capacities=capacities))
+    learnt = None if calibration is None else calibration_answer(calibration, plan)
+    extra = {} if learnt is None else {"calibration": learnt[0]}
+    screen.data(show.as_json(plan, solve_seconds=seconds, capacities=capacities) | extra)
     print_plan(plan, screen)
+    for line in () if learnt is None else learnt[1]:
+        screen.show(line)
     for capacity in capacities:
         screen.show(show.capacity_line(capacity))
     screen.note(f"solved in {seconds:.2f} s" + (f", wrote {output}" if output is not None else ""))
@@ -214,6 +233,24 @@ def solve_command(
         screen.next_step("the same command with -o plan.json, to keep the plan")
     else:
         screen.next_step(f"llamaplan export {written} --model {shlex.quote(model)} -o shards/")
+
+
+def calibration_of(path: Path, cluster: "Cluster", profile: "ModelProfile") -> "Calibration":
+    """Read a run and correct the cluster by it."""
+    from planner.calibrate import calibrate
+    from planner.run_file import read_run
+
+    return calibrate(cluster, profile, read_run(path), where=path)
+
+
+def calibration_answer(found: "Calibration", plan: "Plan") -> tuple[dict[str, Any], list[str]]:
+    """Return what a calibration says about a plan, as data and as lines."""
+    from planner import show_calibration
+    from planner.calibrate import same_cut
+
+    old = same_cut(plan, found)
+    lines = [*show_calibration.calibration_lines(found), show_calibration.gain_line(plan, old)]
+    return show_calibration.as_json(found, plan, old), lines
 
 
 def capacities_of(

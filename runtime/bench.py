@@ -61,6 +61,7 @@ def bench_document(session: AnySession, settings: BenchSettings) -> dict[str, An
         "prompt_tokens": settings.prompt_tokens,
         "new_tokens": settings.new_tokens,
         "batch_size": settings.batch_size,
+        "prefill_chunk_tokens": settings.prefill_chunk_tokens,
         "repeats": settings.repeats,
         "time_to_first_token_seconds": prefill_seconds,
         "prefill_tokens_per_second": settings.batch_size * settings.prompt_tokens / prefill_seconds,

@@ -17,6 +17,7 @@ def run_document(session: AnySession, generation: Generation) -> dict[str, Any]:
         **identity(session, kind="run"),
         "prompt_tokens": generation.num_prompt_tokens,
         "new_tokens": generation.num_new_tokens,
+        "batch_size": len(generation.sequences),
         "time_to_first_token_seconds": generation.time_to_first_token_seconds,
         "tokens_per_second": generation.decode_tokens_per_second,
         "median_seconds_per_token": median(generation.step_seconds) if generation.step_seconds else None,
@@ -37,6 +38,7 @@ def identity(session: AnySession, *, kind: str) -> dict[str, Any]:
         "kind": kind,
         "plan_sha256": source.plan.sha256 if source.plan else None,
         "export_id": source.export.export_id if source.export else None,
+        "config_sha256": source.checkpoint.config.sha256,
         "dtype": session.dtype_name,
         "load_seconds": session.load_seconds,
     }
@@ -48,6 +50,7 @@ def stage_documents(session: AnySession, generation: Generation) -> list[dict[st
     return [
         {
             "device": view.device,
+            "planned_device": view.spec.device,
             "start_layer": view.spec.start_layer,
             "end_layer": view.spec.end_layer,
             "has_embedding": view.spec.has_embedding,
