@@ -19,9 +19,9 @@ from typing import Any
 
 from benchmarks.measure import SHAPES, interleave, make_checkpoint
 
-PROMPT_TOKENS = 64
+PROMPT_TOKENS = 16
 NEW_TOKENS = 7
-ROUNDS = 5
+ROUNDS = 3
 IN_FLIGHT = 4
 LONG_PROMPT_TOKENS = 512
 LONG_ROUNDS = 2
