@@ -4,7 +4,7 @@ A chain is an instance of the checkpoint's own `XForCausalLM`. Its forward is tr
 and rotary tables once per step, then the layers, which belong to stages on their devices. Split equals unsplit
 because nothing is computed differently; what differs is where weights, caches and hidden states are.
 
-With `fast` set, plain steps of few rows go to the native kernels instead (`runtime.fast_model`), on the same cache.
+With `fast` set, plain steps go to the native kernels instead (`runtime.fast_model`), on the same cache.
 """
 
 import inspect

@@ -1,6 +1,6 @@
-"""The CPU fast path: decode steps of a stage in one native call, on the weights where they are.
+"""The CPU fast path: steps of a stage in one native call, on the weights where they are.
 
-Prefill stays with transformers; decode extends the same cache (`runtime.fast_cache`). Values are rounded where the
+Transformers and kernels extend one and the same cache (`runtime.fast_cache`). Values are rounded where the
 reference rounds them, only the order of sums differs: greedy tokens are the same up to ties within that rounding.
 
 Shapes: B sequences, S new tokens, E hidden size, D head size, V vocabulary.

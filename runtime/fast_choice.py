@@ -25,8 +25,10 @@ from runtime.native import Library, cache_folder
 from runtime.ranges import StageRange
 from runtime.speed import Choice
 
-ROWS = (1, 2, 4, 8, 16, 32)
-"""Numbers of rows that are measured; beyond the last, a step is more like a prompt and left to transformers."""
+STEP_ROWS = (1, 2, 4, 8, 16, 32)
+PROMPT_ROWS = 128
+ROWS = (*STEP_ROWS, PROMPT_ROWS)
+"""Numbers of rows that are measured: sequences of one token each, and one prompt, which stands for all longer ones."""
 REPEATS = 3
 PAST_TOKENS = 128
 SAMPLE_BYTES = 128 << 20
@@ -132,10 +134,12 @@ def _fastest(sample: "_Sample", rows: int, candidates: tuple[int, ...]) -> int:
     """Return the number of threads with which the kernels are fastest, or 0 if transformers is faster still."""
     steps = {0: sample.reference_step(rows)} | {count: sample.native_step(rows, count) for count in candidates}
     seconds = dict.fromkeys(steps, float("inf"))
-    for repeat, (threads, step) in itertools.product(range(1 + REPEATS), steps.items()):
+    # A prompt comes last and takes long enough: by then all weights are in memory, and once is enough.
+    repeats = (0,) if rows == PROMPT_ROWS else range(-1, REPEATS)
+    for repeat, (threads, step) in itertools.product(repeats, steps.items()):
         started = time.perf_counter()
         step()
-        if repeat:  # the first touches weights that may still be on disk
+        if repeat >= 0:  # the first touches weights that may still be on disk
             seconds[threads] = min(seconds[threads], time.perf_counter() - started)
     best = min(candidates, key=lambda threads: seconds[threads])
     return best if seconds[best] <= seconds[0] else 0
@@ -165,7 +169,7 @@ class _Sample:
         hidden, cos, sin, positions = self._inputs(rows)
         cache = DynamicCache()
         for index, layer in enumerate(self._layers):
-            cache.update(*self._states(layer, rows), self._first + index)
+            cache.update(*self._states(layer, len(hidden)), self._first + index)
 
         def step() -> object:
             states = hidden if self._head is None else self._head(self._norm(hidden))
@@ -185,23 +189,24 @@ class _Sample:
     def native_step(self, rows: int, threads: int) -> Callable[[], object]:
         """Return the same step on the kernels."""
         hidden, cos, sin, _ = self._inputs(rows)
-        start = torch.zeros(rows, dtype=torch.int64)
+        start = torch.zeros(len(hidden), dtype=torch.int64)
         cache = [FastLayer() for _ in self._layers]
         for slots, layer in zip(cache, self._layers, strict=True):
-            slots.update(*self._states(layer, rows))
+            slots.update(*self._states(layer, len(hidden)))
         if self._head is not None:
             return lambda: self._native.head(hidden, threads=threads)
         return lambda: self._native.decode(hidden, cos, sin, start=start, cache=cache, threads=threads)
 
     def _inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden = torch.ones((rows, 1, self._model.config.hidden_size), dtype=self._model.dtype)
-        positions = torch.full((rows, 1), PAST_TOKENS)
+        batch, new_tokens = (1, rows) if rows == PROMPT_ROWS else (rows, 1)
+        hidden = torch.ones((batch, new_tokens, self._model.config.hidden_size), dtype=self._model.dtype)
+        positions = torch.arange(PAST_TOKENS, PAST_TOKENS + new_tokens).expand(batch, -1)
         rotary = self._model.base_model.rotary_emb
         cos, sin = rotary(hidden.to(rotary.inv_freq.device), position_ids=positions.to(rotary.inv_freq.device))
         return hidden, cos.to("cpu"), sin.to("cpu"), positions
 
-    def _states(self, layer: Any, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (rows, self._model.config.num_key_value_heads, PAST_TOKENS, layer.self_attn.head_dim)
+    def _states(self, layer: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (batch, self._model.config.num_key_value_heads, PAST_TOKENS, layer.self_attn.head_dim)
         return torch.ones(shape, dtype=self._model.dtype), torch.ones(shape, dtype=self._model.dtype)
 
 

@@ -130,7 +130,7 @@ def load_chain(
 
 
 def set_speed(chain: Chain, speed: str, *, progress: Callable[[str], None] | None = None) -> None:
-    """Choose how a loaded chain computes decode steps.
+    """Choose how a loaded chain computes on CPUs.
 
     Args:
         chain: the model; its `fast` and `reason` say what came of it.

@@ -10,7 +10,7 @@ FAST_PATH = "fast"
 
 
 class Speed(StrEnum):
-    """What to use for decode steps on a CPU."""
+    """What to compute with on a CPU."""
 
     AUTO = "auto"
     """Whichever is faster here, by measurement."""
@@ -38,7 +38,7 @@ class Choice:
 
     Attributes:
         threads_by_rows: up to so many rows (sequences x new tokens) -> so many threads, 0 where transformers is
-            faster; in order of rows. More rows than the last entry go to transformers.
+            faster; in order of rows. The last entry holds for more rows too.
 
     >>> Choice(((1, 2), (16, 0))).threads(num_rows=1)
     2
@@ -48,7 +48,8 @@ class Choice:
 
     def threads(self, *, num_rows: int) -> int:
         """Return the threads for a step of so many rows; 0 sends it to transformers."""
-        return next((threads for most, threads in self.threads_by_rows if num_rows <= most), 0)
+        last = self.threads_by_rows[-1][1] if self.threads_by_rows else 0
+        return next((threads for most, threads in self.threads_by_rows if num_rows <= most), last)
 
     @property
     def is_ever_native(self) -> bool:

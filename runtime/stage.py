@@ -64,7 +64,7 @@ class Stage(nn.Module):
 
     @property
     def path(self) -> str:
-        """`fast` if decode steps run on the native kernels where they qualify, else `reference`."""
+        """`fast` if steps run on the native kernels where they qualify, else `reference`."""
         return REFERENCE_PATH if self._fast is None else FAST_PATH
 
     def new_cache(self) -> Cache:
