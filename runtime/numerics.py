@@ -12,7 +12,7 @@ class NonFiniteError(NumericalError):
     """The logits of a step are not finite.
 
     Attributes:
-        stage: zero-based index of the first stage whose output is not finite (people read it counted from 1).
+        stage: zero-based index of the first stage whose output is not finite.
         step: 0 for the prompt, k for the k-th token after the first.
     """
 

@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer, DynamicCache, MistralConfig
 
 from plans.errors import InputError, UsageError
-from runtime import chat as chat_module
+from runtime import session as session_module
 from runtime.chat import Chat
 from runtime.chat_commands import ChatCommands
 from runtime.chat_template import encode_chat
@@ -371,7 +371,7 @@ def test_ctrl_c_before_the_first_token_takes_the_message_back(
     send(chat, QUESTIONS[0])
     before = list(chat.conversation.turns)
     with monkeypatch.context() as patch:
-        patch.setattr(chat_module, "generate_requests", lambda *_a, **_k: signal.raise_signal(signal.SIGINT))
+        patch.setattr(session_module, "generate_requests", lambda *_a, **_k: signal.raise_signal(signal.SIGINT))
         paper = run_lines(session, chat, QUESTIONS[1])
     assert chat.conversation.turns == before
     assert "taken back" in paper.notes[0]

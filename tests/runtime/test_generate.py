@@ -220,7 +220,7 @@ def test_non_finite_logits_name_the_stage_and_the_step_and_print_nothing(stage: 
         return output if calls <= 3 else output * float("nan")
 
     module.register_forward_hook(break_later)
-    with pytest.raises(NonFiniteError, match=rf"step 3: NaN or infinity in stage {stage + 1} \(") as caught:
+    with pytest.raises(NonFiniteError, match=rf"step 3: NaN or infinity in stage {stage} \(") as caught:
         run(chain, PROMPT, decode=letters, on_text=lambda _index, piece: printed.append(piece))
     assert (caught.value.stage, caught.value.step) == (stage, 3)
     assert caught.value.exit_code == 8

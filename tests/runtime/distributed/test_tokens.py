@@ -68,8 +68,8 @@ def test_tokens_do_not_depend_on_what_else_is_in_flight(
     groups = [requests[first : first + rows] for first in range(0, len(requests), rows)]
     found: dict[int, list[tuple[int, ...]]] = {}
 
-    def keep(group: Sequence[Request], done: Generation) -> None:
-        found[group[0].sequence_index] = [sequence.token_ids for sequence in done.sequences]
+    def keep(place: int, done: Generation) -> None:
+        found[groups[place][0].sequence_index] = [sequence.token_ids for sequence in done.sequences]
 
     in_processes(num_stages).generate_groups(groups, in_flight=in_flight, on_done=keep)
     assert found == {group[0].sequence_index: tokens_of(whole, group) for group in groups}
