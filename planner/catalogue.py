@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from plans.cluster import Device, DeviceKind
-from plans.errors import UsageError, printable
 from plans.profile import DtypeName
 
 GIB = 1 << 30
@@ -110,20 +109,6 @@ _BY_NAME = {entry.name: entry for entry in CATALOGUE}
 def find_accelerator(name: str) -> Accelerator | None:
     """Return the entry called `name`, whatever its case, or None."""
     return _BY_NAME.get(name.casefold())
-
-
-def require_accelerator(name: str) -> Accelerator:
-    """Return the entry called `name`.
-
-    Raises:
-        UsageError: there is none; lists the names.
-    """
-    entry = find_accelerator(name)
-    if entry is None:
-        raise UsageError(
-            f"'{printable(name, limit=40)}' is not in the catalogue", expected="one of " + ", ".join(_BY_NAME)
-        )
-    return entry
 
 
 def recognise(product: str, *, memory_bytes: int) -> Accelerator | None:

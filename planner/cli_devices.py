@@ -24,7 +24,7 @@ ModelArgument = Annotated[
     ),
 ]
 MeasureOption = Annotated[
-    bool, typer.Option("--measure", help="Time real layers on the devices of this machine; takes about a minute.")
+    bool, typer.Option("--measure", help="Time real layers on the devices of this machine; takes a minute or more.")
 ]
 HostOption = Annotated[
     str | None,

@@ -31,12 +31,6 @@ class Split:
     note: str = ""
     """What the engine would do differently from a chain of stages that compute where they lie."""
 
-    @property
-    def repeated_devices(self) -> tuple[str, ...]:
-        """Devices that hold more than one stage of the chain."""
-        names = [stage.device for stage in self.stages]
-        return tuple(name for name in dict.fromkeys(names) if names.count(name) > 1)
-
 
 def all_splits(profile: ModelProfile, *, cluster: Cluster) -> tuple[Split, ...]:
     """Return what each rule of `RULES` makes of a model and a cluster whose devices have budgets."""

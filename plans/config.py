@@ -91,11 +91,6 @@ class ModelConfig:
     sha256: str
     raw: Mapping[str, Any]
 
-    @property
-    def is_supported(self) -> bool:
-        """Whether the family is on the tested allow-list."""
-        return self.model_type in SUPPORTED_FAMILIES
-
 
 def read_config(path: Path) -> ModelConfig:
     """Read and check a `config.json`.

@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from plans.strict import SchemaVersion, StrictModel
 
-SCHEMA_VERSION = 1
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 DtypeName = Literal["fp32", "fp16", "bf16"]

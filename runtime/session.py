@@ -258,11 +258,6 @@ def load_session(
     return Session(prepared, chain, time.perf_counter() - started)
 
 
-def open_session(source: Source, *, device_map: Mapping[int, str], dtype: str | None = None) -> Session:
-    """Prepare and load in one go; arguments and errors as `prepare_session` and `load_session`."""
-    return load_session(prepare_session(source, device_map=device_map, dtype=dtype))
-
-
 def _load(source: Source, *, device_map: Mapping[int, str], dtype: str) -> Chain:
     config = parse_model_config(source.checkpoint.config.raw)
     config.name_or_path = str(source.folder)
@@ -327,7 +322,7 @@ def load(
         A model that works with `generate()`, streamers, pipelines and everything else in transformers.
 
     Raises:
-        LlamaplanError: as `open_source` and `open_session`; the message says what to do.
+        LlamaplanError: as `open_source` and `load_session`; the message says what to do.
 
     Example:
         >>> chain = load("shards", device_map={1: "cpu"})  # doctest: +SKIP

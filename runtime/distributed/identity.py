@@ -2,7 +2,6 @@
 
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 from plans.errors import PeerError
 from plans.files import sha256_hex
@@ -52,8 +51,3 @@ def check_identity(ours: Identity, theirs: Identity, *, who: str) -> None:
 def _checkpoint_id(source: Source) -> str:
     headers = [shard.header.header_sha256 for shard in source.checkpoint.shards]
     return sha256_hex(" ".join([source.checkpoint.config.sha256, *headers]).encode())
-
-
-def same_path(target: Path) -> str:
-    """Return a path that means the same in a process started elsewhere."""
-    return str(target.absolute())

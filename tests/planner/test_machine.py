@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner import machine, nvml
-from planner.catalogue import CATALOGUE, find_accelerator, recognise, require_accelerator
+from planner.catalogue import CATALOGUE, find_accelerator, recognise
 from planner.clusters import load_cluster
 from planner.machine import cluster_from_options, device_from_option, inspect_machine, this_machine
 from planner.margins import KIND_MARGINS, parse_margins, with_budgets
@@ -54,7 +54,8 @@ def test_budgets_are_what_is_free_minus_the_margin_of_the_kind() -> None:
 @pytest.mark.usefixtures("workstation")
 def test_a_recognised_gpu_gets_the_rates_of_the_catalogue_and_its_own_memory() -> None:
     gpu = inspect_machine().cluster.device("cuda:0")
-    entry = require_accelerator("rtx4090")
+    entry = find_accelerator("rtx4090")
+    assert entry is not None
     assert gpu.memory_bandwidth_bytes_per_second == entry.device("x").memory_bandwidth_bytes_per_second
     assert gpu.memory_bytes == 24 * GIB
     assert gpu.fixed_overhead_bytes > 0
