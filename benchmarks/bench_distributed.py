@@ -94,6 +94,7 @@ def _open(model: Path, output: Path, *, speed: str) -> Any:
 
     from exporter import export
     from planner import solve_model
+    from runtime.distributed.launch import LocalWorkers
     from runtime.distributed.opening import open_processes
     from runtime.distributed.session import ProcessSettings
     from runtime.opening import open_source
@@ -109,7 +110,7 @@ def _open(model: Path, output: Path, *, speed: str) -> Any:
         export(plan, model=model, output=output)
         prepared = prepare_session(open_source(output, model=None), device_map={})
         one = load_session(prepared, speed=speed, verifies=False)
-        settings = ProcessSettings(target=output, threads=1, speed=speed)
+        settings = ProcessSettings(workers=LocalWorkers(output), threads=1, speed=speed)
         with open_processes(prepared, settings, batch_size=IN_FLIGHT, verifies=False) as two:
             yield Sessions(one, two, plan), torch.get_num_threads()
 

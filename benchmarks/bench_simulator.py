@@ -27,6 +27,7 @@ from plans.cluster import Cluster, Device, Link, Timings
 from plans.plan import Plan
 from plans.profile import ModelProfile
 from plans.workload import Workload
+from runtime.distributed.launch import LocalWorkers
 from runtime.distributed.messages import Numbers, StepTime
 from runtime.distributed.opening import open_processes
 from runtime.distributed.session import ProcessSession, ProcessSettings
@@ -93,7 +94,7 @@ def _compare(model: Path, folder: Path, cases: Sequence[Case]) -> None:
     plan = solve_model(model, devices=["cpu=2GiB"] * 2, layers=first.layers, ctx_size=CONTEXT)
     plan_file.write_text(plan.to_json())
     prepared = prepare_session(open_source(plan_file, model=model), device_map={}, context_tokens=CONTEXT)
-    settings = ProcessSettings(target=plan_file, model=model, threads=1, traces=True)
+    settings = ProcessSettings(workers=LocalWorkers(plan_file, model=model), threads=1, traces=True)
     with open_processes(prepared, settings, cache_tokens=PROMPT_TOKENS + NEW_TOKENS, batch_size=4) as session:
         alone, busy = (_calibrate(session, replace(first, in_flight=n)) for n in (1, 4))
         for case in cases:

@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from planner import cli_compare, cli_devices, cli_export, cli_links, cli_simulate, cli_solve, options
-from plans.console import Output, run_command
+from plans.console import Output, leave, run_command
 
 app = typer.Typer(
     name="llamaplan",
@@ -20,7 +20,12 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Entry point of the command `llamaplan`."""
-    run_command(app, name="llamaplan")
+    leave(run())
+
+
+def run() -> int:
+    """Run the command line in `sys.argv`; returns the exit code."""
+    return run_command(app, name="llamaplan")
 
 
 def _version(value: bool) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from plans.console import run_command
+from plans.console import leave, run_command
 from runtime import cli_batch, cli_bench, cli_chat, cli_check, cli_generate
 
 app = typer.Typer(
@@ -19,7 +19,12 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Entry point of `llamarun`."""
-    run_command(app, name="llamarun")
+    leave(run())
+
+
+def run() -> int:
+    """Run the command line in `sys.argv`; returns the exit code."""
+    return run_command(app, name="llamarun")
 
 
 def _version(value: bool) -> None:

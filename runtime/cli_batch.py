@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def batch(
+    context: typer.Context,
     target: options.Target,
     prompts: Annotated[Path, typer.Argument(help='JSON lines: {"prompt": ...} or {"messages": [...]}, and settings.')],
     results: Annotated[Path, typer.Option("--output", "-o", help="Results as JSON lines; also says what is done.")],
@@ -84,6 +85,7 @@ def batch(
         restart=restart,
     )
     team.check()
+    workers = team.workers(context, target, model=model)
     prepared = prepare(
         output,
         target,
@@ -95,6 +97,7 @@ def batch(
         expect_id=expect_id,
         threads=threads,
         only_stage=team.only_stage,
+        workers=workers,
     )
 
     from runtime.batch_input import Defaults, read_jobs
@@ -119,8 +122,7 @@ def batch(
         start = several.Start(
             output=output,
             prepared=prepared,
-            target=target,
-            model=model,
+            workers=workers,
             threads=threads,
             cache_tokens=longest,
             batch_size=min(batch_size * groups, len(jobs)),

@@ -14,6 +14,7 @@ from runtime.speed import Speed
 
 
 def bench(
+    context: typer.Context,
     target: options.Target,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Random prompt tokens.")] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=2, help="Greedy new tokens.")] = 64,
@@ -62,6 +63,7 @@ def bench(
     team.check()
     if trace is not None and not team.is_used:
         raise UsageError("a trace is written where stages run side by side", where="--trace", hint="add --processes")
+    workers = team.workers(context, target, model=model)
     prepared = prepare(
         output,
         target,
@@ -73,6 +75,7 @@ def bench(
         expect_id=expect_id,
         threads=threads,
         only_stage=team.only_stage,
+        workers=workers,
     )
     if prompt_tokens + new_tokens > prepared.context_tokens:
         raise UsageError(
@@ -98,8 +101,7 @@ def bench(
     start = several.Start(
         output=output,
         prepared=prepared,
-        target=target,
-        model=model,
+        workers=workers,
         threads=threads,
         cache_tokens=prompt_tokens + new_tokens,
         batch_size=batch_size * settings.in_flight,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def chat(
+    context: typer.Context,
     target: options.Target,
     system: Annotated[str, typer.Option("--system", help="System message to start with.")] = "",
     conversation: Annotated[Path | None, typer.Option("--load", help="Go on with a saved conversation.")] = None,
@@ -81,6 +82,7 @@ def chat(
         restart=restart,
     )
     team.check()
+    workers = team.workers(context, target, model=model)
     prepared = prepare(
         output,
         target,
@@ -92,6 +94,7 @@ def chat(
         expect_id=expect_id,
         threads=threads,
         only_stage=team.only_stage,
+        workers=workers,
     )
 
     from runtime.chat import Chat
@@ -103,7 +106,7 @@ def chat(
     check_template(prepared.tokenizer, folder=prepared.source.folder)
     start = Conversation(system) if conversation is None else read_conversation(conversation)
     begin = several.Start(
-        output=output, prepared=prepared, target=target, model=model, threads=threads, verify=verify, speed=speed
+        output=output, prepared=prepared, workers=workers, threads=threads, verify=verify, speed=speed
     )
     with several.any_session(team, begin) as session:
         talk = Chat(

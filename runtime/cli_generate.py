@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def generate(
+    context: typer.Context,
     target: options.Target,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; - reads stdin.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
@@ -93,6 +94,7 @@ def generate(
         restart=restart,
     )
     team.check()
+    workers = team.workers(context, target, model=model)
     prepared = prepare(
         output,
         target,
@@ -104,6 +106,7 @@ def generate(
         expect_id=expect_id,
         threads=threads,
         only_stage=team.only_stage,
+        workers=workers,
     )
 
     from runtime.generate import Request
@@ -124,8 +127,7 @@ def generate(
     start = several.Start(
         output=output,
         prepared=prepared,
-        target=target,
-        model=model,
+        workers=workers,
         threads=threads,
         cache_tokens=len(ids) + room,
         verify=verify,

@@ -9,6 +9,7 @@ from plans.errors import UsageError
 from runtime.speed import Speed
 
 if TYPE_CHECKING:
+    from runtime.distributed.launch import LocalWorkers
     from runtime.sampling import Sampling
     from runtime.session import Prepared, Session
 
@@ -25,18 +26,24 @@ def prepare(
     expect_id: str | None = None,
     threads: int | None = None,
     only_stage: int | None = None,
+    workers: "LocalWorkers | None" = None,
 ) -> "Prepared":
     """Open what the command was given and read everything but the weights.
 
-    With `only_stage`, the bundles of the other stages may be on other machines.
+    With `only_stage`, the bundles of the other stages may be on other machines. `workers` are started as soon as the
+    number of stages is known.
     """
     with output.progress_console.status("opening", spinner="line"):
         from runtime.opening import open_source, parse_device_map
+        from runtime.ranges import stage_names
 
         source = open_source(target, model=model, expect_id=expect_id, only_stage=only_stage)
         for warning in source.warnings:
             output.warn(warning)
         places = parse_device_map(device_map or [], num_stages=len(source.stages))
+
+        if workers is not None:
+            workers.start_ahead(stage_names(source.stages))
 
         import torch
         import transformers

@@ -15,6 +15,7 @@ from runtime.speed import Speed
 
 if TYPE_CHECKING:
     from runtime.distributed.address import Address
+    from runtime.distributed.launch import LocalWorkers
     from runtime.distributed.session import ProcessSession
     from runtime.session import Prepared
     from runtime.session_kind import AnySession
@@ -86,6 +87,14 @@ class ProcessChoices:
         """
         self.key()
 
+    def workers(self, context: typer.Context, target: Path, *, model: Path | None) -> "LocalWorkers | None":
+        """Return the workers of this machine, which end with the command; None if there are none."""
+        if not self.is_used or self.listen is not None:
+            return None
+        from runtime.distributed.launch import LocalWorkers
+
+        return context.with_resource(LocalWorkers(target, model=model))
+
     def address(self) -> "Address | None":
         """Return where workers from other hosts join, if they can; errors as `check`."""
         from runtime.distributed.address import parse_address
@@ -131,8 +140,7 @@ class Start:
 
     output: Output
     prepared: "Prepared"
-    target: Path
-    model: Path | None
+    workers: "LocalWorkers | None"
     threads: int | None
     cache_tokens: int | None = None
     batch_size: int = 1
@@ -183,8 +191,7 @@ def _open(choices: ProcessChoices, start: Start) -> "ProcessSession":
     from runtime.distributed.team import Patience
 
     settings = ProcessSettings(
-        target=start.target,
-        model=start.model,
+        workers=start.workers,
         listen=choices.address(),
         key=choices.key(),
         patience=Patience(join_seconds=choices.join_timeout, heartbeat_seconds=choices.heartbeat_timeout),

@@ -20,10 +20,11 @@ from runtime.chain import Chain
 from runtime.clock import cache_clock, stage_clock
 from runtime.limits import Limits, check_cached, check_prompts
 from runtime.numerics import require_finite
-from runtime.sampling import Sampling, TokenChooser
+from runtime.sampling import Sampling
 from runtime.stage_time import StageTime
 from runtime.steps import OnStep, StepTrace, since
 from runtime.text import Decode
+from runtime.token_chooser import TokenChooser
 from runtime.writer import GeneratedSequence, OnText, SequenceWriter
 
 

@@ -60,6 +60,11 @@ def describe_stage(spec: StageSpec) -> str:
     return ", ".join([*parts, "head"] if spec.has_head else parts)
 
 
+def stage_names(specs: Sequence[StageSpec]) -> list[str]:
+    """Return what each stage is called where several are spoken of, such as `stage 1 (layers 4-5)`."""
+    return [f"stage {number} ({describe_stage(spec)})" for number, spec in enumerate(specs)]
+
+
 def check_stages(specs: Sequence[StageSpec], *, num_hidden_layers: int) -> None:
     """Require that the stages cover the model once, in chain order.
 

@@ -1,26 +1,13 @@
-"""How the next token is chosen: transformers' own processors, and one CPU generator per sequence.
+"""The settings of sampling, checked. Nothing large is imported here: a command refuses what is wrong at once."""
 
-Every sequence draws from a generator of its own, seeded from (seed, sequence index): its tokens depend neither on how
-sequences were batched nor on what else is running. Sequence 0 uses the seed itself, so that at batch 1 the tokens are
-those of `torch.manual_seed(seed)` followed by `generate()`.
-"""
-
-import hashlib
 import math
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import TYPE_CHECKING, Self
 
-import torch
-from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from plans.errors import UsageError
 
-from plans.errors import NumericalError, UsageError
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 MAX_SEED = 2**64 - 1
 
@@ -62,7 +49,7 @@ class Sampling:
         return self.temperature == 0
 
     @classmethod
-    def from_generation_config(cls, config: GenerationConfig, *, seed: int = 0) -> Self:
+    def from_generation_config(cls, config: "GenerationConfig", *, seed: int = 0) -> Self:
         """Return what `generate()` would do with the checkpoint's defaults."""
         # transformers fills what a checkpoint leaves open with values of its own, top_k=50 among them.
         if not config.do_sample:
@@ -75,77 +62,6 @@ class Sampling:
             repetition_penalty=config.repetition_penalty or 1.0,
             seed=seed,
         )
-
-    def processors(self) -> LogitsProcessorList:
-        """Return the processors in the order `generate()` applies them."""
-        chosen = LogitsProcessorList()
-        if self.repetition_penalty != 1.0:
-            chosen.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.is_greedy:
-            return chosen
-        if self.temperature != 1.0:
-            chosen.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_k:
-            chosen.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1.0:
-            chosen.append(TopPLogitsWarper(self.top_p))
-        if self.min_p is not None:
-            chosen.append(MinPLogitsWarper(self.min_p))
-        return chosen
-
-
-class TokenChooser:
-    """Chooses the next token of one sequence.
-
-    Args:
-        sampling: how to choose.
-        sequence_index: position of the sequence in the request; decides its random draws.
-    """
-
-    def __init__(self, sampling: Sampling, *, sequence_index: int) -> None:
-        self._processors = sampling.processors()
-        self._generator: torch.Generator | None = None
-        if not sampling.is_greedy:
-            self._generator = torch.Generator().manual_seed(sequence_seed(sampling.seed, sequence_index))
-
-    @property
-    def is_plain_argmax(self) -> bool:
-        """Whether the choice is the largest logit and nothing else."""
-        return self._generator is None and not self._processors
-
-    def choose(self, logits: torch.Tensor, *, token_ids: torch.Tensor) -> int:
-        """Return the next token.
-
-        Args:
-            logits: fp32 [V] of the last position, on the CPU.
-            token_ids: [T] everything the sequence consists of so far, without padding.
-
-        Raises:
-            NumericalError: no token is left to choose from.
-        """
-        scores = (
-            self._processors(cast("torch.LongTensor", token_ids[None]), logits[None])
-            if self._processors
-            else logits[None]
-        )
-        if self._generator is None:
-            return int(torch.argmax(scores, dim=-1))
-        probabilities = torch.softmax(scores, dim=-1)
-        if not torch.isfinite(probabilities).all():
-            raise NumericalError(
-                "the sampling settings leave no token to choose from",
-                hint="raise --temp, --top-p or --top-k",
-                code="E-MASKED",
-            )
-        return int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
-
-
-def sequence_seed(seed: int, sequence_index: int) -> int:
-    """Return the seed of one sequence's generator: the seed itself for the first, a hash for the others."""
-    if sequence_index == 0:
-        return seed
-    digest = hashlib.sha256(f"{seed}/{sequence_index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
 
 
 def _check(name: str, value: object, is_valid: bool, expected: str) -> None:  # noqa: FBT001

@@ -11,19 +11,20 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from plans.console import run_call
+from plans.console import leave, run_call
 from plans.errors import ExitCode, LlamaplanError, PeerError, UsageError
 from runtime.distributed.address import Address, connect, parse_address
 from runtime.distributed.channel import Channel
 from runtime.distributed.identity import identity_of
 from runtime.distributed.keys import introduce, read_key
-from runtime.distributed.messages import Abort, Failed, Identity, Job, Join, Refused
+from runtime.distributed.messages import Abort, Beat, Failed, Identity, Job, Join, Refused
 from runtime.distributed.torchrun import Torchrun, torchrun_here
 from runtime.opening import Source, open_source, parse_device_map
 
@@ -51,7 +52,7 @@ def main() -> NoReturn:
     here = torchrun_here()
     if here is not None and here.rank == 0 and arguments and not arguments[0].startswith("-"):
         _become_driver(here, arguments)
-    run_call(lambda: _work(parse_arguments(arguments, here)), name="runtime.worker")
+    leave(run_call(lambda: _work(parse_arguments(arguments, here)), name="runtime.worker"))
 
 
 def parse_arguments(arguments: Sequence[str], here: Torchrun | None) -> Arguments:
@@ -107,6 +108,9 @@ def _become_driver(here: Torchrun, arguments: list[str]) -> NoReturn:
 
 def _work(arguments: Arguments) -> NoReturn:
     inherited = _inherited_channel(arguments)
+    # Importing takes seconds; meanwhile a person is told what is wrong, and the driver does the same.
+    imports = threading.Thread(target=_import_torch, daemon=True, name="imports")
+    imports.start()
     try:
         source = open_source(arguments.target, model=arguments.model, only_stage=arguments.rank)
     except LlamaplanError as error:
@@ -120,6 +124,7 @@ def _work(arguments: Arguments) -> NoReturn:
         )
     channel = inherited or _reach_driver(arguments)
     job = _join(channel, arguments, identity)
+    _beat_until(imports, channel)
     _serve(channel, arguments, source, identity, job)
 
 
@@ -159,6 +164,23 @@ def _join(channel: Channel, arguments: Arguments, identity: Identity) -> Job:
     raise PeerError("the driver closed the connection before it gave a job", code="E-JOIN")
 
 
+def _import_torch() -> None:
+    import torch  # noqa: F401 - whoever needs these finds them imported
+    import transformers
+
+    import runtime.distributed.serve  # noqa: F401
+
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def _beat_until(imports: threading.Thread, channel: Channel) -> None:
+    """Let the driver know that this process is alive until everything is imported."""
+    while imports.is_alive():
+        channel.try_send(Beat())
+        imports.join(timeout=0.1)
+
+
 def _serve(channel: Channel, arguments: Arguments, source: Source, identity: Identity, job: Job) -> NoReturn:
     from runtime.distributed.control import Control
 
@@ -169,14 +191,8 @@ def _serve(channel: Channel, arguments: Arguments, source: Source, identity: Ide
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
-    control.progress("starting")
-    # Importing these takes seconds; until here a person has long been told what is wrong.
-    import transformers
-
     from runtime.distributed.serve import work
 
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     places = parse_device_map(arguments.device_map, num_stages=identity.num_stages)
     work(
         control,

@@ -40,18 +40,15 @@ RunCommand = Callable[..., Finished]
 
 @pytest.fixture
 def run_command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCommand:
-    """Run `llamaplan` or `llamarun` in this process, exactly as its entry point would."""
+    """Run `llamaplan` or `llamarun` in this process, as its entry point would."""
 
     def run(command: str, *arguments: object) -> Finished:
-        from planner.cli import main as llamaplan
-        from runtime.cli import main as llamarun
+        from planner.cli import run as llamaplan
+        from runtime.cli import run as llamarun
 
         monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            {"llamaplan": llamaplan, "llamarun": llamarun}[command]()
-        out, err = capfd.readouterr()
-        code = left.value.code
-        return Finished(code if isinstance(code, int) else 0 if code is None else 1, out, err)
+        code = {"llamaplan": llamaplan, "llamarun": llamarun}[command]()
+        return Finished(code, *capfd.readouterr())
 
     return run

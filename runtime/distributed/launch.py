@@ -5,28 +5,77 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
 
+from plans.errors import PeerError
 from runtime.distributed.channel import Channel
 from runtime.distributed.members import LocalProcess
-from runtime.distributed.team import Team
 
 
-def start_local(team: Team, rank: int, target: Path, *, model: Path | None) -> None:
-    """Start the worker of one stage on this machine and make it a member of the team.
+class LocalWorkers:
+    """The workers of this machine.
+
+    Importing torch takes every process seconds, so they are started before this one does it. Use it as a context
+    manager: workers that nobody took by then end with it.
 
     Args:
-        team: gets the new member.
-        rank: its stage.
         target: what the command was given.
         model: the checkpoint of a plan file.
     """
-    arguments = [str(target.absolute())]
-    if model is not None:
-        arguments += ["--model", str(model.absolute())]
-    channel, process = start_worker(rank, arguments)
-    team.adopt(rank, channel, process)
+
+    def __init__(self, target: Path, *, model: Path | None = None) -> None:
+        self._arguments = [str(target.absolute())]
+        if model is not None:
+            self._arguments += ["--model", str(model.absolute())]
+        self._waiting: dict[int, tuple[Channel, LocalProcess]] = {}
+        self._names: Sequence[str] = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for channel, process in waiting.values():
+            process.end()
+            channel.close()
+
+    def start_ahead(self, names: Sequence[str]) -> None:
+        """Start the worker of every stage but the first.
+
+        Args:
+            names: what the stages are called, the first one included.
+        """
+        self._names = names
+        for rank in range(1, len(names)):
+            self._waiting[rank] = start_worker(rank, self._arguments)
+        threading.Thread(target=self._watch, daemon=True, name="workers").start()
+
+    def take(self, rank: int) -> tuple[Channel, LocalProcess]:
+        """Return the worker of a stage, started now if it was not started ahead; whoever takes it ends it."""
+        return self._waiting.pop(rank, None) or start_worker(rank, self._arguments)
+
+    def _watch(self) -> None:
+        """End this process, which is busy importing, when a worker is killed; other faults it hears of later."""
+        while self._waiting:
+            for rank, (_, process) in list(self._waiting.items()):
+                if (process.process.poll() or 0) < 0 and rank in self._waiting:
+                    self._leave(rank, process)
+            time.sleep(0.1)
+
+    def _leave(self, rank: int, lost: LocalProcess) -> NoReturn:
+        for _, process in self._waiting.values():
+            process.end()
+        error = PeerError(f"{self._names[rank]} {lost.last_words()}", code="E-LOST")
+        sys.stderr.write(f"error[{error.code}]: {error.line()}\n")
+        sys.stderr.flush()
+        os._exit(error.exit_code)
 
 
 def start_worker(rank: int, arguments: Sequence[str]) -> tuple[Channel, LocalProcess]:

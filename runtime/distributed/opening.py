@@ -7,13 +7,12 @@ from runtime.distributed.acceptor import Acceptor
 from runtime.distributed.address import listen
 from runtime.distributed.endings import describe, exit_code_of
 from runtime.distributed.identity import identity_of
-from runtime.distributed.launch import start_local
+from runtime.distributed.launch import LocalWorkers
 from runtime.distributed.loading import LoadSettings, load_stage, share_threads
 from runtime.distributed.messages import Job
 from runtime.distributed.session import ProcessSession, ProcessSettings
 from runtime.distributed.team import Team
-from runtime.opening import Source
-from runtime.ranges import describe_stage
+from runtime.ranges import stage_names
 from runtime.session import Prepared
 
 
@@ -51,11 +50,11 @@ def open_processes(
         batch_size=batch_size,
         speed=settings.speed,
     )
-    threads = share_threads(settings.threads, num_processes=1 if settings.listen else len(source.stages))
+    threads = share_threads(settings.threads, num_processes=len(source.stages) if settings.workers else 1)
     team = _team(prepared, settings, load, threads=threads, progress=progress)
     try:
-        if settings.listen is None:
-            _start_workers(team, source, settings)
+        if settings.workers is not None:
+            _take_workers(team, settings.workers)
         else:
             _listen(team, settings)
         loaded = load_stage(source, 0, load, progress=lambda text: progress(f"{team.names[0]}: {text}"))
@@ -86,7 +85,7 @@ def _team(
             dtype=load.dtype,
             kv_cache_dtype=load.kv_cache_dtype,
             device=prepared.device_map.get(rank),
-            threads=threads if settings.threads or settings.listen is None else None,
+            threads=threads if settings.threads or settings.workers else None,
             verifies=load.verifies,
             cache_tokens=load.cache_tokens,
             batch_size=load.batch_size,
@@ -98,16 +97,16 @@ def _team(
     return Team(
         identity=identity_of(prepared.source),
         job=job,
-        names=[f"stage {n} ({describe_stage(s)})" for n, s in enumerate(prepared.source.stages)],
+        names=stage_names(prepared.source.stages),
         patience=settings.patience,
         progress=progress,
         num_restarts=settings.num_restarts,
     )
 
 
-def _start_workers(team: Team, source: Source, settings: ProcessSettings) -> None:
-    for rank in range(1, len(source.stages)):
-        start_local(team, rank, settings.target, model=settings.model)
+def _take_workers(team: Team, workers: LocalWorkers) -> None:
+    for rank in range(1, len(team.names)):
+        team.adopt(rank, *workers.take(rank))
 
 
 def _listen(team: Team, settings: ProcessSettings) -> None:

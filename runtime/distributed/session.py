@@ -3,7 +3,6 @@
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -15,7 +14,7 @@ from runtime.distributed.flow import Flow, HeldCache, make_flow
 from runtime.distributed.header import Stamp
 from runtime.distributed.identity import identity_of
 from runtime.distributed.kept import KeptColumns
-from runtime.distributed.launch import start_local
+from runtime.distributed.launch import LocalWorkers
 from runtime.distributed.links import Links, Place
 from runtime.distributed.loading import LoadedStage
 from runtime.distributed.messages import Numbers
@@ -40,9 +39,8 @@ class ProcessSettings:
     """How the processes are started and kept together.
 
     Attributes:
-        target: what the workers are given, as the command was.
-        model: the checkpoint of a plan file.
-        listen: where workers from elsewhere join; None starts one on this machine per further stage.
+        workers: the workers of this machine, one per further stage; None waits for others to join.
+        listen: where workers from elsewhere join.
         key: what they must prove.
         patience: how long to wait for what.
         threads: CPU threads per process; None shares this machine's cores out.
@@ -52,8 +50,7 @@ class ProcessSettings:
         note: told what a person needs to know.
     """
 
-    target: Path
-    model: Path | None = None
+    workers: LocalWorkers | None = None
     listen: Address | None = None
     key: bytes = b""
     patience: Patience = field(default_factory=Patience)
@@ -255,8 +252,8 @@ class ProcessSession:
         assert self._pipeline.links is not None
         self._pipeline.links.close()
         self._team.replace(loss.rank)
-        if self._settings.listen is None:
-            start_local(self._team, loss.rank, self._settings.target, model=self._settings.model)
+        if self._settings.workers is not None:
+            self._team.adopt(loss.rank, *self._settings.workers.take(loss.rank))
         self._team.wait_until_loaded()
         self.connect()
         self._pipeline.start_over()

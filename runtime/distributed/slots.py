@@ -14,8 +14,9 @@ from runtime.devices import synchronize
 from runtime.distributed.header import CLOSE, DTYPE_CODES, STEP, Header, check_against
 from runtime.distributed.messages import Drawing, Open
 from runtime.ranges import describe_stage
-from runtime.sampling import Sampling, TokenChooser
+from runtime.sampling import Sampling
 from runtime.stage import Stage
+from runtime.token_chooser import TokenChooser
 
 
 @dataclass(slots=True)

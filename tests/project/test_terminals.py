@@ -83,7 +83,7 @@ def _read(descriptor: int) -> bytes:
 
 LEAVING_SLOWLY = """
 import atexit, signal, sys, typer
-from plans.console import run_command
+from plans.console import leave, run_command
 
 app = typer.Typer()
 
@@ -94,7 +94,7 @@ def wait() -> None:
     signal.pause()
 
 sys.argv = ["wait"]
-run_command(app, name="wait")
+leave(run_command(app, name="wait"))
 """
 
 

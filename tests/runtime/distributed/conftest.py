@@ -6,8 +6,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from jobs import generate, started
 
 from exporter import export
+from runtime.distributed.launch import LocalWorkers
 from runtime.distributed.opening import open_processes
 from runtime.distributed.session import ProcessSession, ProcessSettings
 from runtime.opening import open_source
@@ -36,6 +38,21 @@ def prepare(folder: Path) -> Prepared:
 
 
 @pytest.fixture(scope="session")
+def greedy_text(exports: Callable[[int], Path]) -> Callable[[int], bytes]:
+    """What one process writes for so many tokens."""
+
+    @cache
+    def write(num_tokens: int) -> bytes:
+        words = generate(exports(3), "--temp", 0, "-c", 1024, tokens=num_tokens)
+        with started(*(word for word in words if word != "--processes")) as job:
+            code, text, said = job.end(within=60)
+        assert code == 0, said
+        return text
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def in_one_process(exports: Callable[[int], Path]) -> Callable[[int], Session]:
     """The same stages as one chain in this process."""
     return cache(lambda num_stages: load_session(prepare(exports(num_stages))))
@@ -49,7 +66,7 @@ def in_processes(exports: Callable[[int], Path]) -> Iterator[Callable[[int], Pro
         @cache
         def start(num_stages: int) -> ProcessSession:
             folder = exports(num_stages)
-            settings = ProcessSettings(target=folder, threads=1)
+            settings = ProcessSettings(workers=LocalWorkers(folder), threads=1)
             return stack.enter_context(open_processes(prepare(folder), settings))
 
         yield start

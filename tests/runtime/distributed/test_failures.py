@@ -18,6 +18,10 @@ LOADING = "loading"
 READING = "reading the prompt"
 WRITING = "writing"
 PHASES = (AT_THE_START, LOADING, READING, WRITING)
+LOST_SECONDS, INTERRUPTED_SECONDS = 2.0, 1.0
+"""The contract's own limits; alone on the machine both take a few tenths of a second."""
+IMPORTING_SECONDS = 2.0
+"""Ctrl-C waits for the end of a library that is being mapped: half a second on a busy machine."""
 SLOW_PROMPT = ["--prefill-chunk", 1, "-c", 1024]
 LONG = "x = 1\n" * 200
 
@@ -38,8 +42,9 @@ def reach(job, phase: str) -> bytes:
     return job.first_text() if phase == WRITING else b""
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(
+    ("rank", "phase"), [(1, AT_THE_START), (2, LOADING), (1, READING), (2, READING), (1, WRITING), (2, WRITING)]
+)
 def test_when_a_worker_is_killed_everybody_leaves_in_two_seconds_naming_it(
     exports: Exports, rank: int, phase: str
 ) -> None:
@@ -50,7 +55,7 @@ def test_when_a_worker_is_killed_everybody_leaves_in_two_seconds_naming_it(
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
         code, rest, said = job.end(within=20)
-        assert time.monotonic() - killed < 4 + STARTING[phase]
+        assert time.monotonic() - killed < LOST_SECONDS
         assert code == LOST, said
         assert said.count("error[") == 1
         assert f"stage {rank} (" in said
@@ -59,16 +64,12 @@ def test_when_a_worker_is_killed_everybody_leaves_in_two_seconds_naming_it(
         assert not any(map(is_alive, others))
 
 
-STARTING = {AT_THE_START: 4.0, LOADING: 1.0, READING: 0.0, WRITING: 0.0}
-"""Seconds a driver that is still importing may take longer. Limits are twice the contract's: leaving Python alone takes
-a second on a busy machine, in one process too."""
-
-
 @pytest.mark.parametrize("phase", PHASES)
 def test_when_the_driver_is_killed_its_workers_leave(exports: Exports, phase: str) -> None:
     """Row N9."""
-    with started(*arguments(exports(3), phase)) as job:
-        workers = [job.rank(1), job.rank(2)]
+    num_stages = 3 if phase == WRITING else 2
+    with started(*arguments(exports(num_stages), phase)) as job:
+        workers = [job.rank(number) for number in range(1, num_stages)]
         reach(job, phase)
         os.kill(job.pid, signal.SIGKILL)
         wait_for(lambda: not any(map(is_alive, workers)), seconds=5)
@@ -82,7 +83,9 @@ def test_ctrl_c_ends_everybody_in_a_second_and_keeps_the_text(exports: Exports, 
         pressed = time.monotonic()
         os.kill(job.pid, signal.SIGINT)
         code, rest, said = job.end(within=20)
-        assert time.monotonic() - pressed < 4 + STARTING[phase]
+        assert time.monotonic() - pressed < (
+            IMPORTING_SECONDS if phase in {AT_THE_START, LOADING} else INTERRUPTED_SECONDS
+        )
         assert code == INTERRUPTED, said
         assert "Traceback" not in said
         assert bool(text + rest) == (phase == WRITING)
@@ -100,11 +103,11 @@ def test_ctrl_c_at_a_worker_ends_everybody_too(exports: Exports) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_stands_still_for_a_while_costs_nothing_but_time(exports: Exports, rank: int) -> None:
+def test_a_process_that_stands_still_for_a_while_costs_nothing_but_time(
+    exports: Exports, greedy_text: Callable[[int], bytes], rank: int
+) -> None:
     """Row N6: before the timeout."""
     options = ["-c", 1024, "--temp", 0, "--heartbeat-timeout", 20]
-    with started(*generate(exports(2), *options, tokens=100)) as job:
-        plain = job.end(within=60)
     with started(*generate(exports(2), *options, tokens=100)) as job:
         victim = job.rank(rank)
         first = job.first_text()
@@ -115,7 +118,7 @@ def test_a_process_that_stands_still_for_a_while_costs_nothing_but_time(exports:
         os.kill(victim, signal.SIGCONT)
         code, rest, said = job.end(within=60)
     assert code == 0, said
-    assert first + rest == plain[1]
+    assert first + rest == greedy_text(100)
 
 
 def test_a_worker_that_stands_still_for_too_long_is_lost(exports: Exports) -> None:
@@ -165,7 +168,7 @@ def test_a_local_job_listens_on_nothing_but_loopback_and_leaves_nothing_behind(e
 def test_short_jobs_end_in_order_one_right_after_the_other(exports: Exports) -> None:
     """Rows N15 and N17: every token arrives, every worker leaves by itself."""
     texts = set()
-    for _ in range(3):
+    for _ in range(2):
         with started(*generate(exports(2), "--temp", 0, tokens=2)) as job:
             worker = psutil.Process(job.rank(1))
             code, text, said = job.end(within=60)

@@ -53,21 +53,28 @@ def worker(folder: Path, address: str, key: Path, rank: int, *options: object) -
 
 
 @pytest.fixture(scope="session")
-def text(exports: Exports) -> bytes:
+def text(greedy_text: Callable[[int], bytes]) -> bytes:
     """What one process writes."""
-    words = [w for w in generate(exports(3), "--temp", 0, "-c", 1024, tokens=6) if w != "--processes"]
-    with started(*words) as job:
-        return job.end(within=60)[1]
+    return greedy_text(6)
 
 
-@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
-def test_workers_from_elsewhere_join_and_strangers_do_no_harm(
-    exports: Exports, key: Path, text: bytes, listen: str, tmp_path: Path
+def test_workers_from_elsewhere_join_over_the_other_internet_protocol_too(
+    exports: Exports, key: Path, text: bytes
 ) -> None:
-    """Rows N2, N11, N12, N16."""
+    """Row N16."""
+    with driver(exports(2), key, listen="[::1]:0") as job, worker(exports(2), address_of(job), key, 1) as member:
+        code, out, said = job.end(within=90)
+        assert (code, out) == (0, text), said
+        assert member.end(within=20)[0] == 0
+
+
+def test_workers_from_elsewhere_join_and_strangers_do_no_harm(
+    exports: Exports, key: Path, text: bytes, tmp_path: Path
+) -> None:
+    """Rows N2, N11, N12."""
     folder = exports(3)
     wrong = make_key(tmp_path / "wrong", "quite another secret")
-    with driver(folder, key, listen=listen) as job, ExitStack() as stack:
+    with driver(folder, key) as job, ExitStack() as stack:
         address = address_of(job)
         strangers = [stranger(address, says) for says in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(65536), b"\0")]
         reflect(address)

@@ -20,7 +20,7 @@ def text(exports: Exports) -> bytes:
         return job.end(within=120)[1]
 
 
-@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGKILL), (2, signal.SIGSTOP)])
 def test_the_final_text_is_the_same_as_without_the_loss(
     exports: Exports, text: bytes, rank: int, number: signal.Signals
 ) -> None:
