@@ -63,7 +63,7 @@ def wait_for(look: Callable[[], T | None], *, seconds: float = 60) -> T:
             found = None
         if found:
             return found
-        time.sleep(0.01)
+        time.sleep(0.05)  # looking costs the processes that are looked at time, too
     raise AssertionError("waited in vain")
 
 

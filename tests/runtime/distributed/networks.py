@@ -27,8 +27,8 @@ class Cable:
 
     @property
     def address(self) -> str:
-        """Of the first host."""
-        return f"10.77.{self.number}.1"
+        """Where the first host listens. Nobody else uses its ports: workers need not wait to be told one."""
+        return f"10.77.{self.number}.1:29501"
 
     def shape(self, rule: str | None) -> None:
         """Make the cable slow, in both directions, by a rule of `tc`; without one, as fast as the machine."""

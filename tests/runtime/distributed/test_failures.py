@@ -42,9 +42,7 @@ def reach(job, phase: str) -> bytes:
     return job.first_text() if phase == WRITING else b""
 
 
-@pytest.mark.parametrize(
-    ("rank", "phase"), [(1, AT_THE_START), (2, LOADING), (1, READING), (2, READING), (1, WRITING), (2, WRITING)]
-)
+@pytest.mark.parametrize(("rank", "phase"), [(1, AT_THE_START), (2, LOADING), (1, READING), (2, WRITING)])
 def test_when_a_worker_is_killed_everybody_leaves_in_two_seconds_naming_it(
     exports: Exports, rank: int, phase: str
 ) -> None:
@@ -123,16 +121,16 @@ def test_a_process_that_stands_still_for_a_while_costs_nothing_but_time(
 
 def test_a_worker_that_stands_still_for_too_long_is_lost(exports: Exports) -> None:
     """Row N6: after the timeout. A stopped process keeps its connections open."""
-    with started(*generate(exports(3), "-c", 1024, "--heartbeat-timeout", 10)) as job:
+    with started(*generate(exports(3), "-c", 1024, "--heartbeat-timeout", 5)) as job:
         victim, other = job.rank(1), job.rank(2)
         job.first_text()
         os.kill(victim, signal.SIGSTOP)
         stopped = time.monotonic()
         code, _, said = job.end(within=40)
-        assert time.monotonic() - stopped < 10 + 4
+        assert time.monotonic() - stopped < 5 + 2
         assert code == LOST, said
         assert "stage 1 (" in said
-        assert "no sign of life for 10 s" in said
+        assert "no sign of life for 5 s" in said
         assert not is_alive(victim)
         assert not is_alive(other)
 

@@ -125,11 +125,11 @@ def test_a_worker_of_another_export_is_refused_and_ends_the_job_with_both_ids(ex
 
 def test_a_worker_that_never_joins_is_named_on_every_rank(exports: Exports, key: Path) -> None:
     """Row N1."""
-    with driver(exports(3), key, "--join-timeout", 12) as job, worker(exports(3), address_of(job), key, 1) as member:
+    with driver(exports(3), key, "--join-timeout", 6) as job, worker(exports(3), address_of(job), key, 1) as member:
         for process in (job, member):
             code, _, said = process.end(within=40)
             assert code == LOST, said
-            assert "stage 2 (layer 6, head) did not join within 12 s" in said
+            assert "stage 2 (layer 6, head) did not join within 6 s" in said
 
 
 def refuse(exports: Exports, run: RunCommand, *options: object) -> tuple[int, str]:

@@ -24,7 +24,7 @@ def text(exports: Exports) -> bytes:
 def test_the_final_text_is_the_same_as_without_the_loss(
     exports: Exports, text: bytes, rank: int, number: signal.Signals
 ) -> None:
-    options = [*SAMPLED, "--restart", "--prefill-chunk", 3, "--heartbeat-timeout", 10]
+    options = [*SAMPLED, "--restart", "--prefill-chunk", 3, "--heartbeat-timeout", 5]
     with started(*generate(exports(3), *options, tokens=450)) as job:
         victim = job.rank(rank)
         first = job.first_text()
