@@ -78,15 +78,19 @@ def _compare(model: Path, folder: Path) -> Iterator[tuple[int, int, Comparison]]
         options = ["--cluster", cluster, "--layers", cut, *sizes, "-c", prompt + NEW_TOKENS, "-o", plan]
         planned = json.loads(_run("planner.cli", "solve", model, *options, "--json"))
         ran, is_calm = _calm("runtime.cli", "bench", plan, "--model", model, *sizes, "--repeats", 2, "--json", "-q")
-        yield stages, prompt, _comparison(planned, json.loads(ran), is_calm=is_calm)
+        mapped_bytes = (model / "model.safetensors").stat().st_size
+        yield stages, prompt, _comparison(planned, json.loads(ran), mapped_bytes=mapped_bytes, is_calm=is_calm)
 
 
-def _comparison(planned: dict[str, Any], ran: dict[str, Any], *, is_calm: bool) -> Comparison:
-    predicted = planned["prediction"]
-    parts = ("weight_bytes", "kv_cache_bytes", "overhead_bytes")
-    memory = sum(stage[part] for stage in planned["stages"] for part in parts)
-    # One process: its stages take turns, so only one of them needs its workspace.
-    memory += max(stage["activation_bytes"] for stage in planned["stages"])
+def _comparison(planned: dict[str, Any], ran: dict[str, Any], *, mapped_bytes: int, is_calm: bool) -> Comparison:
+    """Compare; the plan's devices are one process here, so what they would each have is there once.
+
+    A tied table of two stages is one mapping, and stages take turns, so only one of them needs its workspace.
+    """
+    predicted, stages = planned["prediction"], planned["stages"]
+    memory = min(sum(stage["weight_bytes"] for stage in stages), mapped_bytes)
+    memory += sum(stage["kv_cache_bytes"] + stage["overhead_bytes"] for stage in stages)
+    memory += max(stage["activation_bytes"] for stage in stages)
     return Comparison(
         decode=(predicted["seconds_per_token"], ran["median_seconds_per_token"]),
         prefill=(predicted["time_to_first_token_seconds"], ran["time_to_first_token_seconds"]),

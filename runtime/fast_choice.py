@@ -26,9 +26,9 @@ from runtime.ranges import StageRange
 from runtime.speed import Choice
 
 STEP_ROWS = (1, 2, 4, 8, 16, 32)
-PROMPT_ROWS = 128
-ROWS = (*STEP_ROWS, PROMPT_ROWS)
-"""Numbers of rows that are measured: sequences of one token each, and one prompt, which stands for all longer ones."""
+PROMPT_ROWS = (128, 512)
+ROWS = (*STEP_ROWS, *PROMPT_ROWS)
+"""Numbers of rows that are measured: sequences of one token each, then prompts; the last stands for all longer ones."""
 REPEATS = 3
 PAST_TOKENS = 128
 SAMPLE_BYTES = 128 << 20
@@ -134,8 +134,8 @@ def _fastest(sample: "_Sample", rows: int, candidates: tuple[int, ...]) -> int:
     """Return the number of threads with which the kernels are fastest, or 0 if transformers is faster still."""
     steps = {0: sample.reference_step(rows)} | {count: sample.native_step(rows, count) for count in candidates}
     seconds = dict.fromkeys(steps, float("inf"))
-    # A prompt comes last and takes long enough: by then all weights are in memory, and once is enough.
-    repeats = (0,) if rows == PROMPT_ROWS else range(-1, REPEATS)
+    # Prompts come last and take long enough: by then all weights are in memory, and once is enough.
+    repeats = (0,) if rows in PROMPT_ROWS else range(-1, REPEATS)
     for repeat, (threads, step) in itertools.product(repeats, steps.items()):
         started = time.perf_counter()
         step()
@@ -198,7 +198,7 @@ class _Sample:
         return lambda: self._native.decode(hidden, cos, sin, start=start, cache=cache, threads=threads)
 
     def _inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch, new_tokens = (1, rows) if rows == PROMPT_ROWS else (rows, 1)
+        batch, new_tokens = (1, rows) if rows in PROMPT_ROWS else (rows, 1)
         hidden = torch.ones((batch, new_tokens, self._model.config.hidden_size), dtype=self._model.dtype)
         positions = torch.arange(PAST_TOKENS, PAST_TOKENS + new_tokens).expand(batch, -1)
         rotary = self._model.base_model.rotary_emb
