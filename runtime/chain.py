@@ -4,7 +4,7 @@ A chain is an instance of the checkpoint's own `XForCausalLM`. Its forward is tr
 and rotary tables once per step, then the layers, which belong to stages on their devices. Split equals unsplit
 because nothing is computed differently; what differs is where weights, caches and hidden states are.
 
-With `fast` set, plain steps go to the native kernels instead (`runtime.fast_model`), on the same cache.
+With `fast` set, plain steps go to native kernels and CUDA graphs instead (`runtime.fast_model`), on the same cache.
 """
 
 import inspect
@@ -39,9 +39,9 @@ class Chain(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
         stages: the units of each stage, in chain order.
         stage_devices: the torch device of each stage.
         kv_cache_dtype: what `new_cache` keeps keys and values in; None for the dtype of the model.
-        fast: what runs steps on native kernels; None for transformers' code alone.
-        reason: why there is no fast path although one was wanted, for people; else None.
-        stage_times: totals that native stages add to; set by `runtime.clock`.
+        fast: what runs steps on native kernels and CUDA graphs; None for transformers' code alone.
+        reason: why some stage has no fast path although one was wanted, for people; else None.
+        stage_times: totals that fast stages add to; set by `runtime.clock`.
     """
 
     stages: tuple[StageRange, ...] = ()
@@ -93,7 +93,7 @@ class Chain(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
                 hint="load it again with another device map or dtype",
                 code="E-DEVICE",
             )
-        self.fast = None  # the kernels hold the addresses of the weights
+        self.fast = None  # kernels and graphs hold the addresses of the weights
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.stage_devices = (self.device,) * len(self.stages)
         return self
@@ -165,7 +165,7 @@ def _chain_class(model_type: str) -> type[PreTrainedModel]:
 
 
 def _forward(family: type[PreTrainedModel]) -> Callable[..., Any]:
-    """Return the family's forward, with steps that the native kernels can serve going there."""
+    """Return the family's forward, with steps that the fast path can serve going there."""
     reference: Callable[..., Any] = family.forward
     names = tuple(inspect.signature(reference).parameters)[1:]
 

@@ -38,7 +38,7 @@ VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Compar
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads.")]
 SpeedOption = Annotated[
     Speed,
-    typer.Option("--speed", help="On a CPU: transformers' code, native kernels, or the faster of the two."),
+    typer.Option("--speed", help="transformers' code, native kernels (CPU) and graphs (CUDA), or the faster."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only data, warnings and errors.")]

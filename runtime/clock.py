@@ -24,7 +24,7 @@ def stage_clock(chain: Chain) -> Iterator[list[StageTime]]:
     """
     totals = [StageTime() for _ in chain.stages]
     handles = [handle for index in range(len(totals)) for handle in _watch(chain, index, totals[index])]
-    chain.stage_times = totals  # native stages call no module that could have a hook
+    chain.stage_times = totals  # fast stages call no hook of a module
     try:
         yield totals
     finally:

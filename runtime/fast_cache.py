@@ -1,6 +1,7 @@
-"""A key/value cache that transformers fills during prefill and the compiled kernels extend during decode.
+"""A key/value cache that transformers fills during prefill and the fast path extends during decode.
 
-Keys and values of a layer lie in buffers with spare slots; transformers sees views of the filled part.
+Keys and values of a layer lie in buffers with spare slots; transformers sees views of the filled part. The buffers stay
+where they are as long as there is room: CUDA graphs have their addresses.
 
 Shapes: B sequences, K key/value heads, S new tokens, C slots, D head size.
 """
@@ -94,7 +95,9 @@ class FastLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Replace everything by `keys` and `values` [B, K, S, D]; the batch size may change."""
-        self.lazy_initialization(keys, values)
+        if not self._has_place_for(keys):
+            self.lazy_initialization(keys, values)
+        self.length = 0
         self.update(keys, values)
 
     def get_seq_length(self) -> int:
@@ -119,12 +122,18 @@ class FastLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the sequences at `indices`."""
         if self.keys is not None and self.values is not None:
+            indices = indices.to(self.keys.device)
             self.fill(self.keys[indices], self.values[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
         if self.keys is not None and self.values is not None:
             self.fill(self.keys.repeat_interleave(repeats, dim=0), self.values.repeat_interleave(repeats, dim=0))
+
+    def _has_place_for(self, keys: torch.Tensor) -> bool:
+        kept = self.buffers[0]
+        is_same_kind = (kept.dtype, kept.device) == (keys.dtype, keys.device)
+        return self.is_initialized and is_same_kind and kept[:, :, : keys.shape[2]].shape == keys.shape
 
     def _grown(self, buffer: torch.Tensor, capacity: int) -> torch.Tensor:
         grown = _buffer(buffer, capacity)
@@ -183,4 +192,5 @@ def _converted(layer: Any) -> FastLayer:
 def _buffer(like: torch.Tensor, capacity: int) -> torch.Tensor:
     batch, heads, _, head_dim = like.shape
     with torch.inference_mode(mode=False):  # else the buffer could only be written in inference mode
-        return torch.empty((batch, heads, capacity, head_dim), dtype=like.dtype, device=like.device)
+        # Zeros: a CUDA graph reads spare slots too, with weight 0, and 0 times whatever lies there could be NaN.
+        return torch.zeros((batch, heads, capacity, head_dim), dtype=like.dtype, device=like.device)

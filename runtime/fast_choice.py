@@ -1,7 +1,8 @@
-"""Is the native path faster here, and with how many threads? Measured once on the model's own weights, then remembered.
+"""Is the fast path faster here, and with how many threads? Measured on the model's own weights.
 
-The answer is kept in the user's cache folder, one small file per machine, shape, dtype and number of threads; a file
-that is damaged or about something else is measured anew.
+For kernels the answer is kept in the user's cache folder, one small file per machine, shape, dtype and number of
+threads; a file that is damaged or about something else is measured anew. Graphs are measured whenever a model is
+loaded: that takes no longer than some tens of steps.
 """
 
 import hashlib
@@ -19,10 +20,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from plans.errors import LlamaplanError
 from plans.strict import SchemaVersion, StrictModel
+from runtime.cuda_graph import GraphStage
+from runtime.devices import synchronize
 from runtime.fast import FastStage
 from runtime.fast_cache import FastLayer
-from runtime.native import Library, cache_folder
+from runtime.native import Library, Unavailable, cache_folder
 from runtime.ranges import StageRange
+from runtime.recorder import Recorder
 from runtime.speed import Choice
 
 STEP_ROWS = (1, 2, 4, 8, 16, 32)
@@ -124,21 +128,52 @@ def remember(path: Path, subject: Subject, choice: Choice) -> None:
 
 def measure(model: PreTrainedModel, stage: StageRange, library: Library) -> Choice:
     """Time both paths for every number of rows, in turns."""
-    sample = _Sample(model, stage, library)
+    sample = _Sample(model, stage)
+    native = FastStage(library, sample.layers, model.config, norm=sample.norm, head=sample.head)
     candidates = tuple(_thread_counts())
-    return Choice(tuple((rows, _fastest(sample, rows, candidates)) for rows in ROWS))
+    found = []
+    for rows in ROWS:
+        steps = {count: sample.native_step(native, rows, count) for count in candidates}
+        found.append((rows, _fastest(sample, rows, steps)))
+    return Choice(tuple(found))
+
+
+def try_graphs(
+    model: PreTrainedModel, stage: StageRange, recorder: Recorder, *, is_measured: bool
+) -> Choice | Unavailable:
+    """Return for which steps recorded graphs are used on a device, after having recorded some.
+
+    Args:
+        model: a model with its weights.
+        stage: the stage whose first layers (or head, without layers) are tried.
+        recorder: of the device where the stage lives.
+        is_measured: whether transformers serves where that is faster; else graphs are used always.
+    """
+    sample, found = _Sample(model, stage), []
+    graphs = GraphStage(sample.layers, model.config, recorder=recorder, norm=sample.norm, head=sample.head)
+    for rows in STEP_ROWS if is_measured else (1,):
+        step = sample.graph_step(graphs, rows)
+        with torch.inference_mode():
+            step()
+            step()  # this one is recorded
+        if graphs.failure is not None:
+            return Unavailable(graphs.failure)
+        found.append((rows, _fastest(sample, rows, {1: step}) if is_measured else 1))
+    return Choice(tuple(found))
 
 
 @torch.inference_mode()
-def _fastest(sample: "_Sample", rows: int, candidates: tuple[int, ...]) -> int:
-    """Return the number of threads with which the kernels are fastest, or 0 if transformers is faster still."""
-    steps = {0: sample.reference_step(rows)} | {count: sample.native_step(rows, count) for count in candidates}
+def _fastest(sample: "_Sample", rows: int, candidates: dict[int, Callable[[], object]]) -> int:
+    """Return the number of threads whose step is fastest, or 0 if transformers is faster still."""
+    steps = {0: sample.reference_step(rows)} | candidates
     seconds = dict.fromkeys(steps, float("inf"))
     # Prompts come last and take long enough: by then all weights are in memory, and once is enough.
     repeats = (0,) if rows in PROMPT_ROWS else range(-1, REPEATS)
     for repeat, (threads, step) in itertools.product(repeats, steps.items()):
+        synchronize(sample.device)
         started = time.perf_counter()
         step()
+        synchronize(sample.device)
         if repeat >= 0:  # the first touches weights that may still be on disk
             seconds[threads] = min(seconds[threads], time.perf_counter() - started)
     best = min(candidates, key=lambda threads: seconds[threads])
@@ -156,24 +191,25 @@ def _thread_counts() -> Iterator[int]:
 class _Sample:
     """Some layers of a stage, or its head if it has no layer, to run both ways on made-up states."""
 
-    def __init__(self, model: Any, stage: StageRange, library: Library) -> None:
+    def __init__(self, model: Any, stage: StageRange) -> None:
         base = model.base_model
         self._model, self._first = model, stage.start_layer
-        self._layers = tuple(_some_layers(base.layers[stage.start_layer : stage.end_layer]))
-        self._norm: Any = None if self._layers else base.norm
-        self._head: Any = None if self._layers else model.lm_head
-        self._native = FastStage(library, self._layers, model.config, norm=self._norm, head=self._head)
+        self.layers = tuple(_some_layers(base.layers[stage.start_layer : stage.end_layer]))
+        self.norm: Any = None if self.layers else base.norm
+        self.head: Any = None if self.layers else model.lm_head
+        first: Any = (*self.layers, self.head)[0]
+        self.device: torch.device = next(first.parameters()).device
 
     def reference_step(self, rows: int) -> Callable[[], object]:
         """Return a step of transformers' modules."""
         hidden, cos, sin, positions = self._inputs(rows)
         cache = DynamicCache()
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.layers):
             cache.update(*self._states(layer, len(hidden)), self._first + index)
 
         def step() -> object:
-            states = hidden if self._head is None else self._head(self._norm(hidden))
-            for layer in self._layers:
+            states = hidden if self.head is None else self.head(self.norm(hidden))
+            for layer in self.layers:
                 states = layer(
                     states,
                     attention_mask=None,
@@ -186,28 +222,39 @@ class _Sample:
 
         return step
 
-    def native_step(self, rows: int, threads: int) -> Callable[[], object]:
+    def native_step(self, native: FastStage, rows: int, threads: int) -> Callable[[], object]:
         """Return the same step on the kernels."""
         hidden, cos, sin, _ = self._inputs(rows)
-        start = torch.zeros(len(hidden), dtype=torch.int64)
-        cache = [FastLayer() for _ in self._layers]
-        for slots, layer in zip(cache, self._layers, strict=True):
-            slots.update(*self._states(layer, len(hidden)))
-        if self._head is not None:
-            return lambda: self._native.head(hidden, threads=threads)
-        return lambda: self._native.decode(hidden, cos, sin, start=start, cache=cache, threads=threads)
+        start, cache = torch.zeros(len(hidden), dtype=torch.int64), self._cache(len(hidden))
+        if self.head is not None:
+            return lambda: native.head(hidden, threads=threads)
+        return lambda: native.decode(hidden, cos, sin, start=start, cache=cache, threads=threads)
+
+    def graph_step(self, graphs: GraphStage, rows: int) -> Callable[[], object]:
+        """Return the same step as a graph; the second call records it."""
+        hidden, cos, sin, _ = self._inputs(rows)
+        cache = self._cache(len(hidden))
+        return lambda: graphs.step(hidden, cos, sin, attention_mask=None, cache=cache)
+
+    def _cache(self, batch: int) -> list[FastLayer]:
+        cache = [FastLayer() for _ in self.layers]
+        for slots, layer in zip(cache, self.layers, strict=True):
+            slots.update(*self._states(layer, batch))
+        return cache
 
     def _inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, new_tokens = (1, rows) if rows in PROMPT_ROWS else (rows, 1)
-        hidden = torch.ones((batch, new_tokens, self._model.config.hidden_size), dtype=self._model.dtype)
-        positions = torch.arange(PAST_TOKENS, PAST_TOKENS + new_tokens).expand(batch, -1)
+        size = (batch, new_tokens, self._model.config.hidden_size)
+        hidden = torch.ones(size, dtype=self._model.dtype, device=self.device)
+        positions = torch.arange(PAST_TOKENS, PAST_TOKENS + new_tokens, device=self.device).expand(batch, -1)
         rotary = self._model.base_model.rotary_emb
         cos, sin = rotary(hidden.to(rotary.inv_freq.device), position_ids=positions.to(rotary.inv_freq.device))
-        return hidden, cos.to("cpu"), sin.to("cpu"), positions
+        return hidden, cos.to(self.device), sin.to(self.device), positions
 
     def _states(self, layer: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (batch, self._model.config.num_key_value_heads, PAST_TOKENS, layer.self_attn.head_dim)
-        return torch.ones(shape, dtype=self._model.dtype), torch.ones(shape, dtype=self._model.dtype)
+        states = torch.ones(shape, dtype=self._model.dtype, device=self.device)
+        return states, states
 
 
 def _some_layers(layers: Any) -> Iterator[Any]:

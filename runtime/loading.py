@@ -130,21 +130,23 @@ def load_chain(
 
 
 def set_speed(chain: Chain, speed: str, *, progress: Callable[[str], None] | None = None) -> None:
-    """Choose how a loaded chain computes on CPUs.
+    """Choose how a loaded chain computes on CPUs and on CUDA.
 
     Args:
         chain: the model; its `fast` and `reason` say what came of it.
-        speed: `reference`, `auto` (the faster path, by measurement) or `max` (native kernels wherever possible).
+        speed: `reference`, `auto` (the faster path, by measurement) or `max` (native kernels and CUDA graphs
+            wherever possible).
         progress: told, in a few words, what takes time: compiling and measuring, once per machine.
 
     Raises:
         UsageError: `speed` is none of the three.
     """
     if chain.kv_cache_dtype not in (None, chain.dtype) and parse_speed(speed) is not Speed.REFERENCE:
-        chain.fast, chain.reason = None, "the native kernels keep keys and values in the dtype they compute in"
+        chain.fast, chain.reason = None, "the fast path keeps keys and values in the dtype it computes in"
         return
     fast = set_up(chain, chain.stages, chain.stage_devices, speed=parse_speed(speed), progress=progress)
-    chain.fast, chain.reason = (None, fast.reason) if isinstance(fast, Unavailable) else (fast, None)
+    chain.fast = None if isinstance(fast, Unavailable) else fast
+    chain.reason = None if fast is None else fast.reason
 
 
 def place_stages(stages: Sequence[StageSpec], *, device_map: Mapping[int, str]) -> tuple[torch.device, ...]:

@@ -315,8 +315,9 @@ def load(
         device_map: zero-based stage index -> torch device, where it differs from the plan's.
         dtype: `fp32`, `bf16` or `fp16`; None keeps the plan's or the checkpoint's.
         speed: `reference` is transformers' code and bit-identical to the unsplit model; `max` runs the steps of
-            stages on a CPU on native kernels, which round where the reference rounds but add up in another order;
-            `auto` takes the faster of the two, by measurement. Where there are no kernels a warning says why.
+            stages on a CPU on native kernels, which round where the reference rounds but add up in another order, and
+            those of stages on CUDA as recorded graphs; `auto` takes the faster of the two, by measurement. Where
+            there are no kernels or graphs a warning says why.
 
     Returns:
         A model that works with `generate()`, streamers, pipelines and everything else in transformers.

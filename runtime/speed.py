@@ -1,4 +1,4 @@
-"""How a stage computes: transformers' own code (reference), or the native kernels where they serve (fast)."""
+"""How stages compute: transformers' own code (reference), or native kernels or a CUDA graph where they serve (fast)."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,14 +10,14 @@ FAST_PATH = "fast"
 
 
 class Speed(StrEnum):
-    """What to compute with on a CPU."""
+    """What to compute with, on a CPU and on CUDA."""
 
     AUTO = "auto"
     """Whichever is faster here, by measurement."""
     REFERENCE = "reference"
     """transformers' code always: bit-identical to the unsplit model."""
     MAX = "max"
-    """The native kernels wherever they can be used."""
+    """Native kernels and CUDA graphs wherever they can be used."""
 
 
 def parse_speed(name: str) -> Speed:
@@ -34,11 +34,11 @@ def parse_speed(name: str) -> Speed:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which steps run on the native kernels.
+    """Which steps are fast.
 
     Attributes:
-        threads_by_rows: up to so many rows (sequences x new tokens) -> so many threads, 0 where transformers is
-            faster; in order of rows. The last entry holds for more rows too.
+        threads_by_rows: up to so many rows (sequences x new tokens) -> so many threads (1 for a CUDA graph), 0 where
+            transformers is faster; in order of rows. The last entry holds for more rows too.
 
     >>> Choice(((1, 2), (16, 0))).threads(num_rows=1)
     2
@@ -52,6 +52,6 @@ class Choice:
         return next((threads for most, threads in self.threads_by_rows if num_rows <= most), last)
 
     @property
-    def is_ever_native(self) -> bool:
-        """Whether any step runs on the kernels."""
+    def is_ever_fast(self) -> bool:
+        """Whether any step is fast."""
         return any(threads for _, threads in self.threads_by_rows)

@@ -55,7 +55,7 @@ class Stage(nn.Module):
         self.device = device
         self.kv_cache_dtype = kv_cache_dtype
         self._fast = fast if isinstance(fast, FastModel) else None
-        self.reason = fast.reason if isinstance(fast, Unavailable) else None
+        self.reason = fast.reason if fast is not None else None
 
     @property
     def has_layers(self) -> bool:
@@ -64,7 +64,7 @@ class Stage(nn.Module):
 
     @property
     def path(self) -> str:
-        """`fast` if steps run on the native kernels where they qualify, else `reference`."""
+        """`fast` if steps run on native kernels or CUDA graphs where they qualify, else `reference`."""
         return REFERENCE_PATH if self._fast is None else FAST_PATH
 
     def new_cache(self) -> Cache:
@@ -141,8 +141,8 @@ def build_stage(
         dtype: floating-point dtype of weights and computation.
         device: where the stage lives; on a CPU, tensors already of `dtype` stay mapped.
         kv_cache_dtype: what `Stage.new_cache` keeps keys and values in; None for `dtype`. Another one has no kernels.
-        speed: `reference`, `auto` (the faster path, by measurement) or `max` (native kernels wherever possible); says
-            what `Stage.path` becomes. Where kernels were wanted and cannot be had, `Stage.reason` says why.
+        speed: `reference`, `auto` (the faster path, by measurement) or `max` (native kernels and CUDA graphs wherever
+            possible); says what `Stage.path` becomes. Where these were wanted and cannot be, `Stage.reason` says why.
         progress: told, in a few words, what takes time: compiling and measuring, once per machine.
 
     Raises:

@@ -16,11 +16,11 @@ class StageTime:
     """Time to add keys and values to the cache, a part of `compute_seconds`; measured for stages on a CPU. The native
     kernels write them while they compute, which is not measured apart."""
     num_fast_steps: int = 0
-    """Forwards that the native kernels computed."""
+    """Forwards that native kernels or CUDA graphs computed."""
 
     @property
     def path(self) -> str:
-        """Which path served: `fast` if the native kernels computed anything."""
+        """Which path served: `fast` if native kernels or CUDA graphs computed anything."""
         return FAST_PATH if self.num_fast_steps else REFERENCE_PATH
 
     def copy(self) -> "StageTime":

@@ -93,5 +93,5 @@ def test_the_commands_take_the_option(shipped: Path, run_command: RunCommand) ->
     options = ["-p", "import os", "-n", 8, "--temp", 0, "--dtype", "fp32"]
     kept = run_command("llamarun", "generate", shipped, *options, "--kv-cache-dtype", "bf16")
     assert kept.code == 0, kept.err
-    assert "the native kernels keep keys and values in the dtype they compute in" in kept.err
+    assert "the fast path keeps keys and values in the dtype it computes in" in kept.err
     assert run_command("llamarun", "generate", shipped, *options, "--kv-cache-dtype", "int3").code == 2

@@ -206,7 +206,7 @@ def test_a_converted_or_copied_chain_runs_without_the_kernels(shipped: Path, fas
 def test_the_choice_covers_every_number_of_rows_and_ends_with_the_last() -> None:
     choice = Choice(((1, 2), (4, 1), (16, 0)))
     assert [choice.threads(num_rows=n) for n in (1, 2, 4, 5, 16, 17)] == [2, 1, 1, 0, 0, 0]
-    assert not Choice(((1, 0),)).is_ever_native
+    assert not Choice(((1, 0),)).is_ever_fast
 
 
 @pytest.mark.parametrize("edges", [(0, 9), (0, 8, 9)], ids=["layers", "head alone"])
