@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -67,6 +67,28 @@ class Output:
     def warn(self, text: str) -> None:
         """Print a warning on stderr."""
         self._console(to_stderr=True).print(f"warning: {printable(text, limit=2000)}", markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """End the process in the signal handler within the block; for imports, where nothing has to be cleaned up.
+
+        Libraries lose an exception that a handler raises while they are imported, and the command would go on.
+        """
+
+        def end(number: int, _frame: FrameType | None) -> None:
+            self.progress_console.show_cursor()
+            _say("interrupted" if number == signal.SIGINT else "terminated", number)
+            sys.stderr.flush()
+            os._exit(128 + number)
+
+        before = {number: signal.getsignal(number) for number in _signals()}
+        for number in before:
+            signal.signal(number, end)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def next_step(self, command: str) -> None:
         """End a command by naming the next one."""
@@ -162,9 +184,14 @@ def _guarded(call: Callable[[], Any], *, name: str, is_debug: bool) -> int:
 
 def _let_signals_end_us() -> None:
     """While leaving, a second signal ends the process at once instead of raising where nobody catches."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    for number in _signals():
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _signals() -> list[signal.Signals]:
+    """The signals that end a command, without those that a shell ignores for it."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _say(line: str, code: int) -> int:

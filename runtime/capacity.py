@@ -16,7 +16,7 @@ from plans.errors import MachineError
 from plans.sizes import format_bytes
 from runtime.ranges import StageSpec, describe_stage, owns_unit
 
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"out of memory|(can.t|cannot) allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,10 +45,11 @@ def prepare(
         if workers is not None:
             workers.start_ahead(stage_names(source.stages))
 
-        import torch
-        import transformers
+        with output.leaving_at_once():
+            import torch
+            import transformers
 
-        from runtime.session import prepare_session
+            from runtime.session import prepare_session
 
         # Our own sentences say what a person needs; the library's advice about its internals does not help here.
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

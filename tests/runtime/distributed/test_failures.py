@@ -20,8 +20,6 @@ WRITING = "writing"
 PHASES = (AT_THE_START, LOADING, READING, WRITING)
 LOST_SECONDS, INTERRUPTED_SECONDS = 2.0, 1.0
 """The contract's own limits; alone on the machine both take a few tenths of a second."""
-IMPORTING_SECONDS = 2.0
-"""Ctrl-C waits for the end of a library that is being mapped: half a second on a busy machine."""
 SLOW_PROMPT = ["--prefill-chunk", 1, "-c", 1024]
 LONG = "x = 1\n" * 200
 
@@ -81,13 +79,11 @@ def test_ctrl_c_ends_everybody_in_a_second_and_keeps_the_text(exports: Exports, 
         pressed = time.monotonic()
         os.kill(job.pid, signal.SIGINT)
         code, rest, said = job.end(within=20)
-        assert time.monotonic() - pressed < (
-            IMPORTING_SECONDS if phase in {AT_THE_START, LOADING} else INTERRUPTED_SECONDS
-        )
+        assert time.monotonic() - pressed < INTERRUPTED_SECONDS
         assert code == INTERRUPTED, said
         assert "Traceback" not in said
         assert bool(text + rest) == (phase == WRITING)
-        assert not is_alive(worker)
+        wait_for(lambda: not is_alive(worker), seconds=1)  # the kernel ends one that is still starting
 
 
 def test_ctrl_c_at_a_worker_ends_everybody_too(exports: Exports) -> None:
