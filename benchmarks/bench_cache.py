@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import SHAPES, make_checkpoint, timed
+from benchmarks.measure import SHAPES, SHIPPED, make_checkpoint, timed
 
 PROMPT_TOKENS = 16
 COUNTS = (20, 50)
 LONG = 500
-SHIPPED = Path(__file__).parents[1] / "tests/checkpoint/python-llama"
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -1,14 +1,17 @@
 """Two processes of one thread each against one process: decode with 1 and 4 requests in flight, batch 4, first token.
 
 1.1B shape cut in two equal halves. In every round each variant makes a few greedy tokens, in turn. "formula" is what
-the planner's formula gives for the stage and cycle times measured with one request in flight.
+the planner's formula gives for the stage and cycle times measured with one request in flight. transformers' own
+pipeline mode needs processes of its own and runs after the others.
 
 Run: python -m benchmarks distributed            (everything; on a shared machine rather one dtype and path at a time)
      python -m benchmarks.bench_distributed bf16 reference [decode|first]
 """
 
 import itertools
-import shutil
+import json
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -26,8 +29,6 @@ IN_FLIGHT = 4
 LONG_PROMPT_TOKENS = 512
 LONG_ROUNDS = 2
 CHUNK_TOKENS = 128
-SHIPPED = Path(__file__).parents[1] / "tests" / "checkpoint" / "python-llama"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -57,6 +58,8 @@ def run(dtype: str, speed: str, what: str) -> None:
             assert threads == 1
             print(f"\n1.1B {dtype}, {speed} path, 2 processes x 1 thread against 1 process x 1 thread: {what}")
             (_decode if what == "decode" else _first)(sessions)
+        if speed == "reference" or what == "first":
+            _print_peer(model, what)
 
 
 def _decode(sessions: Sessions) -> None:
@@ -89,6 +92,20 @@ def _first(sessions: Sessions) -> None:
     print(f"chunks / whole prompt            {chunked / whole:.3f}")
 
 
+def _print_peer(model: Path, what: str) -> None:
+    sizes = (PROMPT_TOKENS, NEW_TOKENS) if what == "decode" else (LONG_PROMPT_TOKENS, 1)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*start, "-m", "benchmarks.pipeline_peer", model, *sizes]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    name = "transformers, pp_size=2"
+    if what == "decode":
+        print(f"{name:28} {1 / found['step']:7.2f} tokens/s")
+    else:
+        print(f"{name:32} {found['first']:7.2f} s to the first token of {LONG_PROMPT_TOKENS}")
+
+
 def _open(model: Path, output: Path, *, speed: str) -> Any:
     from contextlib import contextmanager
 
@@ -104,8 +121,6 @@ def _open(model: Path, output: Path, *, speed: str) -> Any:
     def opened() -> Any:
         import torch
 
-        for name in TOKENIZER:  # a session wants one; token ids here are random
-            shutil.copy(SHIPPED / name, model / name)
         plan = solve_model(model, devices=["cpu=8GiB"] * 2, layers=[11, 11])
         export(plan, model=model, output=output)
         prepared = prepare_session(open_source(output, model=None), device_map={})

@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from shutil import copy
 from statistics import median
 from typing import Any
 
-from benchmarks.measure import SHAPES, Shape, make_checkpoint
+from benchmarks.measure import SHAPES, make_checkpoint
 from planner.calm import MOST_OTHER_CORES, CalmMeter
 
-TOKENIZER = Path(__file__).parents[1] / "tests" / "checkpoint" / "python-llama"
 MODELS = ("55M:bfloat16", "100M:float32", "135M:bfloat16", "360M:float32", "1.1B:bfloat16")
 CASES = ((1, 112), (2, 496), (3, 1008), (4, 2032))
 """(stages, prompt tokens): with the new tokens, contexts of 128 to 2048."""
@@ -52,20 +50,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-prediction-") as temp:
         for name in os.environ.get("MODELS", "").split() or MODELS:
             shape, dtype = name.split(":")
-            model = _checkpoint(SHAPES[shape], Path(temp), dtype)
+            model = make_checkpoint(SHAPES[shape], Path(temp), dtype=dtype)
             for stages, prompt, comparison in _compare(model, Path(temp)):
                 found.append(comparison)
                 print(f"{shape:8} {dtype:9} {_line(stages, prompt, comparison)}", flush=True)
     for number, what in enumerate(("decode", "prefill", "memory")):
         errors = [abs(comparison.errors()[number]) for comparison in found]
         print(f"{what}: median error {median(errors):.1%}, largest {max(errors):.1%}")
-
-
-def _checkpoint(shape: Shape, folder: Path, dtype: str) -> Path:
-    target = make_checkpoint(shape, folder, dtype=dtype)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        copy(TOKENIZER / file, target)
-    return target
 
 
 def _compare(model: Path, folder: Path) -> Iterator[tuple[int, int, Comparison]]:

@@ -10,7 +10,6 @@ Run: python -m benchmarks simulator
 """
 
 import random
-import shutil
 import statistics
 import tempfile
 import time
@@ -40,7 +39,6 @@ from runtime.session import prepare_session
 PROMPT_TOKENS, NEW_TOKENS, CALIBRATION_TOKENS = 256, 32, 16
 CONTEXT = 512
 DTYPE = "float32"
-SHIPPED = Path(__file__).parents[1] / "tests" / "checkpoint" / "python-llama"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,6 @@ def main() -> None:
     print(f"100M {DTYPE}, 2 processes of 1 thread, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, all requests at once")
     with tempfile.TemporaryDirectory() as temp:
         model = make_checkpoint(SHAPES["100M"], Path(temp), dtype=DTYPE)
-        shutil.copy(SHIPPED / "tokenizer.json", model)  # any will do: prompts are token ids
         for setup in dict.fromkeys((case.layers, case.chunk) for case in CASES):
             _compare(model, Path(temp), [case for case in CASES if (case.layers, case.chunk) == setup])
 

@@ -3,11 +3,15 @@
 These figures are for a quiet machine; on a shared one only the ratios of interleaved runs mean anything.
 """
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+SHIPPED = Path(__file__).parents[1] / "tests" / "checkpoint" / "python-llama"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ SHAPES: Mapping[str, Shape] = {
 
 
 def make_checkpoint(shape: Shape, folder: Path, *, dtype: str, seed: int = 0) -> Path:
-    """Write a random Llama of the given shape with transformers and return its folder."""
+    """Write a random Llama of the given shape with transformers, and a tokenizer; return its folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -56,6 +60,8 @@ def make_checkpoint(shape: Shape, folder: Path, *, dtype: str, seed: int = 0) ->
     )
     target = folder / f"{shape.name}-{dtype}"
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(target)
+    for name in TOKENIZER:  # commands want one; any will do, since prompts are token ids
+        shutil.copy(SHIPPED / name, target)
     return target
 
 
