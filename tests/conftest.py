@@ -1,6 +1,7 @@
 """What tests of several packages share: the shipped checkpoint, tiny random ones, and a way to run the commands."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from hypothesis import settings
 # Tests run tiny models: one thread is faster than two that wait for each other, and numbers never depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Started in the background, a shell has SIGINT ignored, and every process started here would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no failure: properties have no time limit per example.
 settings.register_profile("llamaplan", deadline=None)
