@@ -1,8 +1,10 @@
 """Two processes of one thread each against one process: decode with 1 and 4 requests in flight, batch 4, first token.
 
-1.1B shape cut in two equal halves. In every round each variant makes a few greedy tokens, in turn. "formula" is what
-the planner's formula gives for the stage and cycle times measured with one request in flight. transformers' own
-pipeline mode needs processes of its own and runs after the others.
+1.1B shape, cut where the planner cuts it for two equal devices. In every round each variant makes a few greedy tokens,
+in turn, and both cores read the same weights at once: that rate, over the bytes of a token, is the memory bound.
+"formula" is what the planner's formula gives for the stage and cycle times measured with one request in flight; the
+formula does not know that the two processes share the bound. transformers' own pipeline mode needs processes of its
+own and runs after the others.
 
 Run: python -m benchmarks distributed            (everything; on a shared machine rather one dtype and path at a time)
      python -m benchmarks.bench_distributed bf16 reference [decode|first]
@@ -20,11 +22,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.measure import SHAPES, interleave, make_checkpoint
+from benchmarks.measure import SHAPES, interleave, interleave_rounds, make_checkpoint
 
 PROMPT_TOKENS = 16
-NEW_TOKENS = 7
-ROUNDS = 3
+NEW_TOKENS = 12
+ROUNDS = 7
 IN_FLIGHT = 4
 LONG_PROMPT_TOKENS = 512
 LONG_ROUNDS = 2
@@ -69,13 +71,23 @@ def _decode(sessions: Sessions) -> None:
         "two processes, 1 in flight": lambda: 1 / _step(two.generate_requests(_requests(two, 1))),
         f"two processes, {IN_FLIGHT} in flight": lambda: IN_FLIGHT / _cycle(two),
         f"one process, batch {IN_FLIGHT}": lambda: IN_FLIGHT / _step(one.generate_requests(_requests(one, IN_FLIGHT))),
+        "memory bound of two cores": lambda: _memory_bound(one),
+        "planner's formula": lambda: _formula(two),
     }
-    found = interleave(rates, rounds=ROUNDS)
-    base, alone, flight, _batch = found.values()
-    for name, rate in found.items():
-        print(f"{name:28} {rate:7.2f} tokens/s")
-    print(f"1 in flight / one process      {alone / base:.3f}")
-    print(f"{IN_FLIGHT} in flight / 1 in flight      {flight / alone:.3f}   formula {_formula(two) / alone:.3f}")
+    base, alone, flight, batch, bound, formula = (rounds := interleave_rounds(rates, rounds=ROUNDS)).values()
+    for name, values in rounds.items():
+        print(f"{name:28} {median(values):7.2f} tokens/s   {min(values):.2f} to {max(values):.2f}")
+    print("medians of the rounds' ratios:")
+    capped = [min(pair) for pair in zip(bound, formula, strict=True)]
+    for name, (first, second) in {
+        "1 in flight / one process": (alone, base),
+        f"{IN_FLIGHT} in flight / 1 in flight": (flight, alone),
+        f"{IN_FLIGHT} in flight / memory bound": (flight, bound),
+        f"{IN_FLIGHT} in flight / formula": (flight, formula),
+        f"{IN_FLIGHT} in flight / formula or bound": (flight, capped),
+        f"batch {IN_FLIGHT} / {IN_FLIGHT} in flight": (batch, flight),
+    }.items():
+        print(f"{name:34} {median(a / b for a, b in zip(first, second, strict=True)):.3f}")
 
 
 def _first(sessions: Sessions) -> None:
@@ -110,7 +122,9 @@ def _open(model: Path, output: Path, *, speed: str) -> Any:
     from contextlib import contextmanager
 
     from exporter import export
-    from planner import solve_model
+    from planner import analyze_model
+    from planner.api import load_cluster, make_workload
+    from planner.solve import solve
     from runtime.distributed.launch import LocalWorkers
     from runtime.distributed.opening import open_processes
     from runtime.distributed.session import ProcessSettings
@@ -121,13 +135,21 @@ def _open(model: Path, output: Path, *, speed: str) -> Any:
     def opened() -> Any:
         import torch
 
-        plan = solve_model(model, devices=["cpu=8GiB"] * 2, layers=[11, 11])
+        profile = analyze_model(model)
+        plan = solve(
+            profile,
+            cluster=load_cluster(devices=["cpu=8GiB"] * 2),
+            workload=make_workload(profile, requests_in_flight=IN_FLIGHT),
+            strategy="compute",
+            objective="throughput",
+        )
+        print("layers per stage:", *plan.boundaries)
         export(plan, model=model, output=output)
         prepared = prepare_session(open_source(output, model=None), device_map={})
         one = load_session(prepared, speed=speed, verifies=False)
         settings = ProcessSettings(workers=LocalWorkers(output), threads=1, speed=speed)
         with open_processes(prepared, settings, batch_size=IN_FLIGHT, verifies=False) as two:
-            yield Sessions(one, two, plan), torch.get_num_threads()
+            yield Sessions(one, two), torch.get_num_threads()
 
     return opened()
 
@@ -157,6 +179,19 @@ def _requests(
 
 def _step(generation: Any) -> float:
     return median(generation.step_seconds)
+
+
+def _memory_bound(session: Any) -> float:
+    """Tokens per second if decoding did nothing but read the weights, with both cores at once."""
+    import torch
+
+    from runtime.traffic import decode_read_bytes
+
+    torch.set_num_threads(2)
+    rate = session.read_bandwidth(repeats=2)["cpu"]
+    torch.set_num_threads(1)
+    chain = session.chain
+    return float(rate / sum(decode_read_bytes(chain, index, batch_size=1) for index in range(len(chain.stages))))
 
 
 def _cycle(session: Any) -> float:

@@ -67,13 +67,21 @@ def make_checkpoint(shape: Shape, folder: Path, *, dtype: str, seed: int = 0) ->
 
 def interleave(variants: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int = 1) -> dict[str, float]:
     """Run every variant in turn `rounds` times and return the median of what each returned (seconds)."""
+    found = interleave_rounds(variants, rounds=rounds, warmup=warmup)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def interleave_rounds(
+    variants: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Run every variant in turn `rounds` times and return what each returned, by round."""
     results: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(warmup + rounds):
         for name, run in variants.items():
             value = run()
             if number >= warmup:
                 results[name].append(value)
-    return {name: statistics.median(values) for name, values in results.items()}
+    return results
 
 
 def timed(call: Callable[[], object]) -> Callable[[], float]:

@@ -2,16 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedConfig
 
+from exporter import export
 from plans.errors import UsageError
-from runtime.distributed.session import ProcessSession
+from runtime.distributed.launch import LocalWorkers
+from runtime.distributed.opening import open_processes
+from runtime.distributed.session import ProcessSession, ProcessSettings
 from runtime.generate import Generation, Request
 from runtime.limits import Limits
+from runtime.opening import open_source
 from runtime.sampling import Sampling
-from runtime.session import Session
+from runtime.session import Session, load_session, prepare_session
+from tests.exporter.export_helpers import make_plan
+from tests.runtime.test_families import family_config
 
 PROMPTS = [
     "def __init__(self, ",
@@ -113,3 +121,21 @@ def test_a_generation_that_is_given_up_leaves_the_session_usable(in_one_process:
 def test_nothing_to_generate_is_an_answer(in_one_process: Start, in_processes: Start) -> None:
     requests = requests_of(in_one_process(2), sampling=GREEDY, limits=replace(LIMITS, max_tokens=0))
     assert tokens_of(in_processes(2), requests) == [()] * len(requests)
+
+
+def test_long_rope_switches_in_every_process_at_once(
+    make_checkpoint: Callable[[PreTrainedConfig], Path], tmp_path: Path
+) -> None:
+    """Phi-3 takes other factors once a sequence is past its first 32 positions: here while it generates."""
+    model, folder = make_checkpoint(family_config("phi3 with long rope")), tmp_path / "export"
+    export(make_plan(model, [2, 1, 2], devices=["cpu#0", "cpu#1", "cpu#2"]), model=model, output=folder)
+    prepared = prepare_session(open_source(folder, model=None), device_map={}, context_tokens=96)
+    limits = Limits(context_tokens=96, max_tokens=40)
+    requests = [
+        Request(prompt_ids=list(range(3, 3 + length)), sampling=SAMPLED, limits=limits, sequence_index=index)
+        for index, length in enumerate((20, 25))
+    ]
+    with open_processes(prepared, ProcessSettings(workers=LocalWorkers(folder), threads=1)) as session:
+        found = tokens_of(session, requests)
+    assert found == tokens_of(load_session(prepared), requests)
+    assert [len(tokens) for tokens in found] == [40, 40]
