@@ -1,5 +1,6 @@
 """Exports of the shipped checkpoint cut into 2, 3 and 4 stages, and sessions whose stages are processes."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from jobs import generate, started
+from transformers import PreTrainedConfig
 
 from exporter import export
 from runtime.distributed.launch import LocalWorkers
@@ -35,6 +37,21 @@ def exports(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 def prepare(folder: Path) -> Prepared:
     return prepare_session(open_source(folder, model=None), device_map={}, context_tokens=256)
+
+
+@pytest.fixture
+def make_whole(
+    make_checkpoint: Callable[[PreTrainedConfig], Path], shipped: Path
+) -> Callable[[PreTrainedConfig], Path]:
+    """Write a random checkpoint that has the shipped tokenizer, since commands want one."""
+
+    def make(config: PreTrainedConfig) -> Path:
+        model = make_checkpoint(config)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(shipped / name, model)
+        return model
+
+    return make
 
 
 @pytest.fixture(scope="session")

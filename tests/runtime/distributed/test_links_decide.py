@@ -1,7 +1,6 @@
 """The planner is told the links of three hosts; the plan it prefers is the one that is faster when both are run."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,15 +35,6 @@ BYTES_PER_MBIT = 125_000
 FARTHER = ("b", "c")
 BUDGETS = {"a": "130MiB", "b": "110MiB", "c": "110MiB"}
 """No device holds the model alone, and without `a` it does not fit: the question is who helps."""
-
-
-@pytest.fixture
-def wide(make_checkpoint: Callable[[PreTrainedConfig], Path], shipped: Path) -> Path:
-    """A checkpoint of `WIDE`, with a tokenizer because commands want one."""
-    model = make_checkpoint(WIDE)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(shipped / name, model)
-    return model
 
 
 @pytest.fixture
@@ -96,8 +86,10 @@ def measured_seconds(plan: Plan, path: Path, model: Path, key: Path, cable: Cabl
 
 
 def test_the_plan_that_is_preferred_for_the_links_is_the_one_that_is_faster(
-    star: dict[str, Cable], wide: Path, run_command: RunCommand, tmp_path: Path
+    star: dict[str, Cable], make_whole: Callable[[PreTrainedConfig], Path], run_command: RunCommand, tmp_path: Path
 ) -> None:
+    wide = make_whole(WIDE)
+
     def solve(name: str, mbit: dict[str, int], *options: object) -> tuple[Path, Plan]:
         cluster, path = write_cluster(tmp_path / "cluster.json", mbit), tmp_path / f"{name}.json"
         words = ["--cluster", cluster, *WORKLOAD, *options, "-o", path]
