@@ -88,3 +88,11 @@ def build_skeleton(config: PreTrainedConfig, family: type[PreTrainedModel]) -> P
         model = family(copy.deepcopy(config))
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def rope_switch(config: PreTrainedConfig) -> int | None:
+    """Return the sequence length past which Phi-3's rotary factors are the long ones; None for other families.
+
+    transformers computes all keys again when a sequence crosses it (`Phi3ForCausalLM.prepare_inputs_for_generation`).
+    """
+    return getattr(config, "original_max_position_embeddings", None) if config.model_type == "phi3" else None

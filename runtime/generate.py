@@ -108,13 +108,13 @@ def prefill(chain: Chain, state: Decoding, *, chunk_tokens: int | None = None) -
     size = chunk_tokens or batch.length
     for start in range(past, batch.length, size):
         end = min(start + size, batch.length)
-        logits = _forward(chain, state, start=start, end=end, next_sequence_length=None)
+        logits = _forward(chain, state, start=start, end=end)
     return logits
 
 
 def decode_one_token(chain: Chain, state: Decoding) -> torch.Tensor:
     """Run the newest token of every sequence; returns logits as `prefill` does."""
-    return _forward(chain, state, start=0, end=state.batch.length, next_sequence_length=1)
+    return _forward(chain, state, start=state.batch.length - 1, end=state.batch.length)
 
 
 def generate(
@@ -252,20 +252,20 @@ def _interrupt(writers: Sequence[SequenceWriter]) -> None:
         writer.interrupt()
 
 
-def _forward(model: Any, state: Decoding, *, start: int, end: int, next_sequence_length: int | None) -> torch.Tensor:
-    """Run columns [start, end), or with `next_sequence_length` only the last of them, as `generate()` does."""
+def _forward(model: Any, state: Decoding, *, start: int, end: int) -> torch.Tensor:
+    """Run columns [start, end) as `generate()` does; Phi-3 takes all columns again when its rotary factors switch."""
     inputs = model.prepare_inputs_for_generation(
-        state.batch.ids(start, end),
-        next_sequence_length=next_sequence_length,
+        state.batch.ids(0, end),
+        next_sequence_length=end - start,
         past_key_values=state.cache,
         attention_mask=state.batch.mask(end),
-        position_ids=state.batch.positions(start, end),
-        is_first_iteration=next_sequence_length is None,
+        position_ids=state.batch.positions(0, end),
+        is_first_iteration=state.step == 0,
         use_cache=True,
         logits_to_keep=1,
     )
     outputs = model(**inputs, return_dict=True)
-    # Phi-3 starts a new cache when its rotary factors switch, so the cache is taken back after every forward.
+    # It does so with a new cache: the cache is taken back after every forward.
     state.cache = outputs.past_key_values
     logits: torch.Tensor = outputs.logits[:, -1].to(device="cpu", dtype=torch.float32)
     return logits

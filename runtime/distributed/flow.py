@@ -57,6 +57,8 @@ class Flow:
         num_cached: prompt tokens that were in the cache already.
         chunk_tokens: prompt columns per step.
         cache: what an earlier run left, if this one continues it.
+        rope_switch: columns past which the rotary factors are others, so that what a cache holds has to be computed
+            again; see `runtime.families.rope_switch`.
         group: number on all stages; another one after a restart.
         step: steps sent so far under this number.
         column: columns sent so far.
@@ -72,6 +74,7 @@ class Flow:
     num_cached: int
     chunk_tokens: int
     cache: HeldCache
+    rope_switch: int | None = None
     group: int = -1
     step: int = 0
     column: int = 0
@@ -113,7 +116,8 @@ class Flow:
             span = self.replay.pop(0)
         else:
             end = min(self.column + self.chunk_tokens, self.batch.length)
-            span = Span(self.column, end, end == self.batch.length)
+            switches = self.rope_switch is not None and self.column <= self.rope_switch < end
+            span = Span(0 if switches else self.column, end, end == self.batch.length)
             self.spans.append(span)
         self.column, self.step = span.end, self.step + 1
         if span.needs_tokens and span.end < self.batch.length:
@@ -189,6 +193,7 @@ def make_flow(
     decode: Decode | None,
     on_text: OnText | None,
     cache: HeldCache | None = None,
+    rope_switch: int | None = None,
 ) -> Flow:
     """Check the requests of one group and prepare them; errors as `runtime.generate.generate_requests`."""
     prompts = [request.prompt_ids for request in requests]
@@ -218,6 +223,7 @@ def make_flow(
         num_cached=held.keeps,
         chunk_tokens=limits[0].prefill_chunk_tokens or batch.length,
         cache=held,
+        rope_switch=rope_switch,
         column=held.keeps,
         spans=kept,
     )

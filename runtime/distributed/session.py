@@ -21,6 +21,7 @@ from runtime.distributed.messages import Numbers
 from runtime.distributed.pipeline import Pipeline
 from runtime.distributed.slots import StageRunner
 from runtime.distributed.team import Loss, Patience, Team
+from runtime.families import rope_switch
 from runtime.generate import Generation, Request
 from runtime.memory import peak_memory_bytes
 from runtime.opening import Source
@@ -229,6 +230,7 @@ class ProcessSession:
             decode=decode,
             on_text=on_text,
             cache=cache,
+            rope_switch=rope_switch(self._loaded.stage.model.config),
         )
 
     def _uses_nccl(self) -> bool:

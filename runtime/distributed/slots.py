@@ -112,8 +112,10 @@ class StageRunner:
             NumericalError: NaN or infinity came out.
         """
         slot = self._slots[header.group]
-        check_against(header, step=slot.step, start=slot.columns)
+        check_against(header, step=slot.step, start=slot.columns if header.start else 0)
         self._take_cache(slot)
+        if header.start < slot.columns:  # all columns again; see `Flow.next_span`
+            slot.cache = self.stage.new_cache() if self.stage.has_layers else None
         end = header.start + header.columns
         outputs: torch.Tensor = self.stage(
             inputs.to(self.stage.device),

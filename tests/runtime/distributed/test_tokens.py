@@ -126,18 +126,18 @@ def test_nothing_to_generate_is_an_answer(in_one_process: Start, in_processes: S
 def test_long_rope_switches_in_every_process_at_once(
     make_whole: Callable[[PreTrainedConfig], Path], tmp_path: Path
 ) -> None:
-    """Phi-3 takes other factors once a sequence is past its first 32 positions: here while it generates."""
+    """Phi-3 takes other factors once a sequence is past its first 32 positions: while it generates or in the prompt."""
     config, folder = family_config("phi3 with long rope"), tmp_path / "export"
     config.vocab_size = 2048  # the tokenizer's
     model = make_whole(config)
     export(make_plan(model, [2, 1, 2], devices=["cpu#0", "cpu#1", "cpu#2"]), model=model, output=folder)
     prepared = prepare_session(open_source(folder, model=None), device_map={}, context_tokens=96)
-    limits = Limits(context_tokens=96, max_tokens=40)
-    requests = [
-        Request(prompt_ids=list(range(3, 3 + length)), sampling=SAMPLED, limits=limits, sequence_index=index)
-        for index, length in enumerate((20, 25))
-    ]
+    whole = load_session(prepared)
     with open_processes(prepared, ProcessSettings(workers=LocalWorkers(folder), threads=1)) as session:
-        found = tokens_of(session, requests)
-    assert found == tokens_of(load_session(prepared), requests)
-    assert [len(tokens) for tokens in found] == [40, 40]
+        for length, chunk_tokens in ((20, None), (25, 4), (45, 10), (45, 40), (60, None)):
+            limits = Limits(context_tokens=96, max_tokens=30, prefill_chunk_tokens=chunk_tokens)
+            requests = [
+                Request(prompt_ids=list(range(3, 3 + size)), sampling=SAMPLED, limits=limits, sequence_index=index)
+                for index, size in enumerate((length, length - 5))
+            ]
+            assert tokens_of(session, requests) == tokens_of(whole, requests), (length, chunk_tokens)
