@@ -13,7 +13,10 @@ from plans.checkpoint import open_checkpoint
 from plans.config import SUPPORTED_FAMILIES
 from plans.errors import InputError
 from runtime.families import CAUSAL_LM_CLASSES, check_config, parse_model_config
+from runtime.generate import generate
+from runtime.limits import Limits
 from runtime.loading import FolderTensors, load
+from runtime.sampling import Sampling
 from runtime.stage import build_stage
 
 # hidden_size 40 is no square: Gemma multiplies embeddings by its rounded square root.
@@ -111,6 +114,23 @@ def test_generate_gives_a_family_the_same_tokens(
             torch.manual_seed(11)
             tokens.append(model.generate(ids, max_new_tokens=32, **mode))
         assert torch.equal(*tokens), mode
+
+
+def test_long_rope_gives_the_same_tokens_in_chunks_and_from_a_kept_cache(
+    make_checkpoint: Callable[[PreTrainedConfig], Path],
+) -> None:
+    folder = make_checkpoint(family_config("phi3 with long rope"))
+    reference, chain = reference_model(folder, dtype=torch.float32), load(folder, stages=some_cut(5, 3, seed=8))
+    prompt, sampling = torch.randint(4, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist(), Sampling()
+    whole = reference.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    for chunk_tokens in (None, 10, 38):
+        limits = Limits(context_tokens=96, max_tokens=20, prefill_chunk_tokens=chunk_tokens)
+        found = generate(chain, [prompt], sampling=sampling, limits=limits)
+        assert [*prompt, *found.sequences[0].token_ids] == whole[0].tolist(), chunk_tokens
+    begun = generate(chain, [prompt[:20]], sampling=sampling, limits=Limits(context_tokens=96, max_tokens=1))
+    found = generate(chain, [prompt], sampling=sampling, limits=limits, cache=begun.cache)
+    assert found.num_cached_tokens == 20
+    assert [*prompt, *found.sequences[0].token_ids] == whole[0].tolist()
 
 
 def test_an_untested_family_is_refused_with_the_list_of_tested_ones() -> None:
