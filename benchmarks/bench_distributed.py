@@ -74,7 +74,8 @@ def _decode(sessions: Sessions) -> None:
         "memory bound of two cores": lambda: _memory_bound(one),
         "planner's formula": lambda: _formula(two),
     }
-    base, alone, flight, batch, bound, formula = (rounds := interleave_rounds(rates, rounds=ROUNDS)).values()
+    rounds = interleave_rounds(rates, rounds=ROUNDS)
+    base, alone, flight, batch, bound, formula = rounds.values()
     for name, values in rounds.items():
         print(f"{name:28} {median(values):7.2f} tokens/s   {min(values):.2f} to {max(values):.2f}")
     print("medians of the rounds' ratios:")

@@ -128,6 +128,7 @@ def test_long_rope_gives_the_same_tokens_in_chunks_and_from_a_kept_cache(
         found = generate(chain, [prompt], sampling=sampling, limits=limits)
         assert [*prompt, *found.sequences[0].token_ids] == whole[0].tolist(), chunk_tokens
     begun = generate(chain, [prompt[:20]], sampling=sampling, limits=Limits(context_tokens=96, max_tokens=1))
+    limits = Limits(context_tokens=96, max_tokens=20)
     found = generate(chain, [prompt], sampling=sampling, limits=limits, cache=begun.cache)
     assert found.num_cached_tokens == 20
     assert [*prompt, *found.sequences[0].token_ids] == whole[0].tolist()

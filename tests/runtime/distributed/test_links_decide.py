@@ -34,7 +34,7 @@ WORKLOAD += ["--objective", "request"]
 BYTES_PER_MBIT = 125_000
 FARTHER = ("b", "c")
 BUDGETS = {"a": "130MiB", "b": "110MiB", "c": "110MiB"}
-"""No device holds the model alone, and without `a` it does not fit: the question is who helps."""
+"""No device holds the model alone, and `b` and `c` have no link: the question is who helps `a`."""
 
 
 @pytest.fixture
