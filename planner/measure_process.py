@@ -1,6 +1,6 @@
 """What a process needs before any weights: measured in a fresh one that loads what a run loads and makes a few tokens.
 
-Run as ``python -m planner.measure_process`` with its request as JSON on stdin; answers with JSON on stdout.
+The process takes its request as JSON on stdin and answers with JSON on stdout.
 """
 
 import json
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from plans.children import python_command
 from plans.errors import MachineError, printable
 from plans.memory import stage_memory
 from plans.profile import DtypeName, ModelProfile
@@ -55,7 +56,7 @@ def measure_footprint(profile: ModelProfile, request: Request) -> Footprint:
         MachineError: the process failed.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "planner.measure_process"],
+        python_command("planner.measure_process"),
         input=json.dumps(asdict(request)),
         capture_output=True,
         text=True,

@@ -6,7 +6,6 @@ question at a time: pickled over its stdin and stdout, which it first moves out 
 """
 
 import contextlib
-import json
 import os
 import pickle
 import select
@@ -23,6 +22,7 @@ from typing import IO, Any, Self, TypeVar
 from planner.answers import IlpAnswer, SolverFault, SolverName
 from planner.goal import Goal
 from planner.problem import Problem
+from plans.children import python_command
 from plans.errors import LlamaplanError, MachineError
 
 GRACE_SECONDS = 1.0
@@ -31,7 +31,6 @@ OVERTIME_SECONDS = 0.7
 """What a makeshift plan may take after that; all together stays below two seconds."""
 PATIENCE_SECONDS = 10.0
 """How long the solver may go on when the answer is already proved by other means."""
-_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from planner.solver_process import serve; serve()"
 
 
 T = TypeVar("T")
@@ -58,20 +57,20 @@ class SolverSession:
         mip_gap: relative gap at which a solver may stop.
         time_limit: seconds for all questions together, from the start of the session.
         is_isolated: False solves in this process: no start-up cost, but also nobody to stop the solver.
-        code: what the child runs; tests put misbehaving ones here.
+        command: what starts the child; tests put misbehaving ones here.
     """
 
     solvers: tuple[SolverName, ...] = ("highs", "cbc")
     mip_gap: float = 0.0
     time_limit: float | None = None
     is_isolated: bool = True
-    code: str = _CODE
+    command: Sequence[str] = field(default_factory=lambda: python_command("planner.solver_process"))
     _child: "subprocess.Popen[bytes] | None" = None
     _started: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> Self:
         if self.is_isolated:
-            self._child = _start(self.code)
+            self._child = _start(self.command)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,7 +120,7 @@ class SolverSession:
         if not self.is_isolated:
             return _answer(question), meanwhile()
         if self._child is None or self._child.poll() is not None:
-            self._child = _start(self.code)
+            self._child = _start(self.command)
         deadline = None if limit is None else time.monotonic() + limit + GRACE_SECONDS
         try:
             _send_aside(self._child.stdin, pickle.dumps(question))
@@ -161,14 +160,13 @@ class _ChildLostError(Exception):
         super().__init__(exit_code)
 
 
-def _start(code: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", code, json.dumps([path for path in sys.path if path])]
+def _start(command: Sequence[str]) -> "subprocess.Popen[bytes]":
     try:
         # A session of its own: Ctrl-C reaches us alone, and CBC, a grandchild, can be killed with it.
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     except OSError as error:
         raise MachineError(
-            f"cannot start the solver process: {error.strerror} (errno {error.errno})", where=sys.executable
+            f"cannot start the solver process: {error.strerror} (errno {error.errno})", where=command[0]
         ) from None
 
 
@@ -282,3 +280,7 @@ def _die_with_parent() -> None:
         set_death_signal = 1
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    serve()

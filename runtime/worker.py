@@ -1,4 +1,4 @@
-"""`python -m runtime.worker DIR`: one stage in a process of its own.
+"""`python -P -m runtime.worker DIR`: one stage in a process of its own.
 
 Started by `llamarun ... --processes`, by torchrun, or by hand on another host. Under torchrun every process runs the
 same line; rank 0 becomes `llamarun generate DIR ...` (or the command named after DIR) and takes its options, the
@@ -47,7 +47,7 @@ class Arguments:
 
 
 def main() -> NoReturn:
-    """Entry point of `python -m runtime.worker`."""
+    """Entry point of `python -P -m runtime.worker`."""
     arguments = sys.argv[1:]
     here = torchrun_here()
     if here is not None and here.rank == 0 and arguments and not arguments[0].startswith("-"):
@@ -61,7 +61,7 @@ def parse_arguments(arguments: Sequence[str], here: Torchrun | None) -> Argument
     Raises:
         UsageError: something is missing.
     """
-    parser = argparse.ArgumentParser(prog="python -m runtime.worker", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -P -m runtime.worker", description=__doc__, allow_abbrev=False)
     parser.add_argument("target", type=Path, help="an export, or a plan file with --model")
     parser.add_argument("--rank", type=int, help="stage to compute, from 1; torchrun gives it")
     parser.add_argument("--listen", "--join", dest="listen", help="where the driver listens: ADDR:PORT or unix:PATH")
@@ -73,7 +73,7 @@ def parse_arguments(arguments: Sequence[str], here: Torchrun | None) -> Argument
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     found, unknown = parser.parse_known_args(arguments)
     if unknown and here is None and "--trusted-network" not in unknown:
-        raise UsageError(f"'{unknown[0]}' is no option of a worker", hint="see python -m runtime.worker --help")
+        raise UsageError(f"'{unknown[0]}' is no option of a worker", hint="see python -P -m runtime.worker --help")
     if found.parent is not None:
         _die_with(found.parent)
     rank = found.rank if here is None else here.rank

@@ -304,9 +304,9 @@ def test_a_solver_program_that_does_not_work_is_an_environment_error(tmp_path: P
 def solve_with(preparation: str, folder: Path, *options: str, **environment: str) -> Finished:
     """Run `llamaplan solve` in a process of its own whose solver process first runs `preparation`."""
     script = (
-        "from planner import solver_process, cli; "
-        f"code = solver_process._CODE.replace('serve()', {preparation!r} + '; serve()'); "
-        "start = solver_process._start; solver_process._start = lambda _code: start(code); "
+        "import sys; from planner import solver_process, cli; "
+        f"code = {preparation!r} + '; from planner.solver_process import serve; serve()'; "
+        "start = solver_process._start; solver_process._start = lambda _: start([sys.executable, '-c', code]); "
         "cli.main()"
     )
     command = [sys.executable, "-c", script, "solve", str(SHIPPED), "--device", "rtx3090=1GiB", *options]

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
+from plans.children import python_command
 from plans.errors import PeerError
 from runtime.distributed.channel import Channel
 from runtime.distributed.members import LocalProcess
@@ -90,11 +91,10 @@ def start_worker(rank: int, arguments: Sequence[str]) -> tuple[Channel, LocalPro
     """
     ours, theirs = socket.socketpair()
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-    command = [sys.executable, "-m", "runtime.worker", *arguments]
-    command += ["--rank", str(rank), "--control-fd", str(theirs.fileno()), "--parent", str(os.getpid())]
+    place = ["--rank", str(rank), "--control-fd", str(theirs.fileno()), "--parent", str(os.getpid())]
     with theirs:
         process = subprocess.Popen(
-            command,
+            python_command("runtime.worker", *arguments, *place),
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,12 @@ GOAL = Goal("time", "latency")
 SLEEPS = "import time; time.sleep(60)"
 DIES = "import os; os.kill(os.getpid(), 9)"
 CHATTERS = "import os; os.write(1, b'Welcome to the solver'); os._exit(3)"
+SERVES = "from planner.solver_process import serve; serve()"
+
+
+def child(code: str) -> tuple[str, ...]:
+    """What starts a solver process that runs `code`."""
+    return (sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}")
 
 
 @pytest.fixture
@@ -66,14 +73,14 @@ def test_session_leaves_no_process_behind(problem: Problem) -> None:
 def test_solver_that_ignores_its_limit_is_stopped(problem: Problem) -> None:
     """Row L12."""
     started = time.monotonic()
-    with SolverSession(time_limit=0.3, code=SLEEPS) as session:
+    with SolverSession(time_limit=0.3, command=child(SLEEPS)) as session:
         answer, other = session.ask(problem, GOAL, lambda: "meanwhile")
     assert time.monotonic() - started < 10  # of the 60 it would sleep
     assert (answer.status, answer.assignment, other) == ("time_limit", None, "meanwhile")
 
 
 def test_plan_is_still_proved_when_the_solver_hangs(problem: Problem) -> None:
-    with SolverSession(time_limit=0.3, code=SLEEPS) as session:
+    with SolverSession(time_limit=0.3, command=child(SLEEPS)) as session:
         settled = minimise(problem, GOAL, session=session)
     certificate = certify(problem, GOAL)
     assert certificate is not None
@@ -85,7 +92,7 @@ def test_out_of_time_without_a_proof_gives_a_feasible_plan() -> None:
     """Row L10."""
     wide = _wide(20)
     started = time.monotonic()
-    with SolverSession(time_limit=0.2, code=SLEEPS) as session:
+    with SolverSession(time_limit=0.2, command=child(SLEEPS)) as session:
         settled = minimise(wide, GOAL, session=session)
     assert time.monotonic() - started < 10  # of the 60 it would sleep
     assert (settled.status, settled.certified_by) == ("feasible", None)
@@ -97,7 +104,7 @@ def test_out_of_time_with_nothing_found_says_so() -> None:
     """Row L10."""
     wide = _wide(20)
     no_way_back = tuple((None,) * 20 for _ in range(20))
-    with SolverSession(time_limit=0.2, code=SLEEPS) as session:
+    with SolverSession(time_limit=0.2, command=child(SLEEPS)) as session:
         settled = minimise(replace(wide, return_hop=no_way_back), GOAL, session=session)
     assert (settled.status, settled.assignment) == ("time_limit", None)
 
@@ -105,7 +112,7 @@ def test_out_of_time_with_nothing_found_says_so() -> None:
 @pytest.mark.parametrize("code", [DIES, CHATTERS])
 def test_solver_that_dies_is_named(problem: Problem, code: str) -> None:
     """Row L11."""
-    with SolverSession(("highs", "cbc"), code=code) as session, pytest.raises(MachineError) as caught:
+    with SolverSession(("highs", "cbc"), command=child(code)) as session, pytest.raises(MachineError) as caught:
         session.ask(problem, GOAL, lambda: None)
     assert "solver process" in caught.value.what
     assert ("signal 9" if code == DIES else "code 3") in caught.value.what
@@ -114,15 +121,18 @@ def test_solver_that_dies_is_named(problem: Problem, code: str) -> None:
 
 def test_missing_highs_falls_back_to_cbc(problem: Problem) -> None:
     """Row L11."""
-    code = "import sys; sys.modules['highspy'] = None; " + SolverSession().code
-    with SolverSession(code=code) as session:
+    code = "import sys; sys.modules['highspy'] = None; " + SERVES
+    with SolverSession(command=child(code)) as session:
         answer, _ = session.ask(problem, GOAL, lambda: None)
     assert (answer.status, answer.solver) == ("optimal", "CBC")
 
 
 def test_no_solver_at_all_is_an_environment_error(problem: Problem) -> None:
-    code = "import sys; sys.modules['highspy'] = None; " + SolverSession().code
-    with SolverSession(("highs",), code=code) as session, pytest.raises(MachineError, match="HiGHS cannot be imported"):
+    code = "import sys; sys.modules['highspy'] = None; " + SERVES
+    with (
+        SolverSession(("highs",), command=child(code)) as session,
+        pytest.raises(MachineError, match="HiGHS cannot be imported"),
+    ):
         session.ask(problem, GOAL, lambda: None)
 
 
@@ -132,8 +142,8 @@ def test_unwritable_temporary_folder_stops_cbc_with_an_environment_error(
     """Row L15."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     code = "import tempfile; tempfile._get_default_tempdir = lambda: (_ for _ in ()).throw(OSError(30, 'read-only')); "
-    code += SolverSession().code
-    with SolverSession(("cbc",), code=code) as session, pytest.raises(MachineError, match="CBC failed"):
+    code += SERVES
+    with SolverSession(("cbc",), command=child(code)) as session, pytest.raises(MachineError, match="CBC failed"):
         session.ask(problem, GOAL, lambda: None)
 
 
