@@ -99,7 +99,8 @@ class Control:
     def fail(self, error: BaseException) -> NoReturn:
         """Tell the driver why this stage cannot go on, and leave."""
         if not isinstance(error, LlamaplanError):
-            error = PeerError(f"{type(error).__name__}: {printable(error, limit=1000)}", code="E-WORKER")
+            reason = "out of memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
+            error = PeerError(printable(reason, limit=1000), code="E-WORKER")
         self.say(Failed(exit_code=error.exit_code, code=error.code, line=error.line()[:4000]))
         _complain(f"error[{error.code}]: {error.line()}")
         time.sleep(LAST_WORDS_SECONDS)  # the driver's order to leave comes first

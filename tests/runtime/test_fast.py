@@ -175,17 +175,27 @@ def test_half_precision_is_no_farther_from_the_truth_than_transformers(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "granite"])
-def test_values_are_rounded_where_transformers_rounds_them(name: str, dtype: torch.dtype, kernels: Library) -> None:
-    # The first token attends to itself alone, so that only linear layers, norms, rotation and SiLU are at work.
+def test_values_are_rounded_where_transformers_rounds_them(
+    name: str, dtype: torch.dtype, kernels: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Processors differ in how torch multiplies half precision (those with AVX-512 BF16 drop small parts of a sum), so
+    # transformers gets products that are exact and rounded once. The first token attends to itself alone.
+    monkeypatch.setattr(torch.nn.functional, "linear", _exact_linear)
     model, ids = make_model(name, dtype=dtype), torch.arange(3, 43)[:, None]
     positions, caches = torch.full((40, 1), 77), [DynamicCache(), DynamicCache()]
     found = fast_model(model, kernels).step(ids, attention_mask=None, position_ids=positions, cache=caches[0])
     with torch.no_grad():
         expected = model(ids, position_ids=positions, past_key_values=caches[1]).logits
-    assert _share_equal(found, expected) > 0.94
+    least = 0.99 if dtype == torch.bfloat16 else 0.95  # fp16 is fine enough to show the order of a sum
+    assert _share_equal(found, expected) > least
     for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
-        assert _share_equal(ours.keys, theirs.keys) > 0.94
-        assert _share_equal(ours.values, theirs.values) > 0.94
+        assert _share_equal(ours.keys, theirs.keys) > least
+        assert _share_equal(ours.values, theirs.values) > least
+
+
+def _exact_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    products = inputs.double() @ weight.double().T
+    return (products if bias is None else products + bias.double()).to(inputs.dtype)
 
 
 def test_attention_weights_are_rounded_as_torch_rounds_them(kernels: Library) -> None:
