@@ -38,9 +38,9 @@ def main() -> None:
 
 
 def _variants(folder: Path, num_layers: int) -> dict[str, Any]:
-    from runtime.loading import load
-    from runtime.parity import load_unsplit
-    from runtime.ranges import StageRange
+    from plans.stages import StageRange
+    from runtime.stages.loading import load
+    from runtime.stages.parity import load_unsplit
 
     variants: dict[str, Any] = {}
     for num_stages in (1, 2, 4):

@@ -105,8 +105,8 @@ def _variants(folder: Path, batch: int) -> tuple[dict[str, Variant], Callable[[]
     import torch
     from transformers import AutoModelForCausalLM
 
-    from runtime import native
-    from runtime.loading import load
+    from runtime.fast import native
+    from runtime.stages.loading import load
 
     kernels = native.load(on_build=print)
     if isinstance(kernels, native.Unavailable):
@@ -128,8 +128,8 @@ def _variants(folder: Path, batch: int) -> tuple[dict[str, Variant], Callable[[]
 
 
 def _stages(folder: Path, count: int) -> list[Any]:
-    from plans.checkpoint import open_checkpoint
-    from runtime.ranges import StageRange
+    from plans.checkpoint.folder import open_checkpoint
+    from plans.stages import StageRange
 
     num_layers = open_checkpoint(folder).config.num_hidden_layers
     edges = [num_layers * k // count for k in range(count + 1)]
@@ -186,8 +186,8 @@ class Llamarun:
         import torch
         from transformers import DynamicCache
 
-        from runtime.batch import TokenBatch
-        from runtime.generate import Decoding, prefill
+        from runtime.generate.loop import Decoding, prefill
+        from runtime.generate.tokens import TokenBatch
 
         batch = TokenBatch(self._prompts, num_new_tokens=NEW_TOKENS + 1, pad_token_id=0)
         self._state = Decoding(batch, DynamicCache(config=self._chain.config))
@@ -198,14 +198,14 @@ class Llamarun:
         """Make tokens."""
         import torch
 
-        from runtime.generate import decode_one_token
+        from runtime.generate.loop import decode_one_token
 
         with torch.inference_mode():
             step = timed(lambda: self._take(decode_one_token(self._chain, self._state)))
             return [step() for _ in range(count)]
 
     def _take(self, logits: Any) -> None:
-        from runtime.numerics import require_finite
+        from runtime.generate.numerics import require_finite
 
         require_finite(self._chain, logits, batch=self._state.batch, step=self._state.step)
         self._state.batch.append(logits.argmax(-1).tolist())

@@ -124,12 +124,12 @@ def _open(model: Path, output: Path, *, speed: str) -> Any:
 
     from exporter import export
     from planner import analyze_model
+    from planner.answers.solve import solve
     from planner.api import load_cluster, make_workload
-    from planner.solve import solve
-    from runtime.distributed.launch import LocalWorkers
+    from runtime.distributed.control.launch import LocalWorkers
     from runtime.distributed.opening import open_processes
     from runtime.distributed.session import ProcessSettings
-    from runtime.opening import open_source
+    from runtime.reading.opening import open_source
     from runtime.session import load_session, prepare_session
 
     @contextmanager
@@ -160,9 +160,9 @@ def _requests(
 ) -> Any:
     import random
 
-    from runtime.generate import Request
-    from runtime.limits import Limits
-    from runtime.sampling import Sampling
+    from runtime.generate.limits import Limits
+    from runtime.generate.loop import Request
+    from runtime.generate.sampling import Sampling
 
     draw = random.Random(0)
     limits = Limits(context_tokens=2048, max_tokens=new, prefill_chunk_tokens=chunk)
@@ -186,7 +186,7 @@ def _memory_bound(session: Any) -> float:
     """Tokens per second if decoding did nothing but read the weights, with both cores at once."""
     import torch
 
-    from runtime.traffic import decode_read_bytes
+    from runtime.stages.traffic import decode_read_bytes
 
     torch.set_num_threads(2)
     rate = session.read_bandwidth(repeats=2)["cpu"]

@@ -19,21 +19,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.measure import SHAPES, make_checkpoint
-from planner.arrivals import make_requests
-from planner.serving import simulate_requests
-from planner.serving_numbers import numbers_of
+from planner.simulate.arrivals import make_requests
+from planner.simulate.numbers import numbers_of
+from planner.simulate.serving import simulate_requests
 from plans.cluster import Cluster, Device, Link, Timings
 from plans.plan import Plan
 from plans.profile import ModelProfile
 from plans.workload import Workload
-from runtime.distributed.launch import LocalWorkers
-from runtime.distributed.messages import Numbers, StepTime
+from runtime.distributed.control.launch import LocalWorkers
+from runtime.distributed.control.messages import Numbers, StepTime
 from runtime.distributed.opening import open_processes
 from runtime.distributed.session import ProcessSession, ProcessSettings
-from runtime.generate import Generation, Request
-from runtime.limits import Limits
-from runtime.opening import open_source
-from runtime.sampling import Sampling
+from runtime.generate.limits import Limits
+from runtime.generate.loop import Generation, Request
+from runtime.generate.sampling import Sampling
+from runtime.reading.opening import open_source
 from runtime.session import prepare_session
 
 PROMPT_TOKENS, NEW_TOKENS, CALIBRATION_TOKENS = 256, 32, 16
@@ -187,7 +187,7 @@ def _simulate(
 
 def _plan(profile: ModelProfile, case: Case, times: Sequence[StageSeconds], hops: Sequence[StageSeconds]) -> Plan:
     """The same cut on devices that take the measured times."""
-    from planner.solve import solve
+    from planner.answers.solve import solve
 
     workload = Workload(
         prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, context_tokens=CONTEXT, prefill_chunk_tokens=case.chunk,

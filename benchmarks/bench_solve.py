@@ -13,9 +13,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from planner.problem import Problem, ProblemDevice, UnitBytes, UnitTicks
-from planner.solver_process import SolverSession
-from planner.strategies import Outcome, run_strategy
+from planner.answers.strategies import Outcome, run_strategy
+from planner.problem.problem import Problem, ProblemDevice, UnitBytes, UnitTicks
+from planner.program.session import SolverSession
 from plans.plan import Strategy
 
 ROUNDS = 3

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 
 from exporter.layout import CONVERTIBLE_DTYPES
 from plans.check import check_plan
-from plans.checkpoint import Checkpoint, UnitTable, check_same_shapes, unit_tables
-from plans.config import DTYPE_NAMES, DTYPE_SIZES, ModelConfig
+from plans.checkpoint.config import DTYPE_NAMES, DTYPE_SIZES, ModelConfig
+from plans.checkpoint.folder import Checkpoint, UnitTable, check_same_shapes, unit_tables
+from plans.checkpoint.header import DTYPE_BYTES
 from plans.errors import IntegrityError, UsageError, printable
 from plans.plan import Plan
 from plans.profile import ModelProfile, ShardIdentity, UnitProfile
-from plans.safetensors_header import DTYPE_BYTES
-from plans.sizes import format_bytes
+from plans.reading.sizes import format_bytes
 
 Say = Callable[[str], None]
 """Told one sentence for a person."""

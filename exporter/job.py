@@ -6,17 +6,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from exporter.binding import Say
+from exporter.disk.staging import Staging
+from exporter.disk.syscalls import sync_file
 from exporter.layout import Layout, StageLayout
 from exporter.root_files import RootFiles
 from exporter.sources import Sources
-from exporter.staging import Staging
 from exporter.stream import Sink, stream_stage
-from exporter.syscalls import sync_file
 from exporter.workers import Workers
-from plans.checkpoint import Checkpoint
-from plans.digest import FileDigest
-from plans.manifest import MANIFEST_NAME, ExportedFile, Manifest, ManifestStage, SourceFile, stage_name
+from plans.checkpoint.folder import Checkpoint
+from plans.export.manifest import MANIFEST_NAME, ExportedFile, Manifest, ManifestStage, SourceFile, stage_name
 from plans.plan import Plan
+from plans.reading.digest import FileDigest
 
 MAX_UNFLUSHED = 8
 """Finished files waiting for the disk; each holds a descriptor."""

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from plans.bundle import metadata_of
-from plans.checkpoint import HEAD, Checkpoint, StoredTensor, UnitKey, unexpected_tensors, unit_tables
-from plans.manifest import weights_name
+from plans.checkpoint.folder import HEAD, Checkpoint, StoredTensor, UnitKey, unexpected_tensors, unit_tables
+from plans.checkpoint.header import DTYPE_BYTES
+from plans.export.manifest import weights_name
+from plans.export.opening import metadata_of
 from plans.plan import Plan, Stage
-from plans.safetensors_header import DTYPE_BYTES
 
 STORED_DTYPES: Mapping[str, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 """Our short dtype names to those in safetensors headers."""

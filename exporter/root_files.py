@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from exporter.layout import Layout
-from plans.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, link_home
+from plans.checkpoint.folder import CONFIG_NAME, INDEX_NAME, Checkpoint, link_home
 from plans.errors import InputError, IntegrityError
-from plans.files import read_limited, sha256_hex
-from plans.manifest import PLAN_NAME, SourceFile
+from plans.export.manifest import PLAN_NAME, SourceFile
 from plans.plan import Plan
-from plans.strict import dump_json
+from plans.reading.files import read_limited, sha256_hex
+from plans.reading.strict import dump_json
 
 MAX_FILE_BYTES = 256 << 20
 

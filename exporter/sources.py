@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from plans.checkpoint import Shard
-from plans.digest import FileState, read_into, scan
+from plans.checkpoint.folder import Shard
+from plans.checkpoint.header import read_header
 from plans.errors import IntegrityError, LlamaplanError
-from plans.files import explain_os_error
-from plans.safetensors_header import read_header
+from plans.reading.digest import FileState, read_into, scan
+from plans.reading.files import explain_os_error
 
 MAX_OPEN_FILES = 16
 

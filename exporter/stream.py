@@ -7,11 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from exporter.disk.syscalls import start_writeback, write_all
 from exporter.layout import Piece, StageLayout
 from exporter.sources import Sources
-from exporter.syscalls import start_writeback, write_all
-from plans.digest import BUFFER_BYTES, FileDigest, RunningDigest
-from plans.safetensors_header import DTYPE_BYTES
+from plans.checkpoint.header import DTYPE_BYTES
+from plans.reading.digest import BUFFER_BYTES, FileDigest, RunningDigest
 
 NUM_BUFFERS = 8
 WRITEBACK_BYTES = 32 << 20

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from exporter.sources import Sources
-from plans.checkpoint import StoredTensor, open_checkpoint, require_full
-from plans.digest import BUFFER_BYTES
-from plans.safetensors_header import DTYPE_BYTES
+from plans.checkpoint.folder import StoredTensor, open_checkpoint, require_full
+from plans.checkpoint.header import DTYPE_BYTES
+from plans.reading.digest import BUFFER_BYTES
 
 _EXPONENTS: Mapping[str, tuple[str, int]] = {
     "F64": ("<u8", 0x7FF0_0000_0000_0000),
@@ -24,7 +24,7 @@ def find_bad_values(model: Path) -> dict[str, str]:
         model: a checkpoint folder; its floating-point weights are read once, in bounded buffers.
 
     Raises:
-        InputError, IntegrityError, MachineError: as `plans.checkpoint.open_checkpoint`.
+        InputError, IntegrityError, MachineError: as `plans.checkpoint.folder.open_checkpoint`.
     """
     checkpoint = open_checkpoint(model)
     found = {}

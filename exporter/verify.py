@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.sources import Sources
-from plans.bundle import Bundle, Export, check_unchanged, open_export
-from plans.checkpoint import (
+from plans.checkpoint.folder import (
     EMBEDDING,
     HEAD,
     Checkpoint,
@@ -15,11 +14,12 @@ from plans.checkpoint import (
     open_checkpoint,
     require_full,
 )
-from plans.digest import BUFFER_BYTES, digest_file, read_into
+from plans.checkpoint.header import DTYPE_BYTES, TensorEntry
 from plans.errors import IntegrityError
-from plans.files import open_regular, read_limited, sha256_hex
-from plans.manifest import ExportedFile
-from plans.safetensors_header import DTYPE_BYTES, TensorEntry
+from plans.export.manifest import ExportedFile
+from plans.export.opening import Bundle, Export, check_unchanged, open_export
+from plans.reading.digest import BUFFER_BYTES, digest_file, read_into
+from plans.reading.files import open_regular, read_limited, sha256_hex
 
 Progress = Callable[[int, int], None]
 MAX_SMALL_BYTES = 256 << 20
@@ -62,7 +62,7 @@ def verify(
 
     Raises:
         IntegrityError: something differs; the message names file, tensor and place.
-        InputError, MachineError, UsageError: as `plans.bundle.open_export`.
+        InputError, MachineError, UsageError: as `plans.export.opening.open_export`.
     """
     export = open_export(directory, stage=stage, expect_id=expect_id)
     checkpoint = open_checkpoint(model) if model is not None else None

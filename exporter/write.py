@@ -4,19 +4,19 @@ from collections.abc import Collection
 from pathlib import Path
 
 from exporter.binding import Say, bind, choose_dtype
+from exporter.disk.staging import Staging
+from exporter.disk.target import Target
 from exporter.job import Job, Progress
 from exporter.layout import Layout, lay_out
 from exporter.root_files import RootFiles, collect
 from exporter.sources import Sources
-from exporter.staging import Staging
-from exporter.target import Target
 from exporter.workers import start_workers
-from plans.checkpoint import open_checkpoint, require_full
+from plans.checkpoint.folder import open_checkpoint, require_full
 from plans.errors import UsageError
-from plans.files import sha256_hex
-from plans.manifest import Manifest
+from plans.export.manifest import Manifest
 from plans.plan import Plan
-from plans.strict import dump_json
+from plans.reading.files import sha256_hex
+from plans.reading.strict import dump_json
 
 
 def _ignore(*_: object) -> None:

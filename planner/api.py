@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from planner.clusters import load_cluster
-from planner.models import find_model
-from planner.profile import build_profile
-from planner.solve import solve
-from planner.workloads import make_workload
-from plans.checkpoint import open_checkpoint
+from planner.answers.solve import solve
+from planner.devices.clusters import load_cluster
+from planner.model.find import find_model
+from planner.model.profile import build_profile
+from planner.model.workloads import make_workload
+from plans.checkpoint.folder import open_checkpoint
 from plans.cluster import Cluster
 from plans.plan import Objective, Plan, Strategy
 from plans.profile import DtypeName, ModelProfile
@@ -25,7 +25,7 @@ def analyze_model(
         kv_cache_dtype: dtype of the KV cache; None takes `dtype`.
 
     Raises:
-        InputError, IntegrityError, MachineError: as `plans.checkpoint.open_checkpoint`.
+        InputError, IntegrityError, MachineError: as `plans.checkpoint.folder.open_checkpoint`.
 
     Example:
         >>> analyze_model("my-model").total_parameters  # doctest: +SKIP
@@ -45,7 +45,7 @@ def solve_model(
     ctx_size: int | None = None,
     batch_size: int = 1,
 ) -> Plan:
-    """Return the best plan for a model; `planner.solve.solve` takes everything else there is to set.
+    """Return the best plan for a model; `planner.answers.solve.solve` takes everything else there is to set.
 
     Args:
         model: as `analyze_model`.

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from plans.check import check_plan, read_plan
     from plans.cluster import Cluster, Device, Host, Link, Timings
     from plans.errors import LlamaplanError
-    from plans.manifest import Manifest, StageFile
+    from plans.export.manifest import Manifest, StageFile
     from plans.plan import Plan, Prediction, Proof, Stage, TradeOff
     from plans.profile import ModelProfile, UnitProfile
     from plans.workload import Workload
@@ -19,7 +19,7 @@ _HOMES = {
     "check": ("check_plan", "read_plan"),
     "cluster": ("Cluster", "Device", "Host", "Link", "Timings"),
     "errors": ("LlamaplanError",),
-    "manifest": ("Manifest", "StageFile"),
+    "export.manifest": ("Manifest", "StageFile"),
     "plan": ("Plan", "Prediction", "Proof", "Stage", "TradeOff"),
     "profile": ("ModelProfile", "UnitProfile"),
     "workload": ("Workload",),

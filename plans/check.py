@@ -9,7 +9,7 @@ from plans.cluster import Device
 from plans.errors import InputError, IntegrityError
 from plans.memory import device_overhead_bytes, stage_memory
 from plans.plan import Plan, Stage
-from plans.strict import MAX_JSON_BYTES
+from plans.reading.strict import MAX_JSON_BYTES
 
 SHARE_TOLERANCE = 1e-9
 

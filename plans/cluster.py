@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from plans.profile import Count, DtypeName
-from plans.sizes import ByteSize
-from plans.strict import SchemaVersion, StrictModel
+from plans.reading.sizes import ByteSize
+from plans.reading.strict import SchemaVersion, StrictModel
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:#/-]{0,63}$")]
 Rate = Annotated[float, Field(gt=0, le=1e18)]

@@ -55,7 +55,7 @@ class Output:
     def data(self, value: object) -> None:
         """Print a JSON document on stdout; nothing without --json."""
         if self.json:
-            from plans.strict import dump_json
+            from plans.reading.strict import dump_json
 
             sys.stdout.write(dump_json(value))
 

@@ -7,8 +7,8 @@ The planner plans with these numbers and `plans.check` recomputes every plan wit
 
 from dataclasses import dataclass
 
+from plans.checkpoint.config import DTYPE_SIZES
 from plans.cluster import Cluster, Device
-from plans.config import DTYPE_SIZES
 from plans.profile import ModelProfile, UnitProfile
 from plans.workload import Workload
 

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from plans.cluster import Cluster, Name, Seconds
-from plans.files import sha256_hex
 from plans.profile import Count, ModelProfile
-from plans.strict import SchemaVersion, StrictModel
+from plans.reading.files import sha256_hex
+from plans.reading.strict import SchemaVersion, StrictModel
 from plans.workload import Workload
 
 Strategy = Literal["uniform", "memory", "compute", "mixed", "custom"]

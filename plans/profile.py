@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from plans.strict import SchemaVersion, StrictModel
+from plans.reading.strict import SchemaVersion, StrictModel
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -7,8 +7,8 @@ from pydantic import Field
 
 from plans.cluster import Seconds
 from plans.errors import InputError
-from plans.files import read_limited
-from plans.strict import StrictModel
+from plans.reading.files import read_limited
+from plans.reading.strict import StrictModel
 from plans.workload import Tokens
 
 MAX_REQUESTS = 100_000

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from plans.cluster import Cluster
-from plans.manifest import Manifest, StageFile
+from plans.export.manifest import Manifest, StageFile
 from plans.plan import Plan
 from plans.profile import ModelProfile
+from plans.reading.strict import StrictModel, dump_json
 from plans.requests import Request
-from plans.strict import StrictModel, dump_json
 from plans.workload import Workload
 
 MODELS: dict[str, type[StrictModel]] = {

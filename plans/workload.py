@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from plans.profile import DtypeName
-from plans.strict import StrictModel
+from plans.reading.strict import StrictModel
 
 Tokens = Annotated[int, Field(ge=1, le=2**31)]
 

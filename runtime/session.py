@@ -9,15 +9,22 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from plans.checkpoint import require_full
-from plans.config import DTYPE_NAMES
+from plans.checkpoint.config import DTYPE_NAMES
+from plans.checkpoint.folder import require_full
 from plans.errors import UsageError
-from runtime.capacity import check_room, memory_faults, stage_need
-from runtime.chain import Chain
-from runtime.families import parse_model_config
-from runtime.generate import Generation, Request, generate_requests
-from runtime.kept_cache import KeptCache
-from runtime.loading import (
+from runtime.generate.kept_cache import KeptCache
+from runtime.generate.loop import Generation, Request, generate_requests
+from runtime.generate.text import Decode
+from runtime.generate.writer import OnText
+from runtime.reading.capacity import check_room, memory_faults, stage_need
+from runtime.reading.families import parse_model_config
+from runtime.reading.memory import peak_memory_bytes
+from runtime.reading.opening import Source, open_source
+from runtime.reading.tokenizer import eos_token_ids, load_tokenizer
+from runtime.reading.verification import Verification
+from runtime.stage_view import StageView
+from runtime.stages.chain import Chain
+from runtime.stages.loading import (
     FolderTensors,
     load_chain,
     place_stages,
@@ -26,15 +33,8 @@ from runtime.loading import (
     stored_dtype,
     torch_dtype,
 )
-from runtime.memory import peak_memory_bytes
-from runtime.opening import Source, open_source
-from runtime.stage_view import StageView
+from runtime.stages.traffic import decode_read_bytes, read_bandwidth
 from runtime.steps import OnStep
-from runtime.text import Decode
-from runtime.tokenizer import eos_token_ids, load_tokenizer
-from runtime.traffic import decode_read_bytes, read_bandwidth
-from runtime.verification import Verification
-from runtime.writer import OnText
 
 DEFAULT_PREFILL_CHUNK_TOKENS = 2048
 """Longer prompts are read in pieces: what a step needs beside weights and cache then stops growing with the prompt."""
@@ -123,7 +123,7 @@ class Session:
         cache: Any = None,
         measure_stages: bool = False,
     ) -> Generation:
-        """Continue every request; as `runtime.generate.generate_requests` does."""
+        """Continue every request; as `runtime.generate.loop.generate_requests` does."""
         return generate_requests(
             self.chain,
             requests,
@@ -156,7 +156,7 @@ class Session:
             on_done(place, self.generate_requests(group, decode=decode))
 
     def read_bandwidth(self, *, repeats: int) -> dict[str, float]:
-        """Measure how fast each device reads its own weights; see `runtime.traffic.read_bandwidth`."""
+        """Measure how fast each device reads its own weights; see `runtime.stages.traffic.read_bandwidth`."""
         return read_bandwidth(self.chain, repeats=repeats)
 
     def new_kept_cache(self) -> KeptCache:

@@ -3,17 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from runtime.generate import Generation, Request
-from runtime.opening import Source
+from runtime.generate.loop import Generation, Request
+from runtime.generate.text import Decode
+from runtime.generate.writer import OnText
+from runtime.reading.opening import Source
 from runtime.session import Prepared
 from runtime.stage_view import StageView
 from runtime.steps import OnStep
-from runtime.text import Decode
-from runtime.writer import OnText
 
 
 class AnyKeptCache(Protocol):
-    """A cache kept between turns; see `runtime.kept_cache.KeptCache`."""
+    """A cache kept between turns; see `runtime.generate.kept_cache.KeptCache`."""
 
     @property
     def num_tokens(self) -> int: ...

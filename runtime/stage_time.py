@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from runtime.speed import FAST_PATH, REFERENCE_PATH
+from runtime.fast.speed import FAST_PATH, REFERENCE_PATH
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from runtime.ranges import StageSpec
+from plans.stages import StageSpec
 
 
 @dataclass(frozen=True, slots=True)

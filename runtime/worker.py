@@ -20,13 +20,13 @@ from typing import NoReturn
 
 from plans.console import leave, run_call
 from plans.errors import ExitCode, LlamaplanError, PeerError, UsageError
-from runtime.distributed.address import Address, connect, parse_address
-from runtime.distributed.channel import Channel
-from runtime.distributed.identity import identity_of
-from runtime.distributed.keys import introduce, read_key
-from runtime.distributed.messages import Abort, Beat, Failed, Identity, Job, Join, Refused
+from runtime.distributed.control.address import Address, connect, parse_address
+from runtime.distributed.control.channel import Channel
+from runtime.distributed.control.identity import identity_of
+from runtime.distributed.control.keys import introduce, read_key
+from runtime.distributed.control.messages import Abort, Beat, Failed, Identity, Job, Join, Refused
 from runtime.distributed.torchrun import Torchrun, torchrun_here
-from runtime.opening import Source, open_source, parse_device_map
+from runtime.reading.opening import Source, open_source, parse_device_map
 
 COMMANDS = ("generate", "chat", "batch", "bench")
 _PR_SET_PDEATHSIG = 1
@@ -182,7 +182,7 @@ def _beat_until(imports: threading.Thread, channel: Channel) -> None:
 
 
 def _serve(channel: Channel, arguments: Arguments, source: Source, identity: Identity, job: Job) -> NoReturn:
-    from runtime.distributed.control import Control
+    from runtime.distributed.control.control import Control
 
     control = Control(channel, heartbeat_seconds=job.heartbeat_timeout_seconds)
 

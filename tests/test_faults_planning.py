@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from plans.cluster import Cluster
 from plans.errors import InputError
-from plans.strict import dump_json
+from plans.reading.strict import dump_json
 from tests.conftest import SHIPPED, Finished, RunCommand
 
 INPUT, USAGE, INFEASIBLE, INTEGRITY, MACHINE = 3, 2, 4, 5, 6
@@ -117,7 +117,7 @@ def test_a_missing_cluster_file_and_a_folder_are_named(run_command: RunCommand, 
 def test_a_memory_that_is_no_size_is_refused(value: Any) -> None:
     """Row D3: only whole numbers above 0 and the documented sizes are accepted."""
     from plans.errors import LlamaplanError
-    from plans.sizes import parse_bytes
+    from plans.reading.sizes import parse_bytes
 
     cluster = copy.deepcopy(EXAMPLE)
     del cluster["devices"][0]["budget_bytes"]
@@ -305,7 +305,7 @@ def solve_with(preparation: str, folder: Path, *options: str, **environment: str
     """Run `llamaplan solve` in a process of its own whose solver process first runs `preparation`."""
     script = (
         "import sys; from planner import solver_process, cli; "
-        f"code = {preparation!r} + '; from planner.solver_process import serve; serve()'; "
+        f"code = {preparation!r} + '; from planner.program.session import serve; serve()'; "
         "start = solver_process._start; solver_process._start = lambda _: start([sys.executable, '-c', code]); "
         "cli.main()"
     )

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runtime.distributed.messages import Numbers, StepTime
-from runtime.memory import peak_memory_bytes
+from runtime.distributed.control.messages import Numbers, StepTime
+from runtime.reading.memory import peak_memory_bytes
 from runtime.stage_time import StageTime
 
 MAX_STEPS = 200_000

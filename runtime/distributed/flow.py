@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from plans.errors import IntegrityError
-from runtime.batch import TokenBatch
-from runtime.distributed.messages import Open
+from runtime.distributed.control.messages import Open
 from runtime.distributed.slots import drawing_of
-from runtime.generate import Generation, Request
-from runtime.limits import check_prompts
-from runtime.text import Decode
-from runtime.writer import OnText, SequenceWriter
+from runtime.generate.limits import check_prompts
+from runtime.generate.loop import Generation, Request
+from runtime.generate.text import Decode
+from runtime.generate.tokens import TokenBatch
+from runtime.generate.writer import OnText, SequenceWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Flow:
         chunk_tokens: prompt columns per step.
         cache: what an earlier run left, if this one continues it.
         rope_switch: columns past which the rotary factors are others, so that what a cache holds has to be computed
-            again; see `runtime.families.rope_switch`.
+            again; see `runtime.reading.families.rope_switch`.
         group: number on all stages; another one after a restart.
         step: steps sent so far under this number.
         column: columns sent so far.
@@ -195,7 +195,7 @@ def make_flow(
     cache: HeldCache | None = None,
     rope_switch: int | None = None,
 ) -> Flow:
-    """Check the requests of one group and prepare them; errors as `runtime.generate.generate_requests`."""
+    """Check the requests of one group and prepare them; errors as `runtime.generate.loop.generate_requests`."""
     prompts = [request.prompt_ids for request in requests]
     limits = [request.limits for request in requests]
     rooms = check_prompts(prompts, limits=limits, vocab_size=vocab_size, has_decode=decode is not None)

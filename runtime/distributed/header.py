@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from plans.errors import PeerError
-from runtime.distributed.messages import PROTOCOL
+from runtime.distributed.control.messages import PROTOCOL
 
 MAGIC = 0x6C6C616D6172756E  # "llamarun"
 NUM_WORDS = 16

@@ -1,4 +1,4 @@
-"""A cache kept from one prompt to the next where every stage has its own: as `runtime.kept_cache`, from afar."""
+"""A cache kept from one prompt to the next where every stage has its own: `runtime.generate.kept_cache` from afar."""
 
 from collections.abc import Callable, Sequence
 from itertools import takewhile

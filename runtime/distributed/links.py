@@ -21,8 +21,8 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 
 from plans.errors import LlamaplanError
+from runtime.distributed.control.store import SharedStore
 from runtime.distributed.header import NUM_WORDS, Header, Stamp, pack, unpack
-from runtime.distributed.store import SharedStore
 
 FOREVER = timedelta(days=365)
 """Liveness is the control connection's business: an idle chat is no fault."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from runtime.capacity import check_room, memory_faults, stage_need
-from runtime.devices import torch_device
-from runtime.families import parse_model_config
-from runtime.loading import FolderTensors, torch_dtype
-from runtime.opening import Source
-from runtime.stage import Stage, build_stage
-from runtime.verification import Verification
+from runtime.reading.capacity import check_room, memory_faults, stage_need
+from runtime.reading.devices import torch_device
+from runtime.reading.families import parse_model_config
+from runtime.reading.opening import Source
+from runtime.reading.verification import Verification
+from runtime.stages.loading import FolderTensors, torch_dtype
+from runtime.stages.stage import Stage, build_stage
 
 SWITCH_SECONDS = 1e-4
 
@@ -44,7 +44,7 @@ class LoadSettings:
         verifies: compare the weights with the export's checksums.
         cache_tokens: the longest any sequence will become.
         batch_size: sequences whose caches are kept at once.
-        speed: `reference`, `auto` or `max`, as in `runtime.stage.build_stage`.
+        speed: `reference`, `auto` or `max`, as in `runtime.stages.stage.build_stage`.
     """
 
     dtype: str

@@ -3,16 +3,16 @@
 import time
 from collections.abc import Callable
 
-from runtime.distributed.acceptor import Acceptor
-from runtime.distributed.address import listen
-from runtime.distributed.endings import describe, exit_code_of
-from runtime.distributed.identity import identity_of
-from runtime.distributed.launch import LocalWorkers
+from plans.stages import stage_names
+from runtime.distributed.control.acceptor import Acceptor
+from runtime.distributed.control.address import listen
+from runtime.distributed.control.endings import describe, exit_code_of
+from runtime.distributed.control.identity import identity_of
+from runtime.distributed.control.launch import LocalWorkers
+from runtime.distributed.control.messages import Job
+from runtime.distributed.control.team import Team
 from runtime.distributed.loading import LoadSettings, load_stage, share_threads
-from runtime.distributed.messages import Job
 from runtime.distributed.session import ProcessSession, ProcessSettings
-from runtime.distributed.team import Team
-from runtime.ranges import stage_names
 from runtime.session import Prepared
 
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from runtime.distributed.clocks import StageClock
+from runtime.distributed.control.team import Fault, Loss, Team
 from runtime.distributed.flow import Flow
 from runtime.distributed.header import DTYPE_CODES, STEP, TOKENS, Header, check_against, closing
 from runtime.distributed.links import Arrival, Links
 from runtime.distributed.slots import StageRunner
-from runtime.distributed.team import Fault, Loss, Team
 
 
 class Pipeline:

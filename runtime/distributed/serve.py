@@ -7,17 +7,17 @@ from typing import NoReturn
 import torch
 
 from plans.errors import LlamaplanError
-from runtime.capacity import memory_faults
 from runtime.distributed.clocks import StageClock
-from runtime.distributed.control import Control
+from runtime.distributed.control.control import Control
+from runtime.distributed.control.messages import Broken, Failed, Form, Formed, Identity, Job, Ready
 from runtime.distributed.header import CLOSE, DTYPE_CODES, TOKENS, Header, Stamp
 from runtime.distributed.links import MAX_WAITING_MESSAGES, Arrival, Links, Place
 from runtime.distributed.loading import LoadedStage, LoadSettings, load_stage, share_threads
-from runtime.distributed.messages import Broken, Failed, Form, Formed, Identity, Job, Ready
 from runtime.distributed.slots import StageRunner
-from runtime.opening import Source
-from runtime.speed import FAST_PATH
-from runtime.traffic import stage_read_bytes
+from runtime.fast.speed import FAST_PATH
+from runtime.reading.capacity import memory_faults
+from runtime.reading.opening import Source
+from runtime.stages.traffic import stage_read_bytes
 
 
 class Worker:

@@ -7,32 +7,32 @@ from types import TracebackType
 from typing import Self
 
 from plans.errors import LlamaplanError
-from runtime.distributed.address import Address
 from runtime.distributed.clocks import StageClock
-from runtime.distributed.endings import describe, exit_code_of
+from runtime.distributed.control.address import Address
+from runtime.distributed.control.endings import describe, exit_code_of
+from runtime.distributed.control.identity import identity_of
+from runtime.distributed.control.launch import LocalWorkers
+from runtime.distributed.control.messages import Numbers
+from runtime.distributed.control.team import Loss, Patience, Team
 from runtime.distributed.flow import Flow, HeldCache, make_flow
 from runtime.distributed.header import Stamp
-from runtime.distributed.identity import identity_of
 from runtime.distributed.kept import KeptColumns
-from runtime.distributed.launch import LocalWorkers
 from runtime.distributed.links import Links, Place
 from runtime.distributed.loading import LoadedStage
-from runtime.distributed.messages import Numbers
 from runtime.distributed.pipeline import Pipeline
 from runtime.distributed.slots import StageRunner
-from runtime.distributed.team import Loss, Patience, Team
-from runtime.families import rope_switch
-from runtime.generate import Generation, Request
-from runtime.memory import peak_memory_bytes
-from runtime.opening import Source
+from runtime.fast.speed import FAST_PATH
+from runtime.generate.loop import Generation, Request
+from runtime.generate.text import Decode
+from runtime.generate.writer import OnText
+from runtime.reading.families import rope_switch
+from runtime.reading.memory import peak_memory_bytes
+from runtime.reading.opening import Source
 from runtime.session import Prepared
-from runtime.speed import FAST_PATH
 from runtime.stage_time import StageTime
 from runtime.stage_view import StageView
+from runtime.stages.traffic import stage_read_bytes
 from runtime.steps import OnStep, StepTrace
-from runtime.text import Decode
-from runtime.traffic import stage_read_bytes
-from runtime.writer import OnText
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +161,7 @@ class ProcessSession:
         cache: HeldCache | None = None,
         measure_stages: bool = False,
     ) -> Generation:
-        """Continue every request as one batch; arguments and errors as `runtime.generate.generate_requests`.
+        """Continue every request as one batch; arguments and errors as `runtime.generate.loop.generate_requests`.
 
         The cache stays on the stages if one was given.
         """

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from plans.errors import NumericalError, PeerError
-from runtime.batch import TokenBatch
-from runtime.devices import synchronize
+from plans.stages import describe_stage
+from runtime.distributed.control.messages import Drawing, Open
 from runtime.distributed.header import CLOSE, DTYPE_CODES, STEP, Header, check_against
-from runtime.distributed.messages import Drawing, Open
-from runtime.ranges import describe_stage
-from runtime.sampling import Sampling
-from runtime.stage import Stage
-from runtime.token_chooser import TokenChooser
+from runtime.generate.sampling import Sampling
+from runtime.generate.token_chooser import TokenChooser
+from runtime.generate.tokens import TokenBatch
+from runtime.reading.devices import synchronize
+from runtime.stages.stage import Stage
 
 
 @dataclass(slots=True)

@@ -7,8 +7,8 @@ several hosts are comparable as far as their clocks are.
 from collections.abc import Sequence
 from typing import Any
 
-from runtime.distributed.messages import Numbers, StepTime
-from runtime.ranges import describe_stage
+from plans.stages import describe_stage
+from runtime.distributed.control.messages import Numbers, StepTime
 from runtime.stage_view import StageView
 
 _PHASES = ((1, "prefill", True), (2, "decode", False))

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from planner.profile import build_profile
-from plans.checkpoint import open_checkpoint
+from planner.model.profile import build_profile
+from plans.checkpoint.folder import open_checkpoint
+from plans.checkpoint.header import read_header
 from plans.cluster import Cluster, Device
 from plans.memory import device_overhead_bytes, stage_memory
 from plans.plan import Plan, Prediction, Proof, Stage
-from plans.safetensors_header import read_header
 from plans.workload import Workload
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter import export, verify
-from plans.bundle import check_fast, check_unchanged, open_export
 from plans.errors import ExitCode, InputError, IntegrityError, LlamaplanError, MachineError, UsageError
-from plans.manifest import Manifest
+from plans.export.manifest import Manifest
+from plans.export.opening import check_fast, check_unchanged, open_export
 
 WEIGHTS = "model-{:05d}-of-00003.safetensors"
 STAGE = "stage-{:05d}-of-00003.json"
@@ -302,7 +302,7 @@ def test_weights_of_another_shape_are_refused_even_when_all_hashes_agree(
 
 def record_again(folder: Path, name: str) -> None:
     """Write a file's true size and digests into the manifest."""
-    from plans.digest import digest_file
+    from plans.reading.digest import digest_file
 
     found = digest_file(folder / name)
     entry = {"path": name, "size": found.size, "sha256": found.sha256, "xxh3_128": found.xxh3_128}

@@ -127,7 +127,7 @@ ALTERED: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_plan_whose_claims_were_altered_to_fit_is_refused(
     run_command: Run, shipped: Path, plan_file: Path, tmp_path: Path, case: str
 ) -> None:
-    from planner.profile import build_profile
+    from planner.model.profile import build_profile
     from plans.memory import stage_memory
     from plans.plan import Plan
 

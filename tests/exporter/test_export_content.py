@@ -10,11 +10,11 @@ import pytest
 from export_helpers import make_plan, tensor_bytes, tree
 
 from exporter import export, verify
-from plans.bundle import check_fast, open_export
-from plans.checkpoint import open_checkpoint, unit_of
+from plans.checkpoint.folder import open_checkpoint, unit_of
+from plans.checkpoint.header import read_header
 from plans.errors import IntegrityError, UsageError
-from plans.manifest import Manifest
-from plans.safetensors_header import read_header
+from plans.export.manifest import Manifest
+from plans.export.opening import check_fast, open_export
 
 CUTS = [[7], [3, 4], [0, 7], [7, 0], [2, 3, 2], [0, 7, 0], [1, 1, 1, 1, 1, 1, 1], [0, 1, 2, 4, 0]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from breaking import BAD_INPUT, INTEGRITY, Collection, edit, make_by_hand, read_shard, write_shard
 
-from plans.manifest import Manifest
+from plans.export.manifest import Manifest
 
 BUNDLES = Collection()
 case = BUNDLES.case
@@ -162,7 +162,7 @@ def a_manifest_of_a_later_version(folder: Path) -> None:
 
 def record_again(folder: Path, name: str) -> None:
     """Renew size, digests, export id and stage files after a change, as an attacker would."""
-    from plans.digest import digest_file
+    from plans.reading.digest import digest_file
 
     document = json.loads((folder / MANIFEST).read_text())
     found = digest_file(folder / name)

@@ -14,8 +14,8 @@ from hostile_bundles import BUNDLES
 from hostile_checkpoints import CHECKPOINTS
 
 from exporter import export, verify
-from plans.bundle import check_fast, open_export
 from plans.errors import LlamaplanError
+from plans.export.opening import check_fast, open_export
 
 sys.path.append(str(Path(__file__).parents[1] / "exporter"))
 from export_helpers import make_llama, make_plan, tree

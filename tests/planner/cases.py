@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from planner.costs import StageRange, predict
-from planner.profile import build_profile
-from plans.checkpoint import Checkpoint
+from planner.model.profile import build_profile
+from planner.timing.costs import StageRange, predict
+from plans.checkpoint.config import parse_config
+from plans.checkpoint.folder import Checkpoint
+from plans.checkpoint.header import DTYPE_BYTES
 from plans.cluster import Cluster, Device, Link
-from plans.config import parse_config
 from plans.memory import StageMemory, device_overhead_bytes, stage_memory
 from plans.plan import Execution, Plan, Proof, Stage
 from plans.profile import ModelProfile
-from plans.safetensors_header import DTYPE_BYTES
 from plans.workload import Workload
 
 TINY: dict[str, Any] = {

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import combinations_with_replacement, permutations
 
-from planner.evaluate import Value, evaluate, violations
-from planner.goal import Goal
-from planner.problem import Assignment, Matrix, Problem, ProblemDevice, Rule, StageChoice, UnitBytes, UnitTicks
+from planner.problem.evaluate import Value, evaluate, violations
+from planner.problem.goal import Goal
+from planner.problem.problem import Assignment, Matrix, Problem, ProblemDevice, Rule, StageChoice, UnitBytes, UnitTicks
 from plans.plan import Objective
 
 MILLISECOND = 10**9

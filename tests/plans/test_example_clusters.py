@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from planner.clusters import load_cluster
-from planner.costs import StageRange, predict
-from planner.topology import Topology
+from planner.devices.clusters import load_cluster
+from planner.timing.costs import StageRange, predict
+from planner.timing.topology import Topology
 from plans.cluster import Cluster
 from tests.planner.cases import tiny_profile, workload
 

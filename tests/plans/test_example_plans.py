@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from planner.clusters import load_cluster
-from planner.profile import build_profile
-from planner.solve import solve
+from planner.answers.solve import solve
+from planner.devices.clusters import load_cluster
+from planner.model.profile import build_profile
 from plans import Plan, check_plan, read_plan
-from plans.checkpoint import open_checkpoint
+from plans.checkpoint.folder import open_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "plans" / "examples"
 PLANS = sorted(path.name for path in EXAMPLES.glob("*.plan.json"))

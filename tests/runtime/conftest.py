@@ -12,8 +12,8 @@ from parity import model_step, reference_model, save_model, trace
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from runtime.native import Library
-from runtime.native import load as load_kernels
+from runtime.fast.native import Library
+from runtime.fast.native import load as load_kernels
 
 SHIPPED = Path(__file__).parents[1] / "checkpoint" / "python-llama"
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from runtime.ranges import StageRange
-from runtime.stage import Stage
+from plans.stages import StageRange
+from runtime.stages.stage import Stage
 
 CPU = torch.device("cpu")
 NUM_PADDING = (0, 4, 7)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runtime.loading import load
-from runtime.ranges import StageRange
+from plans.stages import StageRange
+from runtime.stages.loading import load
 
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
 

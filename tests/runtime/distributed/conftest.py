@@ -11,10 +11,10 @@ from jobs import generate, started
 from transformers import PreTrainedConfig
 
 from exporter import export
-from runtime.distributed.launch import LocalWorkers
+from runtime.distributed.control.launch import LocalWorkers
 from runtime.distributed.opening import open_processes
 from runtime.distributed.session import ProcessSession, ProcessSettings
-from runtime.opening import open_source
+from runtime.reading.opening import open_source
 from runtime.session import Prepared, Session, load_session, prepare_session
 from tests.exporter.export_helpers import make_plan
 

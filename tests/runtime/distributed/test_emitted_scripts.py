@@ -10,7 +10,7 @@ from jobs import ENVIRONMENT, PROMPT
 
 from exporter import export
 from exporter.emit import emit
-from runtime.opening import open_source
+from runtime.reading.opening import open_source
 from runtime.session import load_session, prepare_session
 from tests.exporter.export_helpers import make_plan
 
@@ -65,9 +65,9 @@ def test_two_hosts_with_only_their_own_bundles_write_the_text_of_one_process(shi
 
 
 def in_one_process(folder: Path) -> str:
-    from runtime.generate import Request
-    from runtime.limits import Limits
-    from runtime.sampling import Sampling
+    from runtime.generate.limits import Limits
+    from runtime.generate.loop import Request
+    from runtime.generate.sampling import Sampling
 
     session = load_session(prepare_session(open_source(folder, model=None), device_map={0: "cpu", 1: "cpu", 2: "cpu"}))
     prepared = session.prepared

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plans.errors import PeerError
+from runtime.distributed.control.messages import Beat, Open, decode, encode
+from runtime.distributed.control.store import SharedStore
 from runtime.distributed.header import NUM_WORDS, STEP, TOKENS, Header, Stamp, check_against, pack, unpack
 from runtime.distributed.links import Links, Place, _gloo
-from runtime.distributed.messages import Beat, Open, decode, encode
-from runtime.distributed.store import SharedStore
 
 STAMP = Stamp.of("ab" * 32, epoch=3)
 HEADER = Header(STEP, 0, 5, 2, 7, 2, 3, 8, 1, 1)

@@ -13,8 +13,8 @@ import pytest
 from jobs import Job, generate, started, wait_for
 
 from plans.errors import PeerError
-from runtime.distributed.channel import receive_frame, send_frame
-from runtime.distributed.keys import introduce, welcome
+from runtime.distributed.control.channel import receive_frame, send_frame
+from runtime.distributed.control.keys import introduce, welcome
 from tests.conftest import RunCommand
 
 LOST, MACHINE, USAGE = 7, 6, 2

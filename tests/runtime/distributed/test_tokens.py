@@ -10,16 +10,16 @@ from transformers import PreTrainedConfig
 
 from exporter import export
 from plans.errors import UsageError
-from runtime.distributed.launch import LocalWorkers
+from runtime.distributed.control.launch import LocalWorkers
 from runtime.distributed.opening import open_processes
 from runtime.distributed.session import ProcessSession, ProcessSettings
-from runtime.generate import Generation, Request
-from runtime.limits import Limits
-from runtime.opening import open_source
-from runtime.sampling import Sampling
+from runtime.generate.limits import Limits
+from runtime.generate.loop import Generation, Request
+from runtime.generate.sampling import Sampling
+from runtime.reading.opening import open_source
 from runtime.session import Session, load_session, prepare_session
 from tests.exporter.export_helpers import make_plan
-from tests.runtime.test_families import family_config
+from tests.runtime.reading.test_families import family_config
 
 PROMPTS = [
     "def __init__(self, ",

@@ -1,0 +1,1 @@
+"""How does a folder appear whole or not at all?"""

@@ -1,0 +1,154 @@
+"""How other engines write down which layers go where, and how those strings are read back.
+
+| engine | string | rule of the engine |
+|---|---|---|
+| vllm, sglang, tensorrt-llm | ``5,6,5,6`` | layers per rank; as many as ranks, summing to the model's layers |
+| llama.cpp | ``6,5/ngl=11`` | the last ``ngl`` of layers + output go to GPUs by the split, the rest to the CPU |
+| accelerate, transformers | a device_map (JSON) | every module by name |
+"""
+
+import bisect
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from plans.errors import UsageError, printable
+from plans.reading.strict import parse_json
+
+COUNT_ENGINES = ("vllm", "sglang", "tensorrt-llm")
+MAP_ENGINES = ("accelerate", "transformers")
+ENGINES = (*COUNT_ENGINES, "llama.cpp", *MAP_ENGINES, "torchrun")
+MAX_RANKS = 4096
+
+_COUNTS = re.compile(r"\d{1,5}(?:,\d{1,5})*", re.ASCII)
+_SPLIT = re.compile(r"(\d{1,6}(?:\.\d{1,6})?(?:,\d{1,6}(?:\.\d{1,6})?)*)(?:/ngl=(\d{1,5}))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Which layers each rank of an engine holds."""
+
+    engine: str
+    ranges: tuple[tuple[int, int], ...]
+    """Half-open layer ranges in chain order."""
+    devices: tuple[str, ...] | None = None
+    """Device of each range where the string names them."""
+    has_cpu_part: bool = False
+    """Whether the first range is the part that stays on the CPU (llama.cpp)."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers per rank."""
+        return tuple(end - start for start, end in self.ranges)
+
+
+def parse_partition(text: str, *, num_layers: int) -> Partition:
+    """Read ``ENGINE:STRING`` by the engine's own rules.
+
+    Args:
+        text: for example ``vllm:5,6,5,6``, ``llama.cpp:6,5/ngl=11`` or ``accelerate:{"model.embed_tokens": 0, ...}``.
+        num_layers: decoder layers of the model.
+
+    Raises:
+        UsageError: another form, or counts that the engine itself would refuse.
+
+    Example:
+        >>> parse_partition("vllm:5,6,5,6", num_layers=22).ranges
+        ((0, 5), (5, 11), (11, 16), (16, 22))
+    """
+    engine, colon, rest = text.partition(":")
+    if colon and engine in COUNT_ENGINES:
+        return Partition(engine, ranges_of(_counts(rest, engine, num_layers)))
+    if colon and engine == "llama.cpp":
+        return _llama_cpp(rest, num_layers)
+    if colon and engine in MAP_ENGINES:
+        return _device_map(rest, engine, num_layers)
+    known = ", ".join((*COUNT_ENGINES, "llama.cpp", *MAP_ENGINES))
+    raise UsageError(f"'{printable(text)}' names no engine", expected=f"ENGINE:STRING with ENGINE one of {known}")
+
+
+def ranges_of(layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return the half-open ranges of consecutive runs of layers."""
+    ends = list(itertools.accumulate(layers))
+    return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def llama_cpp_ranges(split: Sequence[Fraction], *, num_gpu_layers: int, num_layers: int) -> tuple[tuple[int, int], ...]:
+    """Return the layers llama.cpp puts on the CPU and on each GPU.
+
+    Layers and the output are numbered 0 to `num_layers`; the last `num_gpu_layers` of these go to the GPUs, where
+    number i of them goes to the first GPU whose cumulative share of the split exceeds i / their count.
+    """
+    first = max(num_layers + 1 - num_gpu_layers, 0)
+    on_gpus = num_layers + 1 - first
+    total = sum(split)
+    shares = [part / total for part in itertools.accumulate(split)]
+    owners = [bisect.bisect_right(shares, Fraction(i, on_gpus)) for i in range(on_gpus)]
+    layers = [
+        sum(1 for i, owner in enumerate(owners) if owner == gpu and first + i < num_layers) for gpu in range(len(split))
+    ]
+    return ranges_of([min(first, num_layers), *layers])
+
+
+def _counts(text: str, engine: str, num_layers: int) -> tuple[int, ...]:
+    if not _COUNTS.fullmatch(text) or text.count(",") >= MAX_RANKS:
+        raise UsageError(
+            f"'{printable(text)}' is no partition of {engine}", expected="layers per rank, such as 5,6,5,6"
+        )
+    counts = tuple(map(int, text.split(",")))
+    if sum(counts) != num_layers:
+        raise UsageError(f"the partition {text} has {sum(counts)} layers, the model has {num_layers}")
+    return counts
+
+
+def _llama_cpp(text: str, num_layers: int) -> Partition:
+    match = _SPLIT.fullmatch(text)
+    if match is None or text.count(",") >= MAX_RANKS:
+        raise UsageError(f"'{printable(text)}' is no split of llama.cpp", expected="such as 6,5 or 6,5/ngl=11")
+    split = [Fraction(part) for part in match[1].split(",")]
+    if not sum(split):
+        raise UsageError(f"the split {match[1]} gives nothing to any GPU")
+    ngl = num_layers + 1 if match[2] is None else int(match[2])
+    ranges = llama_cpp_ranges(split, num_gpu_layers=ngl, num_layers=num_layers)
+    has_cpu_part = ranges[0][1] > 0
+    return Partition("llama.cpp", ranges if has_cpu_part else ranges[1:], has_cpu_part=has_cpu_part)
+
+
+def _device_map(text: str, engine: str, num_layers: int) -> Partition:
+    table = parse_json(text.encode(), where=f"--partition {engine}")
+    if not isinstance(table, dict) or not all(isinstance(v, int | str) for v in table.values()):
+        raise UsageError("not a device_map", expected="a JSON object of module names and devices")
+    devices = [_device_of(f"model.layers.{layer}", table) for layer in range(num_layers)]
+    runs = [(device, len(list(group))) for device, group in itertools.groupby(devices)]
+    return Partition(engine, ranges_of([count for _, count in runs]), tuple(device for device, _ in runs))
+
+
+def _device_of(module: str, table: Mapping[str, int | str]) -> str:
+    """The device of a module, or of the closest module around it that the map names."""
+    name = module
+    while name:
+        if name in table:
+            return str(table[name])
+        name = name.rpartition(".")[0]
+    if "" in table:
+        return str(table[""])
+    raise UsageError(f"the device_map names no device for {module}")
+
+
+def device_map(ranges: Sequence[tuple[int, int]], *, devices: Sequence[int | str]) -> dict[str, int | str]:
+    """Return accelerate's device_map for stages with these layers on these devices.
+
+    The embedding and the rotary table go with the first stage, the final norm and the head with the last.
+    """
+    placed: dict[str, int | str] = {"model.embed_tokens": devices[0], "model.rotary_emb": devices[0]}
+    for (start, end), device in zip(ranges, devices, strict=True):
+        placed |= {f"model.layers.{layer}": device for layer in range(start, end)}
+    return {**placed, "model.norm": devices[-1], "lm_head": devices[-1]}
+
+
+def device_map_json(placed: Mapping[str, int | str]) -> str:
+    """Return a device_map as JSON, in the order of the chain."""
+    return json.dumps(placed, indent=2) + "\n"

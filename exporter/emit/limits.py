@@ -1,0 +1,136 @@
+"""What a plan says and an engine cannot be told: one sentence each, with the stages it is about."""
+
+from collections.abc import Callable, Mapping
+
+from exporter.emit.plan_view import hosts_of, kind_of
+from plans.errors import UsageError
+from plans.plan import Plan
+
+
+def not_expressed(plan: Plan, *, engine: str) -> tuple[str, ...]:
+    """Return what `engine` cannot be told of a plan.
+
+    Raises:
+        UsageError: the engine cannot place the layers like this at all.
+    """
+    return (*_LIMITS[engine](plan), *_common_limits(plan, engine))
+
+
+def _common_limits(plan: Plan, engine: str) -> list[str]:
+    limits = []
+    workload = plan.workload
+    if workload.kv_cache_dtype != workload.dtype and engine not in {"llama.cpp", "torchrun"}:
+        limits.append(f"the KV cache is planned in {workload.kv_cache_dtype}; {engine} keeps it in {workload.dtype}")
+    if plan.profile.model.quantization and engine == "torchrun":
+        limits.append(f"our own runtime does not run {plan.profile.model.quantization} weights")
+    return limits
+
+
+def _pipeline_limits(plan: Plan) -> list[str]:
+    """Engines with one GPU per rank: no CPU stages, ranks host by host."""
+    limits = [
+        f"stage {i} is planned for {stage.device} ({kind_of(plan, stage)}); every rank of this engine is a GPU"
+        for i, stage in enumerate(plan.stages)
+        if kind_of(plan, stage) != "cuda"
+    ]
+    limits += [
+        f"stage {i} holds no layer; whether the engine accepts a rank with 0 layers depends on its version"
+        for i, stage in enumerate(plan.stages)
+        if not stage.num_layers
+    ]
+    return limits + _host_limits(plan)
+
+
+def _host_limits(plan: Plan) -> list[str]:
+    hosts = hosts_of(plan)
+    if [i for host in hosts for i in host.stages] != list(range(len(plan.stages))):
+        return ["the chain leaves a host and comes back to it; ranks are numbered host by host"]
+    return []
+
+
+def _equal_hosts_limits(plan: Plan) -> list[str]:
+    hosts = hosts_of(plan)
+    if len({len(host.stages) for host in hosts}) == 1:
+        return []
+    numbers = ", ".join(f"{host.name} {len(host.stages)}" for host in hosts)
+    return [f"hosts hold different numbers of stages ({numbers}); the engine expects the same on each"]
+
+
+def _vllm_limits(plan: Plan) -> list[str]:
+    limits = _pipeline_limits(plan)
+    if len(hosts_of(plan)) > 2:
+        limits.append("Ray puts the host that runs 'vllm serve' first and orders the others itself, not by the plan")
+    return limits + _share_limits(plan)
+
+
+def _share_limits(plan: Plan) -> list[str]:
+    shares = {round(s.budget_bytes / plan.cluster.device(s.device).memory_bytes, 2) for s in plan.stages}
+    if len(shares) < 2:
+        return []
+    return ["budgets differ per device; the engine takes one memory share for all, so the smallest is used"]
+
+
+def _sglang_limits(plan: Plan) -> list[str]:
+    return _pipeline_limits(plan) + _equal_hosts_limits(plan) + _share_limits(plan)
+
+
+def _tensorrt_limits(plan: Plan) -> list[str]:
+    limits = _pipeline_limits(plan) + _equal_hosts_limits(plan) + _share_limits(plan)
+    if plan.workload.dtype == "fp32":
+        limits.append("fp32 weights are planned; TensorRT-LLM's kernels are made for bf16 and fp16")
+    return limits
+
+
+def _require_one_host(plan: Plan) -> None:
+    hosts = hosts_of(plan)
+    if len(hosts) > 1:
+        names = ", ".join(host.name for host in hosts)
+        raise UsageError(
+            f"the plan spans {len(hosts)} hosts ({names}); this engine places layers on one machine only",
+            expected="vllm, sglang, tensorrt-llm or torchrun for several hosts",
+        )
+
+
+def _map_limits(plan: Plan) -> list[str]:
+    _require_one_host(plan)
+    limits = []
+    kinds = [kind_of(plan, stage) for stage in plan.stages]
+    if "cpu" in kinds and set(kinds) != {"cpu"}:
+        stages = [i for i, kind in enumerate(kinds) if kind == "cpu"]
+        limits.append(
+            f"stages {stages} are planned to compute on the CPU; accelerate keeps their weights there and moves them "
+            "to a GPU for every step"
+        )
+    return limits
+
+
+def _llama_cpp_limits(plan: Plan) -> list[str]:
+    _require_one_host(plan)
+    kinds = [kind_of(plan, stage) for stage in plan.stages]
+    on_cpu = [i for i, kind in enumerate(kinds) if kind == "cpu"]
+    if len(on_cpu) > 1 or (on_cpu and on_cpu != [0]):
+        raise UsageError(
+            f"llama.cpp puts the first layers on the CPU and the rest on GPUs; here the CPU holds stages {on_cpu}",
+            hint="fix an order in which one CPU stage comes first, and solve again",
+        )
+    limits = []
+    if kinds[0] != "cpu":
+        limits.append("the embedding is planned for a GPU; llama.cpp keeps it on the CPU")
+    if kinds[-1] == "cpu" and len(kinds) == 1:
+        limits.append("everything is on the CPU; the split has no meaning")
+    return limits
+
+
+def _torchrun_limits(plan: Plan) -> list[str]:
+    return _host_limits(plan)
+
+
+_LIMITS: Mapping[str, Callable[[Plan], list[str]]] = {
+    "vllm": _vllm_limits,
+    "sglang": _sglang_limits,
+    "tensorrt-llm": _tensorrt_limits,
+    "accelerate": _map_limits,
+    "transformers": _map_limits,
+    "llama.cpp": _llama_cpp_limits,
+    "torchrun": _torchrun_limits,
+}

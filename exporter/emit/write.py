@@ -1,0 +1,112 @@
+"""A plan in the words of another engine: its own partition string, the exact command, and what it cannot express."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from exporter.emit.engines import COUNT_ENGINES, ENGINES, device_map, device_map_json
+from exporter.emit.limits import not_expressed
+from exporter.emit.plan_view import PlanView, hosts_of, kind_of
+from plans.errors import UsageError, printable
+from plans.plan import Plan
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What `emit` hands out for one engine."""
+
+    engine: str
+    files: Mapping[str, str]
+    """Suggested file name -> text; one file except for launch scripts, one per host."""
+    partition: str
+    """``ENGINE:STRING`` as `exporter.emit.engines.parse_partition` reads it back; empty for our own runtime."""
+    not_expressed: tuple[str, ...]
+    """What the plan says and this engine cannot be told."""
+
+
+def emit(plan: Plan, *, engine: str, directory: str = "DIR") -> Emission:
+    """Write a plan for another engine.
+
+    Args:
+        plan: a checked plan.
+        engine: one of `exporter.emit.engines.ENGINES`.
+        directory: folder of the export, or of the checkpoint, as the commands name it.
+
+    Raises:
+        UsageError: no such engine, or one that cannot place the layers like this at all.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"no engine is called '{printable(engine)}'", expected=", ".join(ENGINES))
+    view = PlanView(plan, directory, hosts_of(plan), not_expressed(plan, engine=engine))
+    return Emission(engine, _render(engine, view), _partition(engine, view), view.not_expressed)
+
+
+def _render(engine: str, view: PlanView) -> dict[str, str]:
+    if engine == "accelerate":
+        return {"device_map.json": device_map_json(_map_of(view))}
+    if engine == "torchrun":
+        template = _templates().get_template("torchrun.sh.j2")
+        return {
+            f"launch-{_file_name(host.name)}.sh": template.render(view=view, host=host, rank=rank)
+            for rank, host in enumerate(view.hosts)
+        }
+    name = {"transformers": "run_transformers.py", "llama.cpp": "llama_cpp.sh", "tensorrt-llm": "tensorrt_llm.sh"}
+    file = name.get(engine, f"{engine}.sh")
+    template = _templates().get_template(f"{file}.j2")
+    return {file: template.render(view=view, split=_llama_cpp_split(view), placed=_map_of(view))}
+
+
+@cache
+def _templates() -> "jinja2.Environment":
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("exporter.emit"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # shell and Python, quoted by the filters below
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["sh"] = shlex.quote
+    environment.filters["py"] = repr
+    return environment
+
+
+def _partition(engine: str, view: PlanView) -> str:
+    if engine in COUNT_ENGINES:
+        return f"{engine}:{view.counts}"
+    if engine == "llama.cpp":
+        split = _llama_cpp_split(view)
+        return f"llama.cpp:{split.text}/ngl={split.num_gpu_layers}"
+    return "" if engine == "torchrun" else f"{engine}:{device_map_json(_map_of(view)).strip()}"
+
+
+def _map_of(view: PlanView) -> dict[str, int | str]:
+    return device_map([(s.start_layer, s.end_layer) for s in view.plan.stages], devices=view.devices())
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """llama.cpp's arguments."""
+
+    text: str
+    num_gpu_layers: int
+
+
+def _llama_cpp_split(view: PlanView) -> _Split:
+    stages = [stage for stage in view.plan.stages if kind_of(view.plan, stage) != "cpu"]
+    parts = [stage.num_layers for stage in stages]
+    if parts:
+        parts[-1] += 1  # the output counts as one more layer and goes to the last GPU
+    return _Split(",".join(map(str, parts)) or "1", sum(parts))
+
+
+def _file_name(host: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", host)

@@ -1,0 +1,1 @@
+"""The best plan, or why there is none."""

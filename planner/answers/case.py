@@ -1,0 +1,117 @@
+"""A question that has no plan, and the ways to ask it again with one thing changed."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from planner.problem.build import unit_bytes
+from planner.problem.evaluate import violations
+from planner.problem.problem import Assignment, Matrix, Problem, ProblemDevice
+from planner.problem.uniform import uniform_problem
+from planner.proof.feasible import has_plan
+from plans.cluster import Cluster
+from plans.plan import Strategy
+from plans.profile import ModelProfile
+from plans.workload import Workload
+
+MOST_BYTES = 1 << 60
+_SECONDS = 5.0
+"""Looking for advice stops after this; what was found until then is given."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem that has no plan, and what it was built from."""
+
+    problem: Problem
+    profile: ModelProfile
+    workload: Workload
+    cluster: Cluster
+    strategy: Strategy
+    given: Assignment | None = None
+    deadline: float = field(default_factory=lambda: time.monotonic() + _SECONDS)
+
+    def fits(self, problem: Problem) -> bool:
+        """Return whether a changed problem is known to have a plan by this strategy."""
+        if self.given is not None:
+            return not violations(problem, self.given)
+        changed = uniform_problem(problem) if self.strategy == "uniform" else problem
+        return has_plan(changed) is True
+
+    def fits_workload(self, **changes: object) -> bool:
+        """Return whether another workload has a plan on the same devices."""
+        workload = self.workload.model_copy(update=changes)
+        return self.fits(replace(self.problem, units=unit_bytes(self.profile, workload)))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time for advice is up."""
+        return time.monotonic() > self.deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """The device that needs the fewest bytes more, alone, for a plan to exist."""
+
+    device: int
+    num_bytes: int
+
+
+def least_shortage(case: Case) -> Shortage | None:
+    best: Shortage | None = None
+    tried: list[ProblemDevice] = []
+    for index, device in enumerate(case.problem.devices):
+        # Interchangeable devices are short by the same amount, except where their place in the order matters.
+        is_known = not case.problem.keep_order and replace(device, name="") in tried
+        if is_known or device.rule.is_banned or case.is_over:
+            continue
+        tried.append(replace(device, name=""))
+        most = MOST_BYTES if best is None else best.num_bytes - 1
+        extra = smallest(partial(_fits_with_more, case, index), most=most)
+        best = Shortage(index, extra) if extra is not None else best
+    return best
+
+
+def _fits_with_more(case: Case, index: int, num_bytes: int) -> bool:
+    return case.fits(with_more(case.problem, index, num_bytes))
+
+
+def with_more(problem: Problem, index: int, num_bytes: int) -> Problem:
+    device = problem.devices[index]
+    more = replace(device, limit_bytes=device.limit_bytes + num_bytes, budget_bytes=device.budget_bytes + num_bytes)
+    return replace(problem, devices=(*problem.devices[:index], more, *problem.devices[index + 1 :]))
+
+
+def smallest(is_enough: Callable[[int], bool], *, most: int) -> int | None:
+    """Return the smallest n from 1 to `most` that is enough, None if not even `most` is; more is never worse."""
+    if most < 1 or not is_enough(most):
+        return None
+    low, high = 0, 1
+    while high < most and not is_enough(high):
+        low, high = high, min(high * 2, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
+
+
+def largest(is_allowed: Callable[[int], bool], *, least: int, most: int) -> int | None:
+    """Return the largest n from `least` to `most` that is allowed; more is never better."""
+    if most < least or not is_allowed(least):
+        return None
+    low, high = least, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_allowed(middle) else (low, middle)
+    return low
+
+
+def all_connected(problem: Problem) -> Problem:
+    def connect(matrix: Matrix) -> Matrix:
+        return tuple(tuple(cell or 0 if a != b else cell for b, cell in enumerate(r)) for a, r in enumerate(matrix))
+
+    prefill = tuple(connect(matrix) for matrix in problem.prefill_hop)
+    return replace(
+        problem, decode_hop=connect(problem.decode_hop), return_hop=connect(problem.return_hop), prefill_hop=prefill
+    )

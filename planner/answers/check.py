@@ -1,0 +1,55 @@
+"""Recompute a plan, also one written by hand: its times by the cost model, its model by the checkpoint's headers."""
+
+import math
+from pathlib import Path
+
+from planner.timing.costs import StageRange, predict
+from plans.checkpoint.folder import check_same_shapes, open_checkpoint
+from plans.errors import IntegrityError
+from plans.plan import Plan, Prediction
+
+_ACCURACY = 1e-9
+
+
+def recompute(plan: Plan, *, where: object) -> Prediction:
+    """Return what the plan's own profile, workload and cluster predict for its stages.
+
+    Raises:
+        IntegrityError: a recorded time is another.
+    """
+    ranges = [StageRange(s.device, s.start_layer, s.end_layer, s.has_embedding, s.has_head) for s in plan.stages]
+    seconds, prediction = predict(
+        plan.profile, workload=plan.workload, cluster=plan.cluster, stages=ranges, execution=plan.execution
+    )
+    for index, (stage, times) in enumerate(zip(plan.stages, seconds, strict=True)):
+        for key in ("decode_seconds", "prefill_seconds", "hop_seconds"):
+            _compare(getattr(stage, key), getattr(times, key), f"{where}:/stages/{index}/{key}")
+    for key in type(prediction).model_fields:
+        _compare(getattr(plan.prediction, key), getattr(prediction, key), f"{where}:/prediction/{key}")
+    return prediction
+
+
+def _compare(recorded: float, computed: float, where: str) -> None:
+    if not math.isclose(recorded, computed, rel_tol=_ACCURACY, abs_tol=1e-15):
+        raise IntegrityError(
+            f"the plan says {recorded!r}, its own data give {computed!r}",
+            where=where,
+            hint="solve again",
+            code="E-PLAN-TIME",
+        )
+
+
+def check_against_model(plan: Plan, path: Path) -> list[str]:
+    """Compare a plan with a checkpoint; return warnings.
+
+    Raises:
+        IntegrityError: the checkpoint's tensors are not those the plan was made for.
+        InputError: the checkpoint cannot be read.
+    """
+    checkpoint = open_checkpoint(path)
+    if not checkpoint.has_weights:
+        return [f"{path} is only a configuration; its tensors cannot be compared"]
+    check_same_shapes({(u.kind, u.index): u.shapes_sha256 for u in plan.profile.units}, checkpoint)
+    if checkpoint.config.sha256 != plan.profile.model.config_sha256:
+        return ["the configuration differs from the plan's, its tensor shapes do not: another revision of the model"]
+    return []

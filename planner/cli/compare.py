@@ -1,0 +1,182 @@
+"""`llamaplan compare` and `report`: they parse, call the planner, and print."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from planner.cli import options
+from planner.cli import solve as cli_solve
+from plans.console import Output
+from plans.errors import UsageError
+
+if TYPE_CHECKING:
+    from planner.rivals.rules import Split
+    from plans.cluster import Cluster
+
+MOST_CHARACTERS = 40
+"""Longer partitions (device maps) are named by their engine alone."""
+
+PartitionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--partition",
+        metavar="ENGINE:STRING",
+        help="A partition you have: vllm:5,6,5,6, llama.cpp:6,5/ngl=11, accelerate:{...}; repeatable.",
+        show_default=False,
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("compare")(compare_command)
+    app.command("report")(report_command)
+
+
+def compare_command(
+    model: options.ModelArgument,
+    *,
+    partition: PartitionOption = None,
+    objective: cli_solve.ObjectiveOption = "latency",
+    weight: cli_solve.WeightOption = 0.5,
+    cluster: options.ClusterOption = None,
+    device: options.DeviceOption = None,
+    margin: options.MarginOption = None,
+    ctx_size: options.ContextOption = None,
+    prompt_tokens: options.PromptTokensOption = None,
+    new_tokens: cli_solve.NewTokensOption = None,
+    batch_size: options.BatchOption = 1,
+    requests_in_flight: options.InFlightOption = 1,
+    prefill_chunk: options.PrefillChunkOption = None,
+    dtype: options.DtypeOption = None,
+    kv_cache_dtype: options.KvDtypeOption = None,
+    execution: cli_solve.ExecutionOption = "one_process",
+    solver: cli_solve.SolverOption = "auto",
+    time_limit: cli_solve.TimeLimitOption = 60.0,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Put all strategies and the rules of other engines side by side, scored by one simulator.
+
+    Example: llamaplan compare my-model/ --device 2xrtx3090=20GiB --device cpu=32GiB --partition vllm:20,12
+    """
+    from planner.devices.clusters import load_cluster
+    from planner.model.find import find_model
+    from planner.model.profile import build_profile
+    from planner.model.workloads import make_workload, parse_dtype
+    from planner.rivals.compare import compare
+    from planner.show import compare as show_compare
+    from plans.checkpoint.folder import open_checkpoint
+
+    screen = Output(json=as_json, quiet=quiet)
+    check_time_limit(time_limit)
+    chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
+    checkpoint = open_checkpoint(find_model(model))
+    profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
+    workload = make_workload(
+        profile,
+        ctx_size=ctx_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        requests_in_flight=requests_in_flight,
+        prefill_chunk_tokens=prefill_chunk,
+    )
+    for warning in checkpoint.warnings:
+        screen.warn(warning)
+    offered = load_cluster(cluster, devices=device, margins=margin)
+    given = read_partitions(partition or (), cluster=offered, num_layers=profile.model.num_hidden_layers)
+    with cli_solve.spinner(screen, f"comparing on {len(offered.devices)} devices"):
+        found = compare(
+            profile,
+            cluster=offered,
+            workload=workload,
+            objective=objective,
+            weight=weight,
+            execution=execution,
+            partitions=given,
+            solvers=("highs", "cbc") if solver == "auto" else (solver,),
+            time_limit=time_limit,
+        )
+    screen.data(show_compare.as_json(found))
+    screen.show(show_compare.comparison_table(found))
+    for line in show_compare.note_lines(found):
+        screen.show(line)
+    screen.next_step(f"llamaplan solve {shlex.quote(model)} with the same options and -o plan.json")
+
+
+def read_partitions(texts: Sequence[str], *, cluster: "Cluster", num_layers: int) -> "list[tuple[str, Split]]":
+    """Return the chains of ``ENGINE:STRING`` partitions, each with the text it came from.
+
+    Raises:
+        UsageError: not a partition of that engine, or not one for this cluster.
+    """
+    from exporter.emit.engines import parse_partition
+    from planner.rivals.rules import from_partition
+
+    chains = []
+    for text in texts:
+        part = parse_partition(text, num_layers=num_layers)
+        split = from_partition(
+            part.engine, part.ranges, cluster=cluster, devices=part.devices, has_cpu_part=part.has_cpu_part
+        )
+        chains.append((text if len(text) <= MOST_CHARACTERS else f"{part.engine} partition", split))
+    return chains
+
+
+def report_command(
+    plan: cli_solve.PlanArgument,
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path(
+        "report.html"
+    ),
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Also write the timeline for Perfetto.", show_default=False),
+    ] = None,
+    compared: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="Solve again by every strategy, for the comparison.")
+    ] = True,
+    time_limit: cli_solve.TimeLimitOption = 60.0,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Write a plan as one page that needs nothing else: memory, topology, timeline, alternatives, origins.
+
+    Example: llamaplan report plan.json -o report.html
+    """
+    from planner.report.page import render_report, trace_text
+    from planner.rivals.alternatives import alternatives_to
+    from plans.check import read_plan
+    from plans.reading.files import write_text
+
+    screen = Output(json=as_json, quiet=quiet)
+    check_time_limit(time_limit)
+    refuse_same_file(plan, output, trace)
+    known = read_plan(plan)
+    with cli_solve.spinner(screen, "comparing with other strategies and engines"):
+        found = alternatives_to(known, time_limit=time_limit) if compared else None
+    write_text(output, render_report(known, alternatives=found))
+    screen.note(f"wrote {output}")
+    if trace is not None:
+        write_text(trace, trace_text(known))
+        screen.note(f"wrote {trace}; open it at https://ui.perfetto.dev or in chrome://tracing")
+    screen.data({"report": str(output), "trace": None if trace is None else str(trace)})
+    screen.next_step(f"open {shlex.quote(str(output))} in a browser")
+
+
+def refuse_same_file(plan: Path, *written: Path | None) -> None:
+    """Refuse to write a result over the plan, or two results into one file."""
+    paths = [path.absolute().resolve() for path in (plan, *written) if path is not None]
+    if len(set(paths)) < len(paths):
+        raise UsageError("the plan, --output and --trace are not three different files")
+
+
+def check_time_limit(seconds: float) -> None:
+    """Refuse a time limit that is no positive number."""
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"--time-limit is {seconds}", expected="above 0")

@@ -1,0 +1,262 @@
+"""`llamaplan export`, `verify` and `emit`: they parse, call the exporter, and print."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from planner.cli import options
+from plans.console import Output
+
+if TYPE_CHECKING:
+    from plans.export.manifest import Manifest
+    from plans.plan import Plan
+
+PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan written by 'llamaplan solve'.")]
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by 'llamaplan export'.")]
+StageOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--stage", metavar="N", help="Only this stage, counted from 0 (its file is model-0000(N+1)-of-...); repeatable."
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("export")(export_command)
+    app.command("verify")(verify_command)
+    app.command("emit")(emit_command)
+
+
+def export_command(
+    plan: PlanArgument,
+    *,
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="The checkpoint the plan was made for.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")],
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; without it the plan's dtype is kept.")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="NAME", help="Only what this host of the plan needs.")
+    ] = None,
+    stage: StageOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    check_values: Annotated[
+        bool, typer.Option("--check-values", help="Also name tensors that hold NaN or infinity, or only zeros.")
+    ] = False,
+    quiet: options.QuietOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Write one safetensors file per stage, in a folder that is itself a Hugging Face checkpoint.
+
+    Example: llamaplan export plan.json --model my-model/ -o shards/
+    """
+    from exporter.write import export
+    from planner.model.find import find_model
+    from plans.check import read_plan
+
+    screen = Output(json=as_json, quiet=quiet)
+    checked = read_plan(plan)
+    stages = choose_stages(checked, host=host, stage=stage)
+    source = find_model(model)
+    if check_values:
+        warn_about_values(source, screen)
+    with progress_bar(screen, "export") as progress:
+        manifest = export(
+            checked,
+            model=source,
+            output=output,
+            dtype=dtype,
+            stages=stages,
+            force=force,
+            progress=progress,
+            warn=screen.warn,
+            note=screen.note,
+        )
+    for line in stage_lines(manifest, stages):
+        screen.show(line)
+    screen.show(f"export id {manifest.export_id}")
+    screen.data(manifest.model_dump(mode="json"))
+    if stages is None:
+        screen.next_step(f"llamarun generate {shown(output)} -p 'Once upon a time'")
+    else:
+        chosen = " ".join(f"--stage {index}" for index in sorted(stages))
+        screen.next_step(f"llamaplan verify {shown(output)} {chosen}")
+
+
+def stage_lines(manifest: "Manifest", stages: frozenset[int] | None) -> Iterator[str]:
+    """Yield one line per stage that was written: file, size, device, units."""
+    from plans.reading.sizes import format_bytes
+
+    for index, stage in enumerate(manifest.stages):
+        if stages is not None and index not in stages:
+            continue
+        parts = ["embedding"] * stage.has_embedding
+        if stage.end_layer > stage.start_layer:
+            parts.append(f"layers {stage.start_layer}-{stage.end_layer - 1}")
+        parts += ["head"] * stage.has_head
+        size = format_bytes(manifest.file(stage.file).size)
+        yield f"{stage.file}  {size:>10}  {stage.device}: {', '.join(parts)}"
+
+
+def verify_command(
+    directory: FolderArgument,
+    *,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="Also compare every tensor with this checkpoint.")
+    ] = None,
+    stage: StageOption = None,
+    expect_id: Annotated[
+        str | None, typer.Option("--expect-id", metavar="ID", help="The export id it must have.")
+    ] = None,
+    quiet: options.QuietOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Read an export back: every byte against its manifest, and every tensor against the model if given.
+
+    Example: llamaplan verify shards/ --model my-model/
+    """
+    from dataclasses import asdict
+
+    from exporter.verify import verify
+    from planner.model.find import find_model
+    from plans.reading.sizes import format_bytes
+
+    screen = Output(json=as_json, quiet=quiet)
+    source = find_model(model) if model is not None else None
+    with progress_bar(screen, "verify") as progress:
+        found = verify(directory, model=source, stage=stage, expect_id=expect_id, progress=progress)
+    for text in found.warnings:
+        screen.warn(text)
+    compared = f", {found.num_tensors_compared} tensors equal to the model's" if source is not None else ""
+    screen.show(
+        f"intact: {len(found.stages)} of {found.num_stages} stages, {found.num_files} files, "
+        f"{format_bytes(found.num_bytes)}{compared}"
+    )
+    screen.show(f"export id {found.export_id}")
+    screen.data(asdict(found))
+    if len(found.stages) == found.num_stages:
+        screen.next_step(f"llamarun generate {shown(directory)} -p 'Once upon a time'")
+
+
+def emit_command(
+    plan: PlanArgument,
+    *,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            help="vllm, sglang, tensorrt-llm, accelerate, transformers, llama.cpp or torchrun (our own runtime).",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="PATH", help="File to write, or folder for torchrun's scripts."),
+    ] = None,
+    directory: Annotated[
+        str, typer.Option("--directory", metavar="DIR", help="The export, as the commands should name it.")
+    ] = "DIR",
+    quiet: options.QuietOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Write a plan as another engine takes it, with the exact command; what it cannot express is said.
+
+    Example: llamaplan emit plan.json --for vllm --directory shards/ -o serve.sh
+    """
+    from dataclasses import asdict
+
+    from exporter.emit import emit
+    from plans.check import read_plan
+
+    screen = Output(json=as_json, quiet=quiet)
+    found = emit(read_plan(plan), engine=engine, directory=directory)
+    for text in found.not_expressed:
+        screen.warn(f"{engine}: {text}")
+    if output is not None:
+        written = write_emitted(found.files, output)
+        screen.note("wrote " + ", ".join(map(str, written)))
+    elif not as_json:
+        sys.stdout.write("\n".join(found.files.values()))
+    screen.data(asdict(found))
+    if engine == "accelerate":
+        screen.next_step(
+            f"AutoModelForCausalLM.from_pretrained({directory!r}, device_map=json.load(open('device_map.json')))"
+        )
+    elif output is not None:
+        interpreter = "python" if engine == "transformers" else "sh"
+        screen.next_step(f"{interpreter} {shown(written[0])}")
+
+
+def write_emitted(files: Mapping[str, str], output: Path) -> list[Path]:
+    """Write one file to `output`, or several into the folder `output`; return their paths."""
+    from plans.reading.files import write_text
+
+    if len(files) == 1 and not output.is_dir():
+        write_text(output, next(iter(files.values())))
+        return [output]
+    output.mkdir(exist_ok=True)
+    for name, text in files.items():
+        write_text(output / name, text)
+    return [output / name for name in files]
+
+
+def choose_stages(plan: "Plan", *, host: str | None, stage: list[int] | None) -> frozenset[int] | None:
+    """Return the stages that --host or --stage select; None for all.
+
+    Raises:
+        UsageError: no such host or stage, or both options.
+    """
+    from plans.errors import UsageError, printable
+
+    if host is not None and stage:
+        raise UsageError("--host and --stage exclude each other")
+    if stage:
+        return frozenset(stage)
+    if host is None:
+        return None
+    hosts = [plan.cluster.device(entry.device).host for entry in plan.stages]
+    chosen = frozenset(index for index, name in enumerate(hosts) if name == host)
+    if not chosen:
+        raise UsageError(f"no stage is on host '{printable(host)}'", expected=", ".join(dict.fromkeys(hosts)))
+    return chosen
+
+
+def warn_about_values(source: Path, screen: Output) -> None:
+    """Warn about every tensor of a checkpoint that holds NaN or infinity, or nothing but zeros."""
+    from exporter.values import find_bad_values
+
+    for name, what in find_bad_values(source).items():
+        screen.warn(f"{name} {what}")
+
+
+def shown(path: Path) -> str:
+    """Return a path as it can be pasted into a shell."""
+    import shlex
+
+    return shlex.quote(str(path))
+
+
+@contextmanager
+def progress_bar(screen: Output, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on stderr if somebody sees it, and yield what is to be called with (done, total)."""
+    terminal = screen.progress_console
+    if screen.quiet or not terminal.is_terminal:
+        yield lambda _done, _total: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,137 @@
+"""`llamaplan frontier`: it parses, calls the planner, and prints."""
+
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from planner.cli import options
+from planner.cli import solve as cli_solve
+from plans.console import Output
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from planner.answers.frontier import FrontierPoint
+    from planner.problem.problem import Problem
+
+AgainstOption = Annotated[
+    Literal["share", "devices", "both"], typer.Option("--against", help="What time is weighed against.")
+]
+PointsOption = Annotated[int, typer.Option("--points", min=2, max=200, help="Limits on the memory share to try.")]
+
+
+def frontier_command(
+    model: options.ModelArgument,
+    *,
+    against: AgainstOption = "both",
+    points: PointsOption = 9,
+    objective: cli_solve.ObjectiveOption = "latency",
+    cluster: options.ClusterOption = None,
+    device: options.DeviceOption = None,
+    margin: options.MarginOption = None,
+    ctx_size: options.ContextOption = None,
+    prompt_tokens: options.PromptTokensOption = None,
+    new_tokens: cli_solve.NewTokensOption = None,
+    batch_size: options.BatchOption = 1,
+    requests_in_flight: options.InFlightOption = 1,
+    prefill_chunk: options.PrefillChunkOption = None,
+    dtype: options.DtypeOption = None,
+    kv_cache_dtype: options.KvDtypeOption = None,
+    execution: cli_solve.ExecutionOption = "one_process",
+    pin: cli_solve.PinOption = None,
+    ban: cli_solve.BanOption = None,
+    keep_order: Annotated[bool, typer.Option("--keep-order", help="Stages follow the order of the devices.")] = False,
+    time_limit: cli_solve.TimeLimitOption = 120.0,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Say what a smaller memory share, or fewer devices, would cost in time.
+
+    Example: llamaplan frontier my-model/ --device cuda:0=20GiB --device cpu=32GiB
+    """
+    from planner.answers.case import Case
+    from planner.answers.explain import explain_infeasible
+    from planner.answers.frontier import frontier_by_devices, frontier_by_share
+    from planner.devices.clusters import load_cluster
+    from planner.model.find import find_model
+    from planner.model.profile import build_profile
+    from planner.model.workloads import make_workload, parse_dtype
+    from planner.problem.build import build_problem
+    from planner.problem.demands import read_demands
+    from planner.program.session import SolverSession
+    from plans.checkpoint.folder import open_checkpoint
+
+    screen = Output(json=as_json, quiet=quiet)
+    cli_solve.check_time_limit(time_limit)
+    chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
+    checkpoint = open_checkpoint(find_model(model))
+    profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
+    workload = make_workload(
+        profile,
+        ctx_size=ctx_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        requests_in_flight=requests_in_flight,
+        prefill_chunk_tokens=prefill_chunk,
+    )
+    offered = load_cluster(cluster, devices=device, margins=margin)
+    names = [entry.name for entry in offered.devices]
+    demands = read_demands(names, profile.model.num_hidden_layers, pins=pin or (), bans=ban or ())
+    with cli_solve.spinner(screen, "solving for every point"), SolverSession(time_limit=time_limit) as session:
+        problem = build_problem(
+            profile,
+            workload=workload,
+            cluster=offered,
+            execution=execution,
+            rules=demands.rules,
+            keep_order=keep_order,
+        )
+        shares: list[FrontierPoint] = []
+        counts: list[FrontierPoint] = []
+        if against != "devices":
+            shares = frontier_by_share(problem, objective=objective, session=session, num_points=points)
+        if against != "share":
+            counts = frontier_by_devices(problem, objective=objective, session=session)
+        if not (shares or counts):
+            raise explain_infeasible(Case(problem, profile, workload, offered, "compute"))
+    tables = {"time against memory share": shares, "time against number of devices": counts}
+    screen.data({title.replace(" ", "_"): [_as_json(problem, p) for p in found] for title, found in tables.items()})
+    for title, found in tables.items():
+        if found:
+            screen.show(f"{title} ({objective}):")
+            screen.show(_table(problem, found))
+    screen.next_step(f"llamaplan solve {shlex.quote(model)} --strategy mixed --weight 0.5 -o plan.json")
+
+
+def _table(problem: "Problem", points: "list[FrontierPoint]") -> "Table":
+    from rich.table import Table
+
+    from planner.show.plan import duration
+
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("time", "slower by", "share", "devices"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("layers per device", overflow="fold")
+    best = min(point.seconds for point in points)
+    for point in points:
+        slower = f"{point.seconds / best - 1:.1%}" if best else ""
+        cut = ", ".join(f"{problem.devices[s.device].name} {s.end - s.start}" for s in point.assignment)
+        proof = "" if point.status == "optimal" else " (not proved)"
+        table.add_row(duration(point.seconds), slower, f"{point.memory_share:.1%}", str(point.num_devices), cut + proof)
+    return table
+
+
+def _as_json(problem: "Problem", point: "FrontierPoint") -> dict[str, Any]:
+    return {
+        "seconds": point.seconds,
+        "memory_share": point.memory_share,
+        "num_devices": point.num_devices,
+        "status": point.status,
+        "certified_by": point.certified_by,
+        "stages": [
+            {"device": problem.devices[s.device].name, "start_layer": s.start, "end_layer": s.end}
+            for s in point.assignment
+        ],
+    }

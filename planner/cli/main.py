@@ -1,0 +1,103 @@
+"""`llamaplan`: the planner's command line. Commands parse, call and print; heavy imports happen when one runs."""
+
+import shlex
+from typing import Annotated, NoReturn
+
+import typer
+
+from planner.cli import compare as cli_compare
+from planner.cli import devices as cli_devices
+from planner.cli import export as cli_export
+from planner.cli import links as cli_links
+from planner.cli import options
+from planner.cli import simulate as cli_simulate
+from planner.cli import solve as cli_solve
+from plans.console import Output, leave, run_command
+
+app = typer.Typer(
+    name="llamaplan",
+    help="Plan how a Llama-family model is cut over the devices you own, and export the cut.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> NoReturn:
+    """Entry point of the command `llamaplan`."""
+    leave(run())
+
+
+def run() -> int:
+    """Run the command line in `sys.argv`; returns the exit code."""
+    return run_command(app, name="llamaplan")
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"llamaplan {version('llamaplan')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Plan how a Llama-family model is cut over the devices you own, and export the cut."""
+
+
+@app.command()
+def analyze(
+    model: options.ModelArgument,
+    *,
+    ctx_size: options.ContextOption = None,
+    batch_size: options.BatchOption = 1,
+    dtype: options.DtypeOption = None,
+    kv_cache_dtype: options.KvDtypeOption = None,
+    output: options.OutputOption = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Say what every layer of a model costs, without loading weights.
+
+    Example: llamaplan analyze my-model/ --ctx-size 8192 -o profile.json
+    """
+    from planner.model.find import find_model
+    from planner.model.profile import build_profile
+    from planner.model.workloads import make_workload, parse_dtype
+    from planner.show.profile import as_json as to_json
+    from planner.show.profile import headline, summary_lines, unit_table
+    from plans.checkpoint.folder import open_checkpoint
+    from plans.reading.files import write_text
+
+    screen = Output(json=as_json, quiet=quiet)
+    chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
+    checkpoint = open_checkpoint(find_model(model))
+    profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
+    workload = make_workload(profile, ctx_size=ctx_size, batch_size=batch_size)
+    for warning in checkpoint.warnings:
+        screen.warn(warning)
+    if output is not None:
+        cli_solve.refuse_inside(output, checkpoint.directory)
+        write_text(output, profile.to_json())
+        screen.note(f"wrote {output}")
+    screen.data(to_json(profile, workload, checkpoint.warnings))
+    screen.show(headline(profile))
+    screen.show(unit_table(profile, workload))
+    for line in summary_lines(profile, workload):
+        screen.show(line)
+    screen.next_step(f"llamaplan solve {shlex.quote(model)} -o plan.json")
+
+
+cli_devices.register(app)
+cli_links.register(app)
+cli_solve.register(app)
+cli_compare.register(app)
+cli_simulate.register(app)
+cli_export.register(app)

@@ -1,0 +1,162 @@
+"""`llamaplan simulate`: it parses, calls the simulator, and prints."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from planner.cli import options
+from planner.cli import solve as cli_solve
+from plans.console import Output
+from plans.errors import UsageError
+
+if TYPE_CHECKING:
+    from plans.plan import Plan
+    from plans.requests import Request
+
+DEFAULT_REQUESTS = 100
+MAX_REQUESTS = 100_000
+
+RequestsOption = Annotated[
+    int | None,
+    typer.Option("--requests", metavar="N", help="How many; unset: 100, or all of a file.", show_default=False),
+]
+RateOption = Annotated[
+    float | None,
+    typer.Option("--rate", metavar="PER SECOND", help="Requests per second; unset: all at once.", show_default=False),
+]
+ArrivalsOption = Annotated[
+    str,
+    typer.Option(
+        "--arrivals",
+        metavar="poisson|uniform|FILE",
+        help="By chance, evenly, or as recorded in a file with one JSON object per line.",
+    ),
+]
+PlacesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--in-flight", metavar="N", min=1, max=65536, help="Requests in the chain at once; unset: the plan's.",
+        show_default=False,
+    ),
+]  # fmt: skip
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**64 - 1, help="Of arrivals by chance.")]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option("--trace", metavar="FILE", help="Also write the beginning for Perfetto.", show_default=False),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("simulate")(simulate_command)
+
+
+def simulate_command(
+    plan: cli_solve.PlanArgument,
+    *,
+    requests: RequestsOption = None,
+    rate: RateOption = None,
+    arrivals: ArrivalsOption = "poisson",
+    prompt_tokens: options.PromptTokensOption = None,
+    new_tokens: cli_solve.NewTokensOption = None,
+    in_flight: PlacesOption = None,
+    seed: SeedOption = 0,
+    trace: TraceOption = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Let requests arrive at a plan's chain: throughput, waiting, percentiles, who is busy.
+
+    Example: llamaplan simulate plan.json --requests 1000 --rate 2 --in-flight 8
+    """
+    from planner.show import serving as show_serving
+    from planner.simulate.numbers import numbers_of
+    from planner.simulate.serving import simulate_requests
+    from planner.simulate.trace import MAX_EVENTS, events_trace
+    from plans.check import read_plan
+    from plans.reading.files import write_text
+    from plans.reading.strict import dump_json
+
+    screen = Output(json=as_json, quiet=quiet)
+    known = read_plan(plan)
+    if trace is not None and trace.absolute().resolve() == plan.absolute().resolve():
+        raise UsageError("--trace would overwrite the plan")
+    coming, words = _requests(
+        known,
+        count=requests,
+        rate=rate,
+        arrivals=arrivals,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        seed=seed,
+    )
+    with cli_solve.spinner(screen, f"simulating {len(coming)} requests"):
+        served = simulate_requests(
+            known, requests=coming, in_flight=in_flight, most_events=MAX_EVENTS if trace is not None else 0
+        )
+    numbers = numbers_of(served)
+    if trace is not None:
+        write_text(trace, dump_json(events_trace([("requests as they arrive", served.events)])))
+        screen.note(f"wrote {trace}; open it at https://ui.perfetto.dev or in chrome://tracing")
+    screen.data(show_serving.as_json(numbers))
+    screen.show(show_serving.headline(known, numbers, arrivals=words))
+    screen.show(show_serving.spread_table(numbers))
+    for line in show_serving.summary_lines(known, numbers):
+        screen.show(line)
+    screen.next_step(f"llamaplan report {shlex.quote(str(plan))} -o report.html")
+
+
+def _requests(
+    plan: "Plan",
+    *,
+    count: int | None,
+    rate: float | None,
+    arrivals: str,
+    prompt_tokens: int | None,
+    new_tokens: int | None,
+    seed: int,
+) -> "tuple[Sequence[Request], str]":
+    """Return the requests, and in words what they are."""
+    _check_range("--requests", count, most=MAX_REQUESTS)
+    if arrivals not in ("poisson", "uniform"):
+        if rate is not None or prompt_tokens is not None or new_tokens is not None:
+            raise UsageError(f"--arrivals {arrivals} says when requests come and how long they are", hint=(
+                "leave --rate, --prompt-tokens and --max-tokens out, or choose poisson or uniform"))  # fmt: skip
+        return _recorded(Path(arrivals), count)
+    from planner.model.workloads import MAX_TOKENS
+    from planner.simulate.arrivals import make_requests
+
+    if rate is not None and not 0 < rate < math.inf:
+        raise UsageError(f"--rate is {rate}", expected="above 0")
+    _check_range("--prompt-tokens", prompt_tokens, most=MAX_TOKENS)
+    _check_range("--max-tokens", new_tokens, most=MAX_TOKENS)
+    prompt = prompt_tokens or plan.workload.prompt_tokens
+    new = new_tokens or plan.workload.new_tokens
+    if new < 1:
+        raise UsageError("the plan generates no token", hint="say how many with --max-tokens")
+    num = count or DEFAULT_REQUESTS
+    coming = make_requests(
+        num,
+        rate=rate,
+        process="poisson" if arrivals == "poisson" else "uniform",
+        prompt_tokens=prompt,
+        new_tokens=new,
+        seed=seed,
+    )
+    when = "all at once" if rate is None else f"{arrivals}, {rate:g} per second"
+    return coming, f"{prompt} + {new} tokens, {when}"
+
+
+def _recorded(path: Path, count: int | None) -> "tuple[Sequence[Request], str]":
+    from plans.requests import read_requests
+
+    return read_requests(path)[:count], f"as recorded in {path}"
+
+
+def _check_range(option: str, value: int | None, *, most: int) -> None:
+    if value is not None and not 1 <= value <= most:
+        raise UsageError(f"{option} is {value}", expected=f"1 to {most}")

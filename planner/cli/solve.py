@@ -1,0 +1,377 @@
+"""`llamaplan solve`, `show` and `check`: they parse, call the planner, and print."""
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from planner.cli import options
+from plans.console import Output
+from plans.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from planner.answers.capacity import Capacity
+    from planner.measure.calibrate import Calibration
+    from plans.cluster import Cluster
+    from plans.plan import Plan
+    from plans.profile import ModelProfile
+    from plans.workload import Workload
+
+AUTO = "auto"
+
+StrategyOption = Annotated[
+    Literal["uniform", "memory", "compute", "mixed", "custom"] | None,
+    typer.Option("--strategy", help="What to minimise; unset: compute, or custom with --layers.", show_default=False),
+]
+ObjectiveOption = Annotated[
+    Literal["latency", "request", "throughput"],
+    typer.Option("--objective", help="Which time: per token, of a whole request, or per step with requests in flight."),
+]
+ExecutionOption = Annotated[
+    Literal["one_process", "process_per_stage"], typer.Option("--execution", help="Where the stages will run.")
+]
+WeightOption = Annotated[float, typer.Option("--weight", metavar="0..1", help="Of time, in the strategy mixed.")]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        metavar="CUT",
+        help="18,10,4 over the devices in their order (* leaves one open), or 0-16@cuda:0,16-32@cpu.",
+        show_default=False,
+    ),
+]
+PinOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin", metavar="UNITS@DEVICE", help="0-4@cuda:0, embedding@cpu, head@cpu; repeatable.", show_default=False
+    ),
+]
+BanOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ban",
+        metavar="DEVICE",
+        help="Not this device; 0-4@cpu: not these layers there; repeatable.",
+        show_default=False,
+    ),
+]
+NewTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--new-tokens", "--max-tokens", "--max-new-tokens", "-n", metavar="TOKENS", help="Tokens to generate.",
+        show_default=False,
+    ),
+]  # fmt: skip
+SolverOption = Annotated[
+    Literal["auto", "highs", "cbc"], typer.Option("--solver", help="auto: HiGHS, and CBC where it fails.")
+]
+TimeLimitOption = Annotated[float, typer.Option("--time-limit", metavar="SECONDS", help="For the whole search.")]
+GapOption = Annotated[
+    float, typer.Option("--mip-gap", metavar="RATIO", help="Stop this close to the optimum; 0 proves it.")
+]
+MaxContextOption = Annotated[
+    bool, typer.Option("--max-ctx", help="Also say the largest context this cut, and any cut, can hold.")
+]
+MaxInFlightOption = Annotated[
+    bool, typer.Option("--max-in-flight", help="Also say the most requests in flight this cut, and any cut, can hold.")
+]
+ChunkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prefill-chunk",
+        metavar="TOKENS|auto",
+        help="Prompt tokens per step; auto: for the earliest first token; unset: all at once.",
+        show_default=False,
+    ),
+]
+CalibrateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate",
+        metavar="RUN",
+        help="Correct the devices' times by a run: what llamarun generate or bench wrote with --json.",
+        show_default=False,
+    ),
+]
+PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan written by 'llamaplan solve'.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("solve")(solve_command)
+    app.command("show")(show_command)
+    app.command("check")(check_command)
+    from planner.cli.frontier import frontier_command
+
+    app.command("frontier")(frontier_command)
+
+
+def solve_command(
+    model: options.ModelArgument,
+    *,
+    strategy: StrategyOption = None,
+    objective: ObjectiveOption = "latency",
+    weight: WeightOption = 0.5,
+    cluster: options.ClusterOption = None,
+    device: options.DeviceOption = None,
+    margin: options.MarginOption = None,
+    speed: options.SpeedOption = "auto",
+    calibrate: CalibrateOption = None,
+    ctx_size: options.ContextOption = None,
+    prompt_tokens: options.PromptTokensOption = None,
+    new_tokens: NewTokensOption = None,
+    batch_size: options.BatchOption = 1,
+    requests_in_flight: options.InFlightOption = 1,
+    prefill_chunk: ChunkOption = None,
+    dtype: options.DtypeOption = None,
+    kv_cache_dtype: options.KvDtypeOption = None,
+    execution: ExecutionOption = "one_process",
+    layers: LayersOption = None,
+    pin: PinOption = None,
+    ban: BanOption = None,
+    keep_order: Annotated[bool, typer.Option("--keep-order", help="Stages follow the order of the devices.")] = False,
+    use_all: Annotated[bool, typer.Option("--use-all", help="Every device gets a stage.")] = False,
+    solver: SolverOption = "auto",
+    time_limit: TimeLimitOption = 60.0,
+    mip_gap: GapOption = 0.0,
+    max_ctx: MaxContextOption = False,
+    max_in_flight: MaxInFlightOption = False,
+    output: options.OutputOption = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Find the best split of a model over devices, and prove it.
+
+    Example: llamaplan solve my-model/ --strategy mixed --device cuda:0=20GiB --device cpu=32GiB -o plan.json
+    """
+    import time
+
+    from planner.answers.chunking import solve_with_best_chunk
+    from planner.answers.solve import solve
+    from planner.devices.clusters import for_speed, load_cluster
+    from planner.model.find import find_model
+    from planner.model.profile import build_profile
+    from planner.model.workloads import make_workload, parse_dtype
+    from planner.show import plan as show
+    from plans.checkpoint.folder import open_checkpoint
+
+    screen = Output(json=as_json, quiet=quiet)
+    check_time_limit(time_limit)
+    _check_number("--mip-gap", mip_gap, "0 to below 1", is_good=0 <= mip_gap < 1)
+    chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
+    checkpoint = open_checkpoint(find_model(model))
+    refuse_inside(output, checkpoint.directory)
+    profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
+    workload = make_workload(
+        profile,
+        ctx_size=ctx_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        requests_in_flight=requests_in_flight,
+        prefill_chunk_tokens=chunk_tokens(prefill_chunk),
+    )
+    for warning in checkpoint.warnings:
+        screen.warn(warning)
+    offered = for_speed(load_cluster(cluster, devices=device, margins=margin), speed)
+    calibration = None if calibrate is None else calibration_of(calibrate, offered, profile)
+    offered = offered if calibration is None else calibration.cluster
+    started = time.monotonic()
+
+    def ask(load: "Workload") -> "Plan":
+        return solve(
+            profile,
+            cluster=offered,
+            workload=load,
+            strategy=strategy or ("custom" if layers else "compute"),
+            objective=objective,
+            weight=weight,
+            execution=execution,
+            keep_order=keep_order,
+            use_all=use_all,
+            layers=layers,
+            pins=pin or (),
+            bans=ban or (),
+            solvers=("highs", "cbc") if solver == "auto" else (solver,),
+            time_limit=time_limit,
+            mip_gap=mip_gap,
+        )
+
+    with spinner(screen, f"solving for {len(offered.devices)} devices"):
+        plan = solve_with_best_chunk(workload, ask) if prefill_chunk == AUTO else ask(workload)
+        capacities = capacities_of(
+            plan,
+            max_ctx=max_ctx,
+            max_in_flight=max_in_flight,
+            time_limit=time_limit,
+            keep_order=keep_order,
+            use_all=use_all,
+            layers=layers,
+            pins=pin or (),
+            bans=ban or (),
+        )
+    seconds = time.monotonic() - started
+    if output is not None:
+        from plans.reading.files import write_text
+
+        write_text(output, plan.to_json())
+    learnt = None if calibration is None else calibration_answer(calibration, plan)
+    extra = {} if learnt is None else {"calibration": learnt[0]}
+    screen.data(show.as_json(plan, solve_seconds=seconds, capacities=capacities) | extra)
+    print_plan(plan, screen)
+    for line in () if learnt is None else learnt[1]:
+        screen.show(line)
+    for capacity in capacities:
+        screen.show(show.capacity_line(capacity))
+    screen.note(f"solved in {seconds:.2f} s" + (f", wrote {output}" if output is not None else ""))
+    written = shlex.quote(str(output)) if output is not None else "plan.json"
+    if output is None:
+        screen.next_step("the same command with -o plan.json, to keep the plan")
+    else:
+        screen.next_step(f"llamaplan export {written} --model {shlex.quote(model)} -o shards/")
+
+
+def calibration_of(path: Path, cluster: "Cluster", profile: "ModelProfile") -> "Calibration":
+    """Read a run and correct the cluster by it."""
+    from planner.measure.calibrate import calibrate
+    from plans.run import read_run
+
+    return calibrate(cluster, profile, read_run(path), where=path)
+
+
+def calibration_answer(found: "Calibration", plan: "Plan") -> tuple[dict[str, Any], list[str]]:
+    """Return what a calibration says about a plan, as data and as lines."""
+    from planner.measure.calibrate import same_cut
+    from planner.show import calibration as show_calibration
+
+    old = same_cut(plan, found)
+    lines = [*show_calibration.calibration_lines(found), show_calibration.gain_line(plan, old)]
+    return show_calibration.as_json(found, plan, old), lines
+
+
+def capacities_of(
+    plan: "Plan",
+    *,
+    max_ctx: bool,
+    max_in_flight: bool,
+    time_limit: float,
+    keep_order: bool,
+    use_all: bool,
+    layers: str | None,
+    pins: Sequence[str],
+    bans: Sequence[str],
+) -> "list[Capacity]":
+    """Answer --max-ctx and --max-in-flight for a plan made with these options."""
+    from planner.answers.capacity import CapacityKey, measure_capacity
+    from planner.program.session import SolverSession
+
+    wanted: list[CapacityKey] = ["context_tokens"] if max_ctx else []
+    wanted += ["requests_in_flight"] if max_in_flight else []
+    if not wanted:
+        return []
+    with SolverSession(time_limit=time_limit) as session:
+        return [
+            measure_capacity(
+                plan, key, session=session, keep_order=keep_order, use_all=use_all, layers=layers, pins=pins, bans=bans
+            )
+            for key in wanted
+        ]
+
+
+def show_command(
+    plan: PlanArgument, *, as_json: options.JsonOption = False, quiet: options.QuietOption = False
+) -> None:
+    """Print a plan again; it is checked first.
+
+    Example: llamaplan show plan.json
+    """
+    from planner.show import plan as show
+    from plans.check import read_plan
+
+    screen = Output(json=as_json, quiet=quiet)
+    known = read_plan(plan)
+    screen.data(show.as_json(known))
+    print_plan(known, screen)
+    screen.next_step(f"llamaplan export {shlex.quote(str(plan))} --model MODEL -o shards/")
+
+
+def check_command(
+    plan: PlanArgument,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Also compare with this checkpoint.", show_default=False),
+    ] = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Recompute a plan's memory and times from what it carries, and compare it with a checkpoint.
+
+    Example: llamaplan check plan.json --model my-model/
+    """
+    from planner.answers.check import check_against_model, recompute
+    from planner.model.find import find_model
+    from plans.check import read_plan
+
+    screen = Output(json=as_json, quiet=quiet)
+    known = read_plan(plan)
+    predicted = recompute(known, where=plan)
+    if model is not None:
+        for warning in check_against_model(known, find_model(model)):
+            screen.warn(warning)
+    screen.data({"stages": len(known.stages), "prediction": predicted.model_dump(mode="json"), "model": model})
+    against = f"; the tensors of {model} are the plan's" if model is not None else ""
+    screen.show(f"sound: {len(known.stages)} stages, memory and times are what the plan's own data give{against}")
+    next_model = shlex.quote(model) if model is not None else "MODEL"
+    screen.next_step(f"llamaplan export {shlex.quote(str(plan))} --model {next_model} -o shards/")
+
+
+def print_plan(plan: "Plan", screen: Output) -> None:
+    """Print a plan's table and lines on stdout."""
+    from planner.show import plan as show
+
+    screen.show(show.headline(plan))
+    screen.show(show.stage_table(plan))
+    screen.show(show.legend())
+    for line in show.summary_lines(plan):
+        screen.show(line)
+
+
+def refuse_inside(output: Path | None, folder: Path | None) -> None:
+    """Refuse to write a result into the checkpoint it was made from."""
+    if output is not None and folder is not None and output.absolute().parent.resolve() == folder.resolve():
+        raise UsageError(f"--output {output} lies inside the checkpoint", hint="choose another folder")
+
+
+def check_time_limit(seconds: float) -> None:
+    """Refuse a time limit that is no time."""
+    _check_number("--time-limit", seconds, "above 0", is_good=0 < seconds < math.inf)
+
+
+def chunk_tokens(text: str | None) -> int | None:
+    """Return the tokens of --prefill-chunk; None where the planner chooses, or where all are taken at once."""
+    if text is None or text == AUTO:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:12]) <= 2**31):
+        raise UsageError(f"--prefill-chunk is {printable(text, limit=40)}", expected=f"1 to {2**31}, or auto")
+    return int(text)
+
+
+def _check_number(option: str, value: float, expected: str, *, is_good: bool) -> None:
+    if not is_good:
+        raise UsageError(f"{option} is {value}", expected=expected)
+
+
+@contextmanager
+def spinner(screen: Output, text: str) -> Iterator[None]:
+    """Show that something is happening, on stderr, if somebody sees it."""
+    console = screen.progress_console
+    if screen.quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield

@@ -1,0 +1,1 @@
+"""Ask the machine itself: real layers, real processes, real links."""

@@ -1,0 +1,194 @@
+"""Calibration by a real run: what every stage was predicted to take, what it took, and a cluster corrected by that.
+
+The rule: on every device of the run, all times of a phase are multiplied by one factor, so that the run's own stages
+are then predicted to take exactly what they took.
+
+    decode    factor = (measured seconds per token of the stage) / (predicted); layers, embedding and head alike
+    prefill   layers get what the measured prefill leaves after embedding and head, which keep their decode factor
+    rest      what a step took beyond its stages (choice of the token, masks) is charged to the first stage
+
+Devices that took no part keep their times. A device without curves gets curves of one point, its roofline times the
+factor; beyond that point they grow as the roofline does.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from planner.answers.solve import solve
+from planner.measure.cluster import plain_name
+from planner.timing.costs import CostModel, StageRange
+from plans.cluster import Cluster, Device, Timings
+from plans.errors import InfeasibleError, IntegrityError
+from plans.plan import Plan
+from plans.profile import ModelProfile
+from plans.run import RunFile, RunStage
+from plans.workload import Workload
+
+PREFILL_FLOOR = 0.01
+"""A prefill that leaves less than this share for its layers is noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageDrift:
+    """One stage: predicted and measured seconds per decode step and for the prefill."""
+
+    stage: StageRange
+    predicted_decode_seconds: float
+    measured_decode_seconds: float
+    predicted_prefill_seconds: float
+    measured_prefill_seconds: float
+
+    @property
+    def decode_factor(self) -> float:
+        """Measured over predicted."""
+        return self.measured_decode_seconds / self.predicted_decode_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a run taught.
+
+    Attributes:
+        cluster: with corrected times.
+        stages: the run's cut, stage by stage.
+        workload: what the run was asked for.
+    """
+
+    cluster: Cluster
+    stages: tuple[StageDrift, ...]
+    workload: Workload
+
+
+def same_cut(plan: Plan, calibration: Calibration) -> Plan | None:
+    """Return the run's own cut under the plan's workload and the corrected times, or None where it does not fit."""
+    cut = ",".join(f"{d.stage.start_layer}-{d.stage.end_layer}@{d.stage.device}" for d in calibration.stages)
+    try:
+        return solve(
+            plan.profile,
+            cluster=plan.cluster,
+            workload=plan.workload,
+            strategy="custom",
+            objective=plan.objective,
+            execution=plan.execution,
+            layers=cut,
+        )
+    except InfeasibleError:
+        return None
+
+
+def calibrate(cluster: Cluster, profile: ModelProfile, run: RunFile, *, where: object) -> Calibration:
+    """Compare a run with what the cluster predicts for it, and correct the cluster.
+
+    Args:
+        cluster: the devices that were planned with.
+        profile: the model, in the dtype of the run.
+        run: from `plans.run.read_run`.
+        where: its path, for messages.
+
+    Raises:
+        IntegrityError: the run is of another model, dtype or cluster.
+    """
+    _check_identity(cluster, profile, run, where)
+    workload = run.workload(profile)
+    model = CostModel(profile, workload=workload, cluster=cluster)
+    drifts = tuple(_drift(model, stage, run, is_first=index == 0) for index, stage in enumerate(run.stages))
+    corrected = {drift.stage.device: _corrected(model, drift) for drift in drifts}
+    devices = tuple(corrected.get(device.name, device) for device in cluster.devices)
+    return Calibration(cluster.model_copy(update={"devices": devices}), drifts, workload)
+
+
+def _check_identity(cluster: Cluster, profile: ModelProfile, run: RunFile, where: object) -> None:
+    layers = profile.model.num_hidden_layers
+    if run.config_sha256 != profile.model.config_sha256:
+        raise _other(where, "model", run.config_sha256, profile.model.config_sha256)
+    if run.stages[-1].end_layer != layers:
+        raise _other(where, "model", f"{run.stages[-1].end_layer} layers", f"{layers} layers")
+    if run.dtype_name != profile.dtype:
+        raise _other(where, "dtype", run.dtype_name, profile.dtype)
+    names = {device.name for device in cluster.devices}
+    for index, stage in enumerate(run.stages):
+        if plain_name(stage.planned_device) != stage.device:
+            raise _other(where, "placement", f"stage {index} ran on {stage.device}", stage.planned_device)
+        if stage.planned_device not in names:
+            raise _other(
+                where, "cluster", f"stage {index} on {stage.planned_device}", f"one of {', '.join(sorted(names))}"
+            )
+
+
+def _other(where: object, what: str, found: str, expected: str) -> IntegrityError:
+    return IntegrityError(
+        f"the run was made with another {what}: {found}",
+        where=where,
+        expected=expected,
+        hint="calibrate with a run of this model on this cluster",
+        code="E-CALIBRATE",
+    )
+
+
+def _drift(model: CostModel, stage: RunStage, run: RunFile, *, is_first: bool) -> StageDrift:
+    units = stage.range()
+    decode = model.stage_decode_seconds(
+        units.device, units.start_layer, units.end_layer, has_embedding=units.has_embedding, has_head=units.has_head
+    )
+    prefill = model.stage_prefill_seconds(
+        units.device, units.start_layer, units.end_layer, has_embedding=units.has_embedding, has_head=units.has_head
+    )
+    return StageDrift(
+        stage=units,
+        predicted_decode_seconds=decode,
+        measured_decode_seconds=stage.decode_compute_seconds / stage.decode_steps + is_first * run.rest_seconds,
+        predicted_prefill_seconds=math.fsum(prefill),
+        measured_prefill_seconds=stage.prefill_compute_seconds,
+    )
+
+
+def _corrected(model: CostModel, drift: StageDrift) -> Device:
+    """Return the device with all its times of this shape multiplied."""
+    device, profile, work = model.cluster.device(drift.stage.device), model.profile, model.workload
+    factor = drift.decode_factor
+    ends = [profile.embedding] * drift.stage.has_embedding + [profile.head] * drift.stage.has_head
+    end_seconds = factor * math.fsum(s for unit in ends for s in model.prefill_seconds(unit, device.name))
+    layers_seconds = drift.predicted_prefill_seconds - end_seconds / factor
+    left = max(drift.measured_prefill_seconds - end_seconds, PREFILL_FLOOR * drift.measured_prefill_seconds)
+    prefill_factor = left / layers_seconds if layers_seconds > 0 else factor
+    known = _known_curves(device, profile) or _point_curves(model, device, work)
+    return device.model_copy(
+        update={"timings": tuple(_scaled(t, decode=factor, prefill=prefill_factor) for t in known)}
+    )
+
+
+def _known_curves(device: Device, profile: ModelProfile) -> tuple[Timings, ...]:
+    shape = profile.layers[0].shapes_sha256
+    return tuple(t for t in device.timings if t.dtype == profile.dtype and t.profile in ("*", shape))
+
+
+def _point_curves(model: CostModel, device: Device, work: Workload) -> tuple[Timings, ...]:
+    """The roofline at the run's own point, as curves of that one point."""
+    profile, layer = model.profile, model.profile.layers[0]
+    chunks = zip(work.prefill_chunks, model.prefill_seconds(layer, device.name), strict=True)
+    batch = work.batch_size
+    return (
+        Timings(
+            profile=layer.shapes_sha256,
+            dtype=profile.dtype,
+            decode_seconds_per_layer=((work.decode_context_tokens, batch, model.decode_seconds(layer, device.name)),),
+            prefill_seconds_per_layer=tuple((tokens, past, batch, seconds) for (tokens, past), seconds in chunks),
+            embedding_seconds=((batch, model.decode_seconds(profile.embedding, device.name)),),
+            head_seconds=((batch, model.decode_seconds(profile.head, device.name)),),
+        ),
+    )
+
+
+def _scaled(timings: Timings, *, decode: float, prefill: float) -> Timings:
+    def times(factor: float) -> Callable[[tuple[float, ...]], tuple[float, ...]]:
+        return lambda row: (*row[:-1], row[-1] * factor)
+
+    return timings.model_copy(
+        update={
+            "decode_seconds_per_layer": tuple(map(times(decode), timings.decode_seconds_per_layer)),
+            "prefill_seconds_per_layer": tuple(map(times(prefill), timings.prefill_seconds_per_layer)),
+            "embedding_seconds": tuple(map(times(decode), timings.embedding_seconds)),
+            "head_seconds": tuple(map(times(decode), timings.head_seconds)),
+        }
+    )

@@ -1,0 +1,270 @@
+"""Time real decoder layers on the devices of this machine, with the chain that `llamarun` runs.
+
+A short chain (`planner.measure.chain`) makes the same steps as a real run, and its stage clock says what each part
+took.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from planner.measure.calm import MOST_OTHER_CORES, WINDOW_SECONDS, CalmMeter
+from planner.measure.chain import WEIGHT_SCALE, PathName, short_chain
+from planner.measure.points import Points
+from plans.checkpoint.folder import Checkpoint
+from plans.cluster import Timings
+from plans.profile import ModelProfile
+from runtime.generate.clock import stage_clock
+from runtime.generate.limits import Limits
+from runtime.generate.loop import Decoding, Request, decode_one_token, generate_requests, prefill
+from runtime.generate.sampling import Sampling
+from runtime.generate.tokens import TokenBatch
+from runtime.reading.capacity import memory_faults
+from runtime.reading.devices import synchronize, torch_device
+from runtime.stage_time import StageTime
+from runtime.stages.chain import Chain
+from runtime.steps import StepTrace, since
+
+COPY_BYTES = (4096, 64 << 20)
+COPY_REPEATS = 9
+
+Progress = Callable[[], None]
+"""Called after every visit of a point."""
+Point = tuple[int, ...]
+Visit = Callable[["Samples", "Samples"], None]
+
+ROUNDS = 3
+"""Every point is visited this often, far apart in time, so that a busy second spoils one visit and not the median."""
+STEPS_PER_ROUND = 3
+AGREEMENT = 1.03
+"""Two readings of a prompt that are this close need no third; prompts take most of the time."""
+LAYERS, HEAD_STAGE = 1, 2
+"""Places in the chain: the embedding is stage 0."""
+
+
+@dataclass(slots=True)
+class Samples:
+    """What was measured so far: seconds by point."""
+
+    decode: dict[Point, list[float]] = field(default_factory=dict)
+    """By (context, batch)."""
+    prefill: dict[Point, list[float]] = field(default_factory=dict)
+    """By (tokens, past tokens, batch)."""
+    embedding: dict[Point, list[float]] = field(default_factory=dict)
+    """By (positions,); everything of a step that is neither layers nor head."""
+    head: dict[Point, list[float]] = field(default_factory=dict)
+    """By (batch,)."""
+
+    def tables(self) -> tuple[dict[Point, list[float]], ...]:
+        """Return all tables, in one order."""
+        return (self.decode, self.prefill, self.embedding, self.head)
+
+    def take(self, other: "Samples") -> None:
+        """Add what another object holds."""
+        for mine, theirs in zip(self.tables(), other.tables(), strict=True):
+            for point, seconds in theirs.items():
+                mine.setdefault(point, []).extend(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Curves of one device, and how much other programs disturbed them."""
+
+    timings: Timings
+    is_disturbed: bool
+    """Whether some point was only ever timed while other programs were at work."""
+
+
+def measure_device(
+    checkpoint: Checkpoint,
+    profile: ModelProfile,
+    *,
+    device: str,
+    points: Points,
+    path: PathName = "reference",
+    progress: Progress = lambda: None,
+) -> Measured | None:
+    """Time the shape on one device of this machine.
+
+    Every point is visited several times, far apart. What was read while other programs kept the processor busy counts
+    only where there is nothing better.
+
+    Args:
+        checkpoint: what `profile` was made from.
+        profile: sizes and dtype.
+        device: a device of this machine, as a plan names it.
+        points: from `planner.measure.points.choose_points`.
+        path: which path to time.
+        progress: called `num_visits(points)` times.
+
+    Returns:
+        None if `path` is fast and the reference path would serve every step here.
+
+    Raises:
+        MachineError: memory ran out, or the device is not here.
+        InputError: the runtime does not run this family.
+    """
+    chain, reader = (
+        short_chain(checkpoint, num_layers=num_layers, dtype=profile.dtype, device=device, path=path)
+        for num_layers in (points.num_layers, points.num_prefill_layers)
+    )
+    if path == "fast" and chain.fast is None:
+        return None
+    calm, disturbed = Samples(), Samples()
+    with memory_faults("timing layers"):
+        _visit_steps(chain, points.decode[0][0], 1, calm, Samples())  # not kept: the first steps warm up
+        _visit_prefill(reader, points.prefill[0], calm, Samples())
+        for _ in range(ROUNDS):
+            _visit_all(_visits(chain, reader, points), calm, disturbed, progress)
+    return _result(calm, disturbed, chain, profile, path=path)
+
+
+def _visit_all(visits: Iterable[Visit], calm: Samples, disturbed: Samples, progress: Progress) -> None:
+    meter, window = CalmMeter(), Samples()
+    for visit in visits:
+        visit(calm, window)
+        progress()
+        if meter.seconds >= WINDOW_SECONDS:
+            (calm if meter.other_cores() <= MOST_OTHER_CORES else disturbed).take(window)
+            window = Samples()
+    (calm if meter.other_cores() <= MOST_OTHER_CORES else disturbed).take(window)
+
+
+def num_visits(points: Points) -> int:
+    """Return how many times `measure_device` calls its `progress`."""
+    return ROUNDS * (len(points.batches) + len(points.decode) + len(points.prefill))
+
+
+def cpu_threads(num_threads: int | None) -> int:
+    """Set the threads torch computes with, unless None, and return their number."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return torch.get_num_threads()
+
+
+def _visits(chain: Chain, reader: Chain, points: Points) -> Iterator[Visit]:
+    """Yield what one round does; each visit gets what is known already, and where to put what it finds."""
+    for batch in points.batches:
+        yield partial(_visit_steps, chain, points.decode[0][0], batch)
+    for context, size in points.decode:
+        yield partial(_visit_decode, chain, context, size)
+    for point in points.prefill:
+        yield partial(_visit_prefill, reader, point)
+
+
+def _visit_steps(chain: Chain, context: int, batch: int, _known: Samples, found: Samples) -> None:
+    """Make whole steps, choice of the token included: what is neither layers nor head is paid once per step."""
+    request = Request(
+        prompt_ids=[1] * context,
+        sampling=Sampling(),
+        limits=Limits(context_tokens=context + STEPS_PER_ROUND + 2, max_tokens=STEPS_PER_ROUND + 2),
+    )
+    traces: list[StepTrace] = []
+    run = generate_requests(chain, [request] * batch, on_step=traces.append, measure_stages=True)
+    for seconds, trace in list(zip(run.step_seconds, traces[1:], strict=True))[1:]:
+        head = trace.stages[HEAD_STAGE].compute_seconds
+        rest = seconds - head - trace.stages[LAYERS].compute_seconds
+        found.head.setdefault((batch,), []).append(head)
+        found.embedding.setdefault((batch,), []).append(rest)
+
+
+def _visit_decode(chain: Chain, context: int, batch: int, _known: Samples, found: Samples) -> None:
+    state = _filled_state(chain, past=context - 1 - STEPS_PER_ROUND // 2, batch=batch, tokens=1)
+    with torch.inference_mode(), stage_clock(chain) as totals:
+        for step in range(STEPS_PER_ROUND + 1):
+            before = [total.copy() for total in totals]
+            decode_one_token(chain, state)
+            state.batch.append([1] * batch)
+            if step:  # the first step meets a cache that was just made
+                found.decode.setdefault((context, batch), []).append(_layer_seconds(chain, since(totals, before)))
+
+
+def _visit_prefill(chain: Chain, point: tuple[int, int, int], known: Samples, found: Samples) -> None:
+    if _is_settled(known.prefill.get(point, ())):
+        return
+    tokens, past, batch = point
+    state = _filled_state(chain, past=past, batch=batch, tokens=tokens)
+    device = chain.stage_devices[0]
+    with torch.inference_mode(), stage_clock(chain) as totals:
+        synchronize(device)
+        started = time.perf_counter()
+        prefill(chain, state)
+        seconds = time.perf_counter() - started
+    found.prefill.setdefault(point, []).append(_layer_seconds(chain, totals))
+    rest = seconds - totals[LAYERS].compute_seconds - totals[HEAD_STAGE].compute_seconds
+    found.embedding.setdefault((tokens * batch,), []).append(rest)
+
+
+def _is_settled(seconds: Sequence[float]) -> bool:
+    return len(seconds) > 1 and max(seconds) <= AGREEMENT * min(seconds)
+
+
+def _layer_seconds(chain: Chain, stages: Sequence[StageTime]) -> float:
+    return stages[LAYERS].compute_seconds / chain.stages[LAYERS].num_layers
+
+
+def _filled_state(chain: Chain, *, past: int, batch: int, tokens: int) -> Decoding:
+    """Return a state that has `past` tokens in its cache and `tokens` more to read; the values do not matter."""
+    past = max(past, 0)
+    batch_ids = TokenBatch([[1] * (past + tokens)] * batch, num_new_tokens=STEPS_PER_ROUND + 2, pad_token_id=0)
+    cache = _empty_cache(chain)
+    if past:
+        config, device = chain.config, chain.stage_devices[LAYERS]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (batch, config.num_key_value_heads, past, head_dim)
+        for layer in range(chain.stages[LAYERS].num_layers):
+            states = torch.full(shape, WEIGHT_SCALE, dtype=chain.dtype, device=device)
+            cache.update(states, states.clone(), layer)
+    return Decoding(batch_ids, cache)
+
+
+def _empty_cache(chain: Chain) -> DynamicCache:
+    return DynamicCache(config=chain.config)
+
+
+def _result(calm: Samples, disturbed: Samples, chain: Chain, profile: ModelProfile, *, path: PathName) -> Measured:
+    pairs = list(zip(calm.tables(), disturbed.tables(), strict=True))
+    is_disturbed = any(point not in best for best, other in pairs for point in other)
+    decode, prefill, embedding, head = (_rows(other | best) for best, other in pairs)
+    timings = Timings(
+        profile=profile.layers[0].shapes_sha256,
+        dtype=profile.dtype,
+        path=path,
+        threads=torch.get_num_threads() if chain.stage_devices[0].type == "cpu" else 0,
+        decode_seconds_per_layer=decode,
+        prefill_seconds_per_layer=prefill,
+        embedding_seconds=embedding,
+        head_seconds=head,
+    )
+    return Measured(timings, is_disturbed)
+
+
+def _rows(table: dict[Point, list[float]]) -> tuple[Any, ...]:
+    return tuple((*point, max(0.0, median(seconds))) for point, seconds in sorted(table.items()))
+
+
+def measure_copy(from_device: str, to_device: str) -> tuple[float, float]:
+    """Return (latency in seconds, bytes per second) of copies from one device of this machine to another."""
+    source, target = torch_device(from_device), torch_device(to_device)
+    small, large = (_copy_seconds(size, source, target) for size in COPY_BYTES)
+    bandwidth = (COPY_BYTES[1] - COPY_BYTES[0]) / max(large - small, 1e-9)
+    return max(0.0, small - COPY_BYTES[0] / bandwidth), bandwidth
+
+
+def _copy_seconds(num_bytes: int, source: torch.device, target: torch.device) -> float:
+    values = torch.zeros(num_bytes, dtype=torch.uint8, device=source)
+    seconds = []
+    for _ in range(COPY_REPEATS + 1):
+        synchronize(source)
+        synchronize(target)
+        started = time.perf_counter()
+        values.to(target)
+        synchronize(target)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:])

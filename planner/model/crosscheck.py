@@ -1,0 +1,82 @@
+"""Headers against formula: every difference is an error or is named."""
+
+from collections.abc import Iterator, Mapping
+
+from planner.model import formula
+from plans.checkpoint.config import ModelConfig
+from plans.checkpoint.folder import (
+    EMBEDDING,
+    HEAD,
+    Checkpoint,
+    StoredTensor,
+    UnitTable,
+    local_name,
+    unexpected_tensors,
+    unit_of,
+    unit_tables,
+)
+from plans.errors import InputError
+from plans.profile import Difference
+
+
+def differences(checkpoint: Checkpoint) -> tuple[Difference, ...]:
+    """Return what the headers hold beyond the formula over the configuration, in name order.
+
+    Tie rule: `tie_word_embeddings` decides; a stored copy of a tied table is named and counted once.
+
+    Raises:
+        InputError: a tensor the model cannot do without is missing, or has another shape than the configuration says.
+    """
+    found = [*_leftovers(checkpoint), *_tied_copy(checkpoint)]
+    if formula.is_known(checkpoint.config) and checkpoint.config.quantization is None:
+        layer = formula.layer_shapes(checkpoint.config)
+        for table in unit_tables(checkpoint):
+            found += _unit_differences(checkpoint, table, _expected(table, checkpoint.config, layer))
+    return tuple(sorted(found, key=lambda difference: difference.name))
+
+
+def _leftovers(checkpoint: Checkpoint) -> Iterator[Difference]:
+    unexpected = set(unexpected_tensors(checkpoint))
+    for name, stored in checkpoint.tensors.items():
+        if name in unexpected:
+            yield _difference(name, stored, "belongs to no unit; left out")
+        elif unit_of(name) is None:
+            yield _difference(name, stored, "a rotary table; rebuilt from the configuration when running")
+
+
+def _tied_copy(checkpoint: Checkpoint) -> Iterator[Difference]:
+    if checkpoint.config.tie_word_embeddings and HEAD in checkpoint.tensors:
+        yield _difference(HEAD, checkpoint.tensors[HEAD], f"a stored copy of the tied {EMBEDDING}; counted once")
+
+
+def _expected(table: UnitTable, config: ModelConfig, layer: formula.Shapes) -> formula.Shapes:
+    if table.key[0] == "layer":
+        return layer
+    return formula.embedding_shapes(config) if table.key[0] == "embedding" else formula.head_shapes(config)
+
+
+def _unit_differences(
+    checkpoint: Checkpoint, table: UnitTable, expected: Mapping[str, formula.Shape]
+) -> Iterator[Difference]:
+    prefix = f"model.layers.{table.key[1]}." if table.key[0] == "layer" else ""
+    held = {local_name(name): stored for name, stored in table.tensors.items()}
+    for name, shape in expected.items():
+        if name not in held:
+            raise InputError(
+                f"no tensor {prefix}{name}",
+                where=checkpoint.path,
+                expected=f"one of shape {list(shape)}, as config.json implies",
+                code="E-TENSOR",
+            )
+        if held[name].entry.shape != shape:
+            raise InputError(
+                f"{prefix}{name} has shape {list(held[name].entry.shape)}, config.json implies {list(shape)}",
+                where=checkpoint.path,
+                code="E-SHAPE",
+            )
+    for name in held.keys() - expected.keys():
+        yield _difference(prefix + name, held[name], "not part of this family's layers; counted with its unit")
+
+
+def _difference(name: str, stored: StoredTensor, note: str) -> Difference:
+    return Difference(name=name, size_bytes=stored.entry.size_bytes, note=note)

@@ -1,0 +1,151 @@
+"""Checkpoint -> model profile: what every unit of a model costs, without loading weights.
+
+Sizes come from the safetensors headers; for the supported families they are compared with the formula over the
+configuration, and every difference is named. A bare configuration is sized by the formula alone.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+from pydantic import ValidationError
+
+from planner.model import formula
+from planner.model.crosscheck import differences
+from planner.model.find import find_model, model_name
+from planner.model.units import Rows, Sizing, profile_unit
+from plans.checkpoint.config import ModelConfig
+from plans.checkpoint.folder import Checkpoint, UnitKey, local_name, unit_keys, unit_tables
+from plans.errors import InputError
+from plans.profile import Difference, DtypeName, ModelIdentity, ModelProfile, ShardIdentity, UnitProfile
+
+STORED_DTYPES: Mapping[str, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+"""Our dtype names, to those of safetensors."""
+
+
+def build_profile(
+    checkpoint: Checkpoint, *, dtype: DtypeName | None = None, kv_cache_dtype: DtypeName | None = None
+) -> ModelProfile:
+    """Size every unit of a checkpoint.
+
+    Args:
+        checkpoint: an opened folder or bare configuration.
+        dtype: dtype the model will run in; None for the stored one (the configuration's where several are stored).
+        kv_cache_dtype: dtype of the KV cache; None for `dtype`.
+
+    Returns:
+        The profile. Weight bytes of quantised checkpoints are the stored ones, whatever `dtype` is.
+
+    Raises:
+        InputError: the tensors contradict the configuration, or a bare configuration is of an unknown family.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from plans.checkpoint.folder import open_checkpoint
+        >>> build_profile(open_checkpoint(Path("my-model"))).total_parameters  # doctest: +SKIP
+        1100048384
+    """
+    rows = _header_rows(checkpoint) if checkpoint.has_weights else _formula_rows(checkpoint)
+    stored = {dtype for unit in rows.values() for dtype, _shape in unit.values()}
+    chosen = dtype or _default_dtype(checkpoint.config, stored)
+    try:
+        return _assemble(checkpoint, rows, stored, Sizing(checkpoint.config, chosen, kv_cache_dtype or chosen))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise InputError(
+            f"the configured model is too large to size: {'/'.join(map(str, problem['loc']))}: {problem['msg']}",
+            where=checkpoint.path,
+            code="E-CONFIG",
+        ) from None
+
+
+def _header_rows(checkpoint: Checkpoint) -> dict[UnitKey, Rows]:
+    return {
+        table.key: {local_name(name): (t.entry.dtype, t.entry.shape) for name, t in table.tensors.items()}
+        for table in unit_tables(checkpoint)
+    }
+
+
+def _formula_rows(checkpoint: Checkpoint) -> dict[UnitKey, Rows]:
+    config = checkpoint.config
+    formula.require_known(config, where=checkpoint.path)
+    stored = STORED_DTYPES[config.dtype]
+    shapes = {
+        "embedding": formula.embedding_shapes(config),
+        "layer": formula.layer_shapes(config),
+        "head": formula.head_shapes(config),
+    }
+    rows = {kind: {name: (stored, shape) for name, shape in unit.items()} for kind, unit in shapes.items()}
+    return {key: rows[key[0]] for key in unit_keys(config)}
+
+
+def _default_dtype(config: ModelConfig, stored: set[str]) -> DtypeName:
+    known = [name for name, label in STORED_DTYPES.items() if stored == {label}]
+    return cast("DtypeName", known[0] if known else config.dtype)
+
+
+def _assemble(checkpoint: Checkpoint, rows: Mapping[UnitKey, Rows], stored: set[str], sizing: Sizing) -> ModelProfile:
+    config = checkpoint.config
+    units = tuple(_profile_units(rows, sizing))
+    tied_parameters = units[0].parameters if config.tie_word_embeddings else 0
+    tied_bytes = units[0].weight_bytes if config.tie_word_embeddings else 0
+    return ModelProfile(
+        model=_identity(checkpoint, stored),
+        dtype=sizing.dtype,
+        kv_cache_dtype=sizing.kv_cache_dtype,
+        tied=config.tie_word_embeddings,
+        units=units,
+        total_parameters=sum(unit.parameters for unit in units) - tied_parameters,
+        total_weight_bytes=sum(unit.weight_bytes for unit in units) - tied_bytes,
+        differences=_named_differences(checkpoint),
+    )
+
+
+def _profile_units(rows: Mapping[UnitKey, Rows], sizing: Sizing) -> Iterator[UnitProfile]:
+    sized: dict[int, UnitProfile] = {}  # the formula hands out one table for all layers: size it once
+    for key, unit in rows.items():
+        if id(unit) not in sized:
+            sized[id(unit)] = profile_unit(key, unit, sizing=sizing)
+        window = sizing.config.sliding_windows[key[1]] if key[0] == "layer" else None
+        yield sized[id(unit)].model_copy(update={"index": key[1], "kv_window_tokens": window})
+
+
+def _named_differences(checkpoint: Checkpoint) -> tuple[Difference, ...]:
+    config = checkpoint.config
+    if checkpoint.has_weights:
+        return differences(checkpoint)
+    if config.quantization is None:
+        return ()
+    note = f"quantised ({config.quantization}): sized as unquantised {config.dtype} until the headers are there"
+    return (Difference(name="quantization_config", size_bytes=0, note=note),)
+
+
+def _identity(checkpoint: Checkpoint, stored: set[str]) -> ModelIdentity:
+    config = checkpoint.config
+    ours = {label: name for name, label in STORED_DTYPES.items()}
+    names = sorted(ours.get(dtype, dtype) for dtype in stored)
+    return ModelIdentity(
+        name=model_name(checkpoint.path),
+        model_type=config.model_type,
+        architecture=config.architecture,
+        config_sha256=config.sha256,
+        source="headers" if checkpoint.has_weights else "config",
+        shards=tuple(
+            ShardIdentity(name=s.name, size_bytes=s.header.file_bytes, header_sha256=s.header.header_sha256)
+            for s in checkpoint.shards
+        ),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        stored_dtype=names[0] if len(names) == 1 else "mixed",
+        quantization=config.quantization,
+    )
+
+
+__all__ = ["STORED_DTYPES", "build_profile", "find_model"]

@@ -1,0 +1,101 @@
+"""One unit's tensors -> its costs.
+
+Sources: parameters and bytes are sums over tensors; a linear layer needs one multiply and one add per weight and token,
+hence 2 FLOPs per weight; attention multiplies a query with every key and every value it sees, hence
+4 x heads x head_dim FLOPs per token and token of context; the KV cache keeps one key and one value per KV head.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from planner.model import formula
+from plans.checkpoint.config import DTYPE_SIZES, ModelConfig
+from plans.checkpoint.folder import UnitKey, hash_shapes
+from plans.checkpoint.header import DTYPE_BYTES
+from plans.profile import DtypeName, UnitProfile
+
+Rows = Mapping[str, tuple[str, formula.Shape]]
+"""Local tensor name -> (stored dtype, shape)."""
+
+_EXPERTS = ".experts."
+_FLOATS = {"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
+KV_TENSORS = 2
+FLOPS_PER_WEIGHT = 2
+FLOPS_PER_SCORE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """The configuration and dtypes that turn tensors into costs."""
+
+    config: ModelConfig
+    dtype: DtypeName
+    kv_cache_dtype: DtypeName
+
+    @property
+    def has_logical_shapes(self) -> bool:
+        """Whether the stored tensors are packed, and what they stand for is known."""
+        return self.config.quantization is not None and formula.is_known(self.config)
+
+
+def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
+    """Return the costs of one unit; see `UnitProfile` for units and meaning."""
+    config, kind = sizing.config, key[0]
+    is_layer, is_embedding = kind == "layer", kind == "embedding"
+    shapes = _logical_shapes(key, rows, sizing)
+    weight_bytes = {name: _bytes_at_dtype(row, sizing) for name, row in rows.items()}
+    total_bytes = sum(weight_bytes.values())
+    kv_width = KV_TENSORS * config.num_key_value_heads * config.head_dim
+    row_bytes = config.hidden_size * DTYPE_SIZES[sizing.dtype]
+    return UnitProfile(
+        kind="layer" if is_layer else "embedding" if is_embedding else "head",
+        index=key[1],
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        stored_weight_bytes=sum(_stored_bytes(row) for row in rows.values()),
+        weight_bytes=total_bytes,
+        decode_read_bytes=row_bytes if is_embedding else total_bytes - _idle_expert_bytes(weight_bytes, config),
+        kv_bytes_per_token=kv_width * DTYPE_SIZES[sizing.kv_cache_dtype] if is_layer else 0,
+        kv_window_tokens=config.sliding_windows[key[1]] if is_layer else None,
+        flops_per_token=0 if is_embedding else _flops_per_token(shapes, config),
+        attention_flops_per_token_per_context=(
+            FLOPS_PER_SCORE * config.num_attention_heads * config.head_dim if is_layer else 0
+        ),
+        shapes_sha256=hash_shapes(rows),
+    )
+
+
+def _logical_shapes(key: UnitKey, rows: Rows, sizing: Sizing) -> formula.Shapes:
+    """Quantised tensors are packed: count what they stand for where the family is known, else what is stored."""
+    if not sizing.has_logical_shapes:
+        return {name: shape for name, (_dtype, shape) in rows.items()}
+    by_kind = {"embedding": formula.embedding_shapes, "layer": formula.layer_shapes, "head": formula.head_shapes}
+    return by_kind[key[0]](sizing.config)
+
+
+def _stored_bytes(row: tuple[str, formula.Shape]) -> int:
+    dtype, shape = row
+    return math.prod(shape) * DTYPE_BYTES[dtype]
+
+
+def _bytes_at_dtype(row: tuple[str, formula.Shape], sizing: Sizing) -> int:
+    dtype, shape = row
+    if sizing.config.quantization is not None or dtype not in _FLOATS:
+        return _stored_bytes(row)
+    return math.prod(shape) * DTYPE_SIZES[sizing.dtype]
+
+
+def _idle_expert_bytes(weight_bytes: Mapping[str, int], config: ModelConfig) -> int:
+    """Expert weights that one token does not touch."""
+    experts = sum(size for name, size in weight_bytes.items() if _EXPERTS in name)
+    return experts - _active(experts, config)
+
+
+def _flops_per_token(shapes: formula.Shapes, config: ModelConfig) -> int:
+    linear = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) >= 2}
+    experts = sum(size for name, size in linear.items() if _EXPERTS in name)
+    return FLOPS_PER_WEIGHT * (sum(linear.values()) - experts + _active(experts, config))
+
+
+def _active(experts: int, config: ModelConfig) -> int:
+    return experts * config.num_experts_per_tok // config.num_experts if config.num_experts else experts

@@ -1,0 +1,1 @@
+"""The second opinion: exact methods that share nothing with the program."""

@@ -1,0 +1,1 @@
+"""And the others? What other engines would do."""

@@ -1,0 +1,193 @@
+"""A plan as a person sees it in a terminal: memory bars, the chain with its hops, the times, the proof."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from plans.plan import Plan, Stage
+from plans.reading.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+    from planner.answers.capacity import Capacity
+
+BAR_CELLS = 24
+_PARTS = (
+    ("weights", "weight_bytes", "█", "cyan"),
+    ("KV cache", "kv_cache_bytes", "▓", "magenta"),
+    ("activations", "activation_bytes", "▒", "yellow"),
+    ("overhead", "overhead_bytes", "░", "blue"),
+)
+_FREE = "·"
+
+
+def headline(plan: Plan) -> str:
+    """Return one line saying what was planned."""
+    work = plan.workload
+    weight = "" if plan.mixed_weight is None else f", weight {plan.mixed_weight:g}"
+    batch = f", batch {work.batch_size}" * (work.batch_size > 1)
+    flight = f", {work.requests_in_flight} in flight" * (work.requests_in_flight > 1)
+    flight += f", prefill in chunks of {work.prefill_chunk_tokens}" * (work.prefill_chunk_tokens < work.prompt_tokens)
+    return (
+        f"{plan.profile.model.name}: {plan.profile.model.num_hidden_layers} layers in {work.dtype}, context "
+        f"{work.context_tokens}, {work.prompt_tokens} + {work.new_tokens} tokens{batch}{flight}; "
+        f"strategy {plan.strategy} ({plan.objective}{weight})"
+    )
+
+
+def stage_table(plan: Plan) -> "Table":
+    """Return one row per stage with a stacked memory bar."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("device", "holds", "memory"):
+        table.add_column(column, no_wrap=True)
+    for column in ("used", "budget", "share", "per token"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in plan.stages:
+        table.add_row(
+            stage.device,
+            held_units(stage),
+            memory_bar(stage),
+            format_bytes(stage.total_bytes),
+            format_bytes(stage.budget_bytes),
+            f"{stage.total_bytes / stage.budget_bytes:.1%}",
+            duration(stage.decode_seconds),
+        )
+    return table
+
+
+def held_units(stage: Stage) -> str:
+    """Return what a stage holds, as ``emb + 0-15`` or ``16-31 + head``; layer numbers are inclusive."""
+    parts = ["emb"] * stage.has_embedding
+    if stage.num_layers:
+        last = stage.end_layer - 1
+        parts.append(f"{stage.start_layer}-{last}" if last > stage.start_layer else f"{last}")
+    return " + ".join(parts + ["head"] * stage.has_head)
+
+
+def memory_bar(stage: Stage, *, cells: int = BAR_CELLS) -> "Text":
+    """Return weights, KV cache, activations, overhead and free memory as one bar of `cells` characters.
+
+    The part boundaries are rounded, not the parts, so that the bar has exactly `cells` cells.
+    """
+    from rich.text import Text
+
+    bar = Text()
+    done = filled = 0
+    for _label, key, symbol, colour in _PARTS:
+        done += getattr(stage, key)
+        end = min(cells, round(cells * done / stage.budget_bytes))
+        bar.append(symbol * (end - filled), style=colour)
+        filled = end
+    bar.append(_FREE * (cells - filled), style="dim")
+    return bar
+
+
+def legend() -> "Text":
+    """Return the line that explains the bars."""
+    from rich.text import Text
+
+    text = Text("memory: ")
+    for label, _key, symbol, colour in _PARTS:
+        text.append(symbol, style=colour).append(f" {label}  ")
+    return text.append(_FREE, style="dim").append(" free")
+
+
+def summary_lines(plan: Plan) -> Iterator[str]:
+    """Yield the chain, the predicted times, the proof, and what was left out or given up."""
+    yield chain_line(plan)
+    yield from _time_lines(plan)
+    if plan.trade_off is not None:
+        trade = plan.trade_off
+        yield (
+            f"mixed gives up {trade.time_given_up:.1%} of time (best alone {duration(trade.best_time_seconds)}) "
+            f"and {trade.memory_share_given_up:.1%} of memory share (best alone {trade.best_memory_share:.1%})"
+        )
+    yield proof_line(plan)
+    unused = unused_devices(plan)
+    if unused:
+        yield f"not used: {', '.join(unused)}"
+
+
+def chain_line(plan: Plan) -> str:
+    """Return the devices in chain order with the time of every hop."""
+    parts = [f"{stage.device} -{duration(stage.hop_seconds)}-> " for stage in plan.stages[:-1]]
+    parts.append(plan.stages[-1].device)
+    if len(plan.stages) > 1:
+        parts.append(f" -{duration(plan.prediction.return_hop_seconds)}-> back to {plan.stages[0].device}")
+    return "chain: " + "".join(parts)
+
+
+def _time_lines(plan: Plan) -> Iterator[str]:
+    predicted = plan.prediction
+    first = duration(predicted.time_to_first_token_seconds)
+    yield (
+        f"predicted: {duration(predicted.seconds_per_token)} per token "
+        f"({predicted.tokens_per_second:.4g} tokens/s), {first} to the first token"
+    )
+    if plan.workload.requests_in_flight > 1:
+        yield (
+            f"with {plan.workload.requests_in_flight} in flight: "
+            f"{predicted.pipelined_tokens_per_second:.4g} tokens/s altogether"
+        )
+
+
+def proof_line(plan: Plan) -> str:
+    """Return what is known about the plan, and who proved it."""
+    proof = plan.proof
+    value = objective_text(plan, proof.objective)
+    by = f"{proof.solver} {proof.solver_version}"
+    if proof.status == "given":
+        return f"given by hand: {value}; checked, not optimised"
+    if proof.status != "optimal":
+        least = objective_text(plan, proof.bound)
+        return f"feasible, not proved: {value}; {by} excludes less than {least} (gap {proof.gap:.2%})"
+    if proof.solver == "none":
+        return f"optimal: {value}, proved by {proof.certified_by}; the integer program was stopped before its proof"
+    again = f" and again by {proof.certified_by}" if proof.certified_by else "; no second method reaches this size"
+    return f"optimal: {value}, proved by {by}{again}"
+
+
+def objective_text(plan: Plan, value: float) -> str:
+    """Return a value of the plan's objective with its unit."""
+    if plan.strategy == "memory":
+        return f"largest memory share {value:.2%}"
+    if plan.strategy == "mixed":
+        return f"weighted sum {value:.4f}"
+    names = {"latency": "per token", "request": "per request", "throughput": "per step"}
+    return f"{duration(value)} {names[plan.objective]}"
+
+
+def unused_devices(plan: Plan) -> list[str]:
+    """Return the devices of the cluster that hold nothing."""
+    used = {stage.device for stage in plan.stages}
+    return [device.name for device in plan.cluster.devices if device.name not in used]
+
+
+def duration(seconds: float) -> str:
+    """Return a time with four significant digits, in the unit that suits it."""
+    for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
+        if seconds < limit:
+            return f"{seconds * factor:.4g} {unit}"
+    return f"{seconds:.4g} s"
+
+
+def capacity_line(capacity: "Capacity") -> str:
+    """Return how far a number of the workload may rise, and who proved that it may rise no further."""
+    name = {"context_tokens": "context", "requests_in_flight": "requests in flight"}[capacity.key]
+    proved = " and ".join(capacity.proved_by)
+    beyond = f"{capacity.any_cut + 1} proved infeasible by {proved}" if proved else "as many as can be asked for"
+    return f"largest {name}: {capacity.this_cut} with this cut, {capacity.any_cut} with any cut ({beyond})"
+
+
+def as_json(plan: Plan, *, solve_seconds: float | None = None, capacities: "Sequence[Capacity]" = ()) -> dict[str, Any]:
+    """Return the plan's own keys, and beside them what only this run knows."""
+    extra: dict[str, Any] = {"unused_devices": unused_devices(plan)}
+    if capacities:
+        extra["capacities"] = [asdict(capacity) for capacity in capacities]
+    if solve_seconds is not None:
+        extra["solve_seconds"] = solve_seconds
+    return plan.model_dump(mode="json", by_alias=True) | extra

@@ -1,0 +1,1 @@
+"""Let it happen: a plan event by event."""

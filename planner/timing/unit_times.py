@@ -1,0 +1,96 @@
+"""Seconds of one unit on one device: its measured curve where there is one, else the roofline."""
+
+from planner.timing.curves import Estimate, Point, estimate
+from planner.timing.roofline import Work, roofline_seconds
+from plans.cluster import Device, Timings
+from plans.profile import ModelProfile, UnitProfile
+from plans.workload import Workload
+
+Table = tuple[tuple[float, ...], ...]
+
+
+class UnitTimes:
+    """Reads unit times off one device, remembering what it has read."""
+
+    def __init__(self, device: Device, *, profile: ModelProfile, workload: Workload) -> None:
+        self._device = device
+        self._profile = profile
+        self._batch = workload.batch_size
+        self._timings = _matching_timings(device, profile, workload)
+        self._known: dict[tuple[str, str, int | None, int, int, bool], Estimate] = {}
+
+    def decode(self, unit: UnitProfile, *, context: int) -> Estimate:
+        """Return the time of one decode step that attends to `context` tokens, itself included."""
+        return self._remembered(unit, Work(1, context - 1, self._batch), is_decode=True)
+
+    def prefill(self, unit: UnitProfile, *, tokens: int, past: int) -> Estimate:
+        """Return the time of a prefill chunk of `tokens` after `past` cached ones."""
+        return self._remembered(unit, Work(tokens, past, self._batch), is_decode=False)
+
+    def is_measured(self, unit: UnitProfile) -> bool:
+        """Return whether decode times of `unit` were measured."""
+        return bool(self._table(unit, is_decode=True))
+
+    def _remembered(self, unit: UnitProfile, work: Work, *, is_decode: bool) -> Estimate:
+        key = (unit.kind, unit.shapes_sha256, unit.kv_window_tokens, work.tokens, work.past, is_decode)
+        if key not in self._known:
+            self._known[key] = self._estimate(unit, work, is_decode=is_decode)
+        return self._known[key]
+
+    def _estimate(self, unit: UnitProfile, work: Work, *, is_decode: bool) -> Estimate:
+        table = self._table(unit, is_decode=is_decode)
+        if not table:
+            return Estimate(self._roofline(unit, work))
+        point = _point(unit, work, is_decode=is_decode)
+        return estimate(
+            table,
+            point=point,
+            model=lambda p: self._roofline(unit, _work(unit, p, is_decode=is_decode)),
+        )
+
+    def _roofline(self, unit: UnitProfile, work: Work) -> float:
+        return roofline_seconds(unit, self._device, work=work, profile=self._profile)
+
+    def _table(self, unit: UnitProfile, *, is_decode: bool) -> Table:
+        """The first matching timings that hold rows for this kind of unit."""
+        for timings in self._timings:
+            if unit.kind == "layer" and timings.profile not in {"*", unit.shapes_sha256}:
+                continue
+            table = _rows(timings, unit, is_decode=is_decode)
+            if table:
+                return table
+        return ()
+
+
+def _matching_timings(device: Device, profile: ModelProfile, workload: Workload) -> tuple[Timings, ...]:
+    """Timings for a layer of this model before those for any model, the fast path's before the reference path's."""
+    hashes = {layer.shapes_sha256 for layer in profile.layers}
+    fitting = [
+        timings
+        for timings in device.timings
+        if timings.dtype == workload.dtype and (timings.profile == "*" or timings.profile in hashes)
+    ]
+    return tuple(sorted(fitting, key=lambda timings: (timings.profile == "*", timings.path == "reference")))
+
+
+def _rows(timings: Timings, unit: UnitProfile, *, is_decode: bool) -> Table:
+    if unit.kind == "embedding":
+        return timings.embedding_seconds
+    if unit.kind == "head":
+        return timings.head_seconds
+    return timings.decode_seconds_per_layer if is_decode else timings.prefill_seconds_per_layer
+
+
+def _point(unit: UnitProfile, work: Work, *, is_decode: bool) -> Point:
+    """Where `work` lies in the table: positions for the embedding, sequences for the head."""
+    if unit.kind != "layer":
+        return (work.rows if unit.kind == "embedding" else work.batch,)
+    return (work.past + 1, work.batch) if is_decode else (work.tokens, work.past, work.batch)
+
+
+def _work(unit: UnitProfile, point: Point, *, is_decode: bool) -> Work:
+    """The reverse of `_point`."""
+    numbers = [int(x) for x in point]
+    if unit.kind != "layer":
+        return Work(1, 0, numbers[0])
+    return Work(1, numbers[0] - 1, numbers[1]) if is_decode else Work(numbers[0], numbers[1], numbers[2])

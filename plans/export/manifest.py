@@ -1,0 +1,129 @@
+"""The manifest of an export and the stage files derived from it."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from plans.cluster import Name
+from plans.profile import Count, Sha256
+from plans.reading.files import check_basename, sha256_hex
+from plans.reading.strict import SchemaVersion, StrictModel, dump_json
+
+MANIFEST_NAME = "manifest.json"
+PLAN_NAME = "plan.json"
+MAX_MANIFEST_BYTES = 4 << 20
+XXH3_128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class SourceFile(StrictModel):
+    """A file of the checkpoint the export was made from."""
+
+    name: str
+    size: Count
+    sha256: Sha256
+
+
+class ExportedFile(StrictModel):
+    """A file of the export; every file but the manifest and the stage files is listed."""
+
+    path: str
+    size: Count
+    sha256: Sha256
+    xxh3_128: XXH3_128
+    """Fast checksum, compared when a bundle is loaded."""
+
+
+class ManifestStage(StrictModel):
+    """Which safetensors file belongs to which stage."""
+
+    file: str
+    device: Name
+    start_layer: Count
+    end_layer: Count
+    has_embedding: bool
+    has_head: bool
+
+
+class Manifest(StrictModel):
+    """`manifest.json`, written last: an export is complete exactly when it is there."""
+
+    schema_version: SchemaVersion = 1
+    export_id: Sha256
+    plan_sha256: Sha256
+    dtype: str
+    stages: Annotated[tuple[ManifestStage, ...], Field(min_length=1)]
+    source: tuple[SourceFile, ...]
+    files: Annotated[tuple[ExportedFile, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_are_safe_and_unique(self) -> "Manifest":
+        names = [check_basename(file.path, where="files") for file in self.files]
+        if len({name.casefold() for name in names}) != len(names):
+            raise ValueError("two files have the same name")
+        count = len(self.stages)
+        reserved = {MANIFEST_NAME, *(stage_name(index, count) for index in range(count))} & set(names)
+        if reserved:
+            raise ValueError(f"{min(reserved)} cannot list itself")
+        for index, stage in enumerate(self.stages):
+            if stage.file != weights_name(index, count) or stage.file not in names:
+                raise ValueError(f"stage {index} names {stage.file}; {weights_name(index, count)} must be listed")
+        return self
+
+    def derived_id(self) -> str:
+        """Return the export id this manifest must have: the sha256 of itself without that key."""
+        body = self.model_dump(mode="json", by_alias=True)
+        del body["export_id"]
+        return sha256_hex(dump_json(body).encode())
+
+    def file(self, path: str) -> ExportedFile:
+        """Return the entry of `path`; KeyError if there is none."""
+        for file in self.files:
+            if file.path == path:
+                return file
+        raise KeyError(path)
+
+    def stage_json(self, index: int) -> str:
+        """Return the exact text of the stage file of stage `index`."""
+        stage = self.stages[index]
+        weights = self.file(stage.file)
+        return StageFile(
+            export_id=self.export_id,
+            plan_sha256=self.plan_sha256,
+            stage=index,
+            num_stages=len(self.stages),
+            dtype=self.dtype,
+            device=stage.device,
+            start_layer=stage.start_layer,
+            end_layer=stage.end_layer,
+            has_embedding=stage.has_embedding,
+            has_head=stage.has_head,
+            weights=weights,
+        ).to_json()
+
+
+class StageFile(StrictModel):
+    """`stage-00001-of-0000N.json`: what one host needs to know about its stage."""
+
+    schema_version: SchemaVersion = 1
+    export_id: Sha256
+    plan_sha256: Sha256
+    stage: Count
+    """Zero-based index in the chain."""
+    num_stages: Count
+    dtype: str
+    device: Name
+    start_layer: Count
+    end_layer: Count
+    has_embedding: bool
+    has_head: bool
+    weights: ExportedFile
+
+
+def weights_name(index: int, num_stages: int) -> str:
+    """Return the safetensors file name of stage `index` (zero-based)."""
+    return f"model-{index + 1:05d}-of-{num_stages:05d}.safetensors"
+
+
+def stage_name(index: int, num_stages: int) -> str:
+    """Return the stage file name of stage `index` (zero-based)."""
+    return f"stage-{index + 1:05d}-of-{num_stages:05d}.json"

@@ -1,0 +1,98 @@
+"""What a stage's safetensors file must hold: its number, its plan, and exactly the tensors of its units."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from plans.checkpoint.folder import EMBEDDING, HEAD, UnitKey, hash_shapes, local_name, unit_of
+from plans.checkpoint.header import SafetensorsHeader
+from plans.errors import IntegrityError, printable
+from plans.export.manifest import Manifest, ManifestStage
+from plans.plan import Plan
+
+METADATA_STAGE = "llamaplan_stage"
+METADATA_NUM_STAGES = "llamaplan_num_stages"
+METADATA_PLAN = "llamaplan_plan_sha256"
+
+_STORED_DTYPES: Mapping[str, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_FLOAT_DTYPES = frozenset(_STORED_DTYPES.values())
+
+
+def metadata_of(stage: int, *, num_stages: int, plan_sha256: str) -> dict[str, str]:
+    """Return the `__metadata__` of a stage's safetensors file; `format` is what transformers asks for."""
+    return {
+        "format": "pt",
+        METADATA_STAGE: str(stage),
+        METADATA_NUM_STAGES: str(num_stages),
+        METADATA_PLAN: plan_sha256,
+    }
+
+
+def check_metadata(path: Path, header: SafetensorsHeader, *, index: int, manifest: Manifest) -> None:
+    """Compare the stage number and the plan's hash inside a stage file with the place where it lies.
+
+    Raises:
+        IntegrityError: stages were swapped, renamed, or mixed from two plans.
+    """
+    expected = metadata_of(index, num_stages=len(manifest.stages), plan_sha256=manifest.plan_sha256)
+    for key, value in expected.items():
+        found = header.metadata.get(key, "nothing")
+        if found != value:
+            raise IntegrityError(
+                f"its metadata says {key} {printable(found, limit=80)}, this place needs {value}",
+                where=path,
+                hint="the stages were swapped, renamed or mixed; copy them again",
+                code="E-STAGE",
+            )
+
+
+def check_tensors(path: Path, header: SafetensorsHeader, *, index: int, manifest: Manifest, plan: Plan) -> None:
+    """Check that every tensor belongs to a unit of the stage and every unit has the tensors the plan was made for.
+
+    Raises:
+        IntegrityError: a foreign, missing or differently shaped tensor, or one of another dtype.
+    """
+    stage = manifest.stages[index]
+    owned: dict[UnitKey, dict[str, tuple[str, tuple[int, ...]]]] = {key: {} for key in _keys_of(stage)}
+    for name, entry in header.tensors.items():
+        key = unit_of(name)
+        if key not in owned:
+            raise IntegrityError(f"holds {printable(name)}, which is not of stage {index}", where=path, code="E-STAGE")
+        owned[key][local_name(name)] = (entry.dtype, entry.shape)
+        if manifest.dtype in _STORED_DTYPES and entry.dtype in _FLOAT_DTYPES - {_STORED_DTYPES[manifest.dtype]}:
+            raise IntegrityError(
+                f"{name} is {entry.dtype}, the manifest says {manifest.dtype}", where=path, code="E-STAGE"
+            )
+    if stage.has_embedding and stage.has_head and plan.profile.tied and HEAD not in owned["head", 0]:
+        owned["head", 0][HEAD] = owned["embedding", 0].get(EMBEDDING, ("", ()))
+    _check_shapes(path, manifest, plan, owned)
+
+
+def _keys_of(stage: ManifestStage) -> list[UnitKey]:
+    keys: list[UnitKey] = [("embedding", 0)] if stage.has_embedding else []
+    keys += [("layer", i) for i in range(stage.start_layer, stage.end_layer)]
+    return [*keys, ("head", 0)] if stage.has_head else keys
+
+
+def _check_shapes(
+    path: Path,
+    manifest: Manifest,
+    plan: Plan,
+    owned: Mapping[UnitKey, Mapping[str, tuple[str, tuple[int, ...]]]],
+) -> None:
+    stored = plan.profile.model.stored_dtype
+    recorded: dict[UnitKey, str] = {(unit.kind, unit.index): unit.shapes_sha256 for unit in plan.profile.units}
+    if manifest.dtype != stored and not {manifest.dtype, stored} <= set(_STORED_DTYPES):
+        return  # converted from mixed dtypes: the plan's hashes are of dtypes that are no longer there
+    for key, tensors in owned.items():
+        original = {
+            name: (_STORED_DTYPES.get(stored, dtype) if dtype in _FLOAT_DTYPES else dtype, shape)
+            for name, (dtype, shape) in tensors.items()
+        }
+        if hash_shapes(original) != recorded[key]:
+            what = key[0] if key[0] != "layer" else f"layer {key[1]}"
+            raise IntegrityError(
+                f"the tensors of the {what} are not those the plan was made for",
+                where=path,
+                hint="the file belongs to another model; copy it again",
+                code="E-STAGE",
+            )

@@ -1,0 +1,57 @@
+"""`llamarun check`: is the chain the unsplit model?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plans.console import Output
+from plans.errors import IntegrityError
+from runtime.cli import options
+from runtime.cli.opening import load, prepare
+
+CHECK_PROMPTS = ("def main(argv: list[str]) -> int:\n", "import os\n", "The quick brown fox jumps over the lazy dog.")
+
+
+def check(
+    target: options.Target,
+    against: Annotated[Path, typer.Option("--against", help="The unsplit checkpoint.")],
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "--max-new-tokens", "-n", min=1, max=10_000, help="Greedy tokens to compare.")
+    ] = 32,
+    model: options.ModelOption = None,
+    device_map: options.DeviceMapOption = None,
+    dtype: options.DtypeOption = None,
+    threads: options.ThreadsOption = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Compare a split model with the unsplit one: logits bit for bit, and greedy tokens.
+
+    Ends with exit code 5 if anything differs.
+
+    Example: llamarun check shards/ --against checkpoint/
+    """
+    output = Output(json=as_json, quiet=quiet)
+    prepared = prepare(output, target, model=model, device_map=device_map, dtype=dtype, threads=threads)
+
+    from runtime.reading.tokenizer import encode_prompt
+    from runtime.stages.parity import compare_models, load_unsplit
+
+    prompts = [encode_prompt(prepared.tokenizer, text, parses_special=False) for text in CHECK_PROMPTS]
+    session = load(output, prepared, cache_tokens=max(map(len, prompts)) + max_tokens, batch_size=len(prompts))
+    unsplit = load_unsplit(against, dtype=session.chain.dtype)
+    results = compare_models(session.chain, unsplit, prompts, num_tokens=max_tokens, chunk_tokens=3)
+    is_identical = all(result.is_identical for result in results)
+    cases = [
+        {"case": r.case, "values": r.num_values, "different": r.num_different, "max_abs": r.max_abs_difference}
+        for r in results
+    ]
+    output.data({"is_identical": is_identical, "cases": cases})
+    for result in results:
+        verdict = "identical" if result.is_identical else f"{result.num_different} differ"
+        output.show(f"{verdict:>12}  {result.case} ({result.num_values} values)")
+    if not is_identical:
+        worst = max(result.max_abs_difference for result in results)
+        raise IntegrityError(f"differs from the unsplit model by up to {worst:.3g}", where=target, code="E-PARITY")
+    output.note(f"{len(session.chain.stages)} stages equal the unsplit model of {against}, bit for bit")

@@ -1,0 +1,206 @@
+"""`llamarun generate`: continue one text."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from plans.console import Output
+from plans.errors import UsageError
+from plans.reading.files import read_limited
+from runtime.cli import options
+from runtime.cli import processes as several
+from runtime.cli.opening import merge_sampling, prepare, refuse_empty_stops, sampling_choices
+from runtime.fast.speed import Speed
+
+if TYPE_CHECKING:
+    from runtime.generate.loop import Generation
+    from runtime.session_kind import AnySession
+
+
+def generate(
+    context: typer.Context,
+    target: options.Target,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; - reads stdin.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    prompt_ids: Annotated[
+        str | None, typer.Option("--prompt-ids", help="The prompt as token ids, separated by commas.")
+    ] = None,
+    max_tokens: options.MaxTokensOption = None,
+    temperature: options.TemperatureOption = None,
+    top_k: options.TopKOption = None,
+    top_p: options.TopPOption = None,
+    min_p: options.MinPOption = None,
+    repetition_penalty: options.PenaltyOption = None,
+    seed: options.SeedOption = 0,
+    stop: options.StopOption = None,
+    special: Annotated[
+        bool, typer.Option("--special", help="Special tokens named in the prompt count as such.")
+    ] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence.")] = False,
+    prefill_chunk: options.ChunkOption = None,
+    threads: options.ThreadsOption = None,
+    speed: options.SpeedOption = Speed.AUTO,
+    model: options.ModelOption = None,
+    device_map: options.DeviceMapOption = None,
+    dtype: options.DtypeOption = None,
+    kv_cache_dtype: options.KvDtypeOption = None,
+    ctx_size: options.ContextOption = None,
+    expect_id: options.ExpectOption = None,
+    verify: options.VerifyOption = True,
+    processes: several.ProcessesOption = False,
+    listen: several.ListenOption = None,
+    key_file: several.KeyOption = None,
+    trusted_network: several.TrustedOption = False,
+    heartbeat_timeout: several.HeartbeatOption = 30.0,
+    join_timeout: several.JoinOption = 60.0,
+    world_size: several.WorldOption = None,
+    restart: several.RestartOption = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Walk through the chain step by step.")] = False,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Continue a text.
+
+    Settings that are left out come from the model's generation_config.json.
+
+    Example: llamarun generate shards/ -p "Once upon a time" -n 100 --temp 0.8
+    """  # fmt: skip
+    output = Output(json=as_json, quiet=quiet)
+    if sum(given is not None for given in (prompt, prompt_file, prompt_ids)) != 1:
+        raise UsageError(
+            "give one prompt", expected="--prompt TEXT, --prompt - (stdin), --file PATH or --prompt-ids IDS"
+        )
+    refuse_empty_stops(stop)
+    given_ids = None if prompt_ids is None else _parse_ids(prompt_ids)
+    text = "" if given_ids is not None else _read_prompt(prompt, prompt_file)
+    choices = sampling_choices(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    team = several.ProcessChoices(
+        processes=processes,
+        listen=listen,
+        key_file=key_file,
+        trusted_network=trusted_network,
+        heartbeat_timeout=heartbeat_timeout,
+        join_timeout=join_timeout,
+        world_size=world_size,
+        restart=restart,
+    )
+    team.check()
+    workers = team.workers(context, target, model=model)
+    prepared = prepare(
+        output,
+        target,
+        model=model,
+        device_map=device_map,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        ctx_size=ctx_size,
+        expect_id=expect_id,
+        threads=threads,
+        only_stage=team.only_stage,
+        workers=workers,
+    )
+
+    from runtime.generate.limits import Limits, check_prompt
+    from runtime.generate.loop import Request
+    from runtime.reading.tokenizer import encode_prompt
+
+    ids = given_ids or encode_prompt(prepared.tokenizer, text, parses_special=special)
+    limits = Limits(
+        max_tokens=max_tokens,
+        context_tokens=prepared.context_tokens,
+        eos_token_ids=frozenset() if ignore_eos else prepared.eos_token_ids,
+        stop_strings=tuple(stop or ()),
+        prefill_chunk_tokens=prefill_chunk or prepared.prefill_chunk_tokens,
+    )
+    room = check_prompt(ids, limits, vocab_size=prepared.vocab_size, where="prompt")
+    request = Request(prompt_ids=ids, sampling=merge_sampling(prepared, choices), limits=limits)
+    shown = text if given_ids is None else prepared.decode(ids)
+    start = several.Start(
+        output=output,
+        prepared=prepared,
+        workers=workers,
+        threads=threads,
+        cache_tokens=len(ids) + room,
+        verify=verify,
+        speed=speed,
+    )
+    with several.any_session(team, start) as session:
+        generation = _run(output, session, request, prompt="" if quiet else shown, is_verbose=verbose)
+        _finish(output, session, generation, is_text_shown=not verbose)
+
+
+def _run(output: Output, session: "AnySession", request: object, *, prompt: str, is_verbose: bool) -> "Generation":
+    from runtime.generate.loop import Request
+    from runtime.reading.capacity import memory_faults
+    from runtime.results.walk import Walk
+
+    assert isinstance(request, Request)
+    is_streamed = not output.json and not is_verbose
+    with memory_faults("generating"):
+        return session.generate_requests(
+            [request],
+            decode=session.prepared.decode,
+            on_text=_Printer(prompt) if is_streamed else None,
+            on_step=Walk(session, write=output.note) if is_verbose else None,
+            measure_stages=True,
+        )
+
+
+def _parse_ids(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(
+            f"'{text[:60]}' is no list of token ids",
+            where="--prompt-ids",
+            expected="whole numbers from 0 up, separated by commas",
+            code="E-PROMPT",
+        )
+    return [int(part) for part in parts]
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    from runtime.reading.tokenizer import MAX_PROMPT_BYTES, read_prompt
+
+    if prompt_file is not None:
+        return read_prompt(read_limited(prompt_file, max_bytes=MAX_PROMPT_BYTES), where=prompt_file)
+    if prompt == "-":
+        return read_prompt(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), where="stdin")
+    return prompt or ""
+
+
+class _Printer:
+    """Streams text to stdout; the prompt goes to stderr before the first piece, so that a pipe gets only new text."""
+
+    def __init__(self, prompt: str) -> None:
+        self._prompt = prompt
+
+    def __call__(self, _sequence: int, piece: str) -> None:
+        if self._prompt:
+            sys.stderr.write(self._prompt)
+            sys.stderr.flush()
+            self._prompt = ""
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def _finish(output: Output, session: "AnySession", generation: "Generation", *, is_text_shown: bool) -> None:
+    from runtime.reading.opening import check_sources_unchanged
+    from runtime.results.summary import run_document, summary_lines
+
+    check_sources_unchanged(session.source)
+    document = run_document(session, generation)
+    output.data(document)
+    if not output.json:
+        sys.stdout.write("\n" if is_text_shown else generation.sequences[0].text + "\n")
+        sys.stdout.flush()
+        for line in summary_lines(document):
+            output.note(line)

@@ -1,0 +1,134 @@
+"""What every command does first: open, prepare and load a model while a spinner says so, and choose how to sample."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plans.console import Output
+from plans.errors import UsageError
+from runtime.fast.speed import Speed
+
+if TYPE_CHECKING:
+    from runtime.distributed.control.launch import LocalWorkers
+    from runtime.generate.sampling import Sampling
+    from runtime.session import Prepared, Session
+
+
+def prepare(
+    output: Output,
+    target: Path,
+    *,
+    model: Path | None,
+    device_map: list[str] | None,
+    dtype: str | None,
+    kv_cache_dtype: str | None = None,
+    ctx_size: int | None = None,
+    expect_id: str | None = None,
+    threads: int | None = None,
+    only_stage: int | None = None,
+    workers: "LocalWorkers | None" = None,
+) -> "Prepared":
+    """Open what the command was given and read everything but the weights.
+
+    With `only_stage`, the bundles of the other stages may be on other machines. `workers` are started as soon as the
+    number of stages is known.
+    """
+    with output.progress_console.status("opening", spinner="line"):
+        from plans.stages import stage_names
+        from runtime.reading.opening import open_source, parse_device_map
+
+        source = open_source(target, model=model, expect_id=expect_id, only_stage=only_stage)
+        for warning in source.warnings:
+            output.warn(warning)
+        places = parse_device_map(device_map or [], num_stages=len(source.stages))
+
+        if workers is not None:
+            workers.start_ahead(stage_names(source.stages))
+
+        with output.leaving_at_once():
+            import torch
+            import transformers
+
+            from runtime.session import prepare_session
+
+        # Our own sentences say what a person needs; the library's advice about its internals does not help here.
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return prepare_session(
+            source,
+            device_map=places,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            context_tokens=ctx_size,
+            only_stage=only_stage,
+        )
+
+
+def load(
+    output: Output,
+    prepared: "Prepared",
+    *,
+    cache_tokens: int | None = None,
+    batch_size: int = 1,
+    verify: bool = True,
+    speed: Speed = Speed.REFERENCE,
+) -> "Session":
+    """Load the weights of a prepared model; why it cannot be as fast as wanted is said here, once."""
+    from runtime.session import load_session
+
+    with output.progress_console.status("loading", spinner="line") as status:
+        session = load_session(
+            prepared,
+            cache_tokens=cache_tokens,
+            batch_size=batch_size,
+            verifies=verify,
+            speed=speed,
+            progress=status.update,
+        )
+    if session.chain.reason is not None:
+        output.note(f"reference path: {session.chain.reason}")
+    return session
+
+
+def sampling_choices(
+    *,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the sampling settings that were given, checked before anything is loaded."""
+    from runtime.generate.sampling import Sampling
+
+    stated = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    choices = {name: value for name, value in stated.items() if value is not None}
+    Sampling(**choices)  # type: ignore[arg-type]
+    return choices
+
+
+def refuse_empty_stops(stop: list[str] | None) -> None:
+    """Refuse an empty `--stop` before anything is loaded."""
+    if "" in (stop or ()):
+        raise UsageError("a stop string is empty", where="--stop", expected="at least one character", code="E-STOP")
+
+
+def merge_sampling(prepared: "Prepared", choices: dict[str, Any], *, where: str = "--top-k") -> "Sampling":
+    """Return the model's own defaults with the given choices on top."""
+    from runtime.generate.sampling import Sampling
+
+    if choices.get("top_k", 0) > prepared.vocab_size:
+        raise UsageError(
+            f"{choices['top_k']} is more than the vocabulary has", where=where, expected=f"0 to {prepared.vocab_size}"
+        )
+    return replace(Sampling.from_generation_config(prepared.generation_config), **choices)

@@ -1,0 +1,68 @@
+"""Command-line options that several commands share, so that they are spelled and explained once."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime.fast.speed import Speed
+
+MAX_TOKENS_LIMIT = 1_000_000
+
+
+class Dtype(StrEnum):
+    """Dtypes to compute in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+Target = Annotated[Path, typer.Argument(help="An export, a plan file (with --model), or a checkpoint folder.")]
+ModelOption = Annotated[Path | None, typer.Option("--model", help="The checkpoint a plan file is for.")]
+DeviceMapOption = Annotated[
+    list[str] | None,
+    typer.Option("--device-map", help="STAGE=DEVICE (stages count from 0), or one DEVICE for all; repeatable."),
+]
+DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Compute in this dtype instead of the stored one.")]
+KvDtypeOption = Annotated[
+    Dtype | None,
+    typer.Option("--kv-cache-dtype", help="Keep keys and values in this dtype; the plan's, else as --dtype."),
+]
+ContextOption = Annotated[
+    int | None, typer.Option("--ctx-size", "-c", min=1, help="Context in tokens; the plan's, else the model's.")
+]
+ExpectOption = Annotated[str | None, typer.Option("--expect-id", help="Refuse an export with another export id.")]
+VerifyOption = Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the weights with their checksums.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads.")]
+SpeedOption = Annotated[
+    Speed,
+    typer.Option("--speed", help="transformers' code, native kernels (CPU) and graphs (CUDA), or the faster."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only data, warnings and errors.")]
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        "--max-new-tokens",
+        "-n",
+        min=0,
+        max=MAX_TOKENS_LIMIT,
+        help="New tokens; unset: until end-of-sequence or the context's end.",
+    ),
+]
+TemperatureOption = Annotated[float | None, typer.Option("--temp", "--temperature", help="0 is greedy.")]
+TopKOption = Annotated[int | None, typer.Option("--top-k", help="Keep the K likeliest tokens; 0 keeps all.")]
+TopPOption = Annotated[float | None, typer.Option("--top-p", help="Keep the likeliest tokens up to this sum.")]
+MinPOption = Annotated[float | None, typer.Option("--min-p", help="Drop tokens below this share of the best.")]
+PenaltyOption = Annotated[
+    float | None, typer.Option("--repetition-penalty", help="Above 1 makes repeated tokens less likely.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of all random draws.")]
+StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output; repeatable.")]
+ChunkOption = Annotated[
+    int | None,
+    typer.Option("--prefill-chunk", min=1, help="Prompt tokens per step; unset: the plan's, else at most 2048."),
+]

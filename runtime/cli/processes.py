@@ -1,0 +1,234 @@
+"""The options of commands that can run every stage in a process of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from plans.console import Output
+from plans.errors import MachineError, PeerError, UsageError
+from runtime.cli.opening import load
+from runtime.fast.speed import Speed
+
+if TYPE_CHECKING:
+    from runtime.distributed.control.address import Address
+    from runtime.distributed.control.launch import LocalWorkers
+    from runtime.distributed.session import ProcessSession
+    from runtime.session import Prepared
+    from runtime.session_kind import AnySession
+
+ProcessesOption = Annotated[
+    bool, typer.Option("--processes", help="Run every stage in a process of its own, started here.")
+]
+ListenOption = Annotated[
+    str | None,
+    typer.Option("--listen", metavar="ADDR:PORT", help="Wait here for workers from other hosts instead."),
+]
+KeyOption = Annotated[
+    Path | None, typer.Option("--key-file", help="Key that workers from other hosts must have; mode 0600.")
+]
+TrustedOption = Annotated[
+    bool,
+    typer.Option("--trusted-network", help="The network between the hosts is private: data on it is not encrypted."),
+]
+HeartbeatOption = Annotated[
+    float,
+    typer.Option("--heartbeat-timeout", min=0.5, max=86400, help="Seconds of silence after which a process is lost."),
+]
+JoinOption = Annotated[
+    float, typer.Option("--join-timeout", min=1, max=86400, help="Seconds to wait for every worker to join.")
+]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Start a lost worker again and go on where the text was.")
+]
+InFlightOption = Annotated[
+    str | None,
+    typer.Option("--in-flight", metavar="N|auto", help="Batches under way at once with --processes; unset: auto."),
+]
+WorldOption = Annotated[int | None, typer.Option("--world-size", hidden=True)]
+
+
+MAX_RESTARTS = 3
+"""Lost workers that one run replaces: whatever takes more of them will not stop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessChoices:
+    """What was asked for on the command line."""
+
+    processes: bool
+    listen: str | None
+    key_file: Path | None
+    trusted_network: bool
+    heartbeat_timeout: float
+    join_timeout: float
+    world_size: int | None
+    restart: bool = False
+
+    @property
+    def is_used(self) -> bool:
+        """Whether several processes were asked for."""
+        return self.processes or self.listen is not None
+
+    @property
+    def only_stage(self) -> int | None:
+        """The stage whose bundle must lie here: with workers elsewhere, only the first."""
+        return None if self.listen is None else 0
+
+    def check(self) -> None:
+        """Check what can be checked before anything is opened.
+
+        Raises:
+            UsageError: an address that is none, or a network without a key.
+            MachineError: a network that nobody said is trusted, or a key that others can read.
+        """
+        self.key()
+
+    def workers(self, context: typer.Context, target: Path, *, model: Path | None) -> "LocalWorkers | None":
+        """Return the workers of this machine, which end with the command; None if there are none."""
+        if not self.is_used or self.listen is not None:
+            return None
+        from runtime.distributed.control.launch import LocalWorkers
+
+        return context.with_resource(LocalWorkers(target, model=model))
+
+    def address(self) -> "Address | None":
+        """Return where workers from other hosts join, if they can; errors as `check`."""
+        from runtime.distributed.control.address import parse_address
+
+        return None if self.listen is None else parse_address(self.listen, where="--listen")
+
+    def key(self) -> bytes:
+        """Return what workers from other hosts must prove; errors as `check`."""
+        from runtime.distributed.control.address import is_loopback
+        from runtime.distributed.control.keys import read_key
+
+        address = self.address()
+        if address is None or address.is_unix:
+            return b""
+        if self.key_file is None:
+            raise UsageError("listening on a network needs a key", expected="--key-file FILE", code="E-KEY")
+        if not is_loopback(address.host) and not self.trusted_network:
+            raise _untrusted(str(address))
+        return read_key(self.key_file)
+
+
+def choose_in_flight(choices: ProcessChoices, prepared: "Prepared", text: str | None) -> int:
+    """Return how many batches are kept under way: what was asked for, else the plan's, else one per stage.
+
+    Raises:
+        UsageError: not a count, or several in one process.
+    """
+    if (text not in {None, "auto"} and not (text or "").isdecimal()) or text == "0":
+        raise UsageError(f"'{text}' is no count", where="--in-flight", expected="a number from 1, or auto")
+    if not choices.is_used:
+        if text not in {None, "auto", "1"}:
+            raise UsageError("one process computes one batch at a time", where="--in-flight", hint="add --processes")
+        return 1
+    if text not in {None, "auto"}:
+        return int(text or 1)
+    planned = prepared.source.plan.workload.requests_in_flight if prepared.source.plan else 1
+    return planned if planned > 1 else len(prepared.source.stages)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a command loads a model with."""
+
+    output: Output
+    prepared: "Prepared"
+    workers: "LocalWorkers | None"
+    threads: int | None
+    cache_tokens: int | None = None
+    batch_size: int = 1
+    verify: bool = True
+    speed: Speed = Speed.REFERENCE
+    traces: bool = False
+
+
+def check_world_size(prepared: "Prepared", choices: ProcessChoices) -> None:
+    """Require as many processes as there are stages.
+
+    Raises:
+        PeerError: torchrun was told another number.
+        UsageError: there is only one stage.
+    """
+    count = len(prepared.source.stages)
+    if choices.world_size is not None and choices.world_size != count:
+        raise PeerError(
+            f"torchrun started {choices.world_size} processes for {count} stages",
+            expected=f"--nproc-per-node {count} on one host, or {count} over all hosts",
+            code="E-RANK",
+        )
+    if count < 2:
+        raise UsageError("there is only one stage to run", hint="leave --processes out, or plan for several devices")
+
+
+@contextmanager
+def any_session(choices: ProcessChoices, start: Start) -> "Iterator[AnySession]":
+    """Load a model in this process, or in one process per stage that end with the block."""
+    if not choices.is_used:
+        yield load(
+            start.output,
+            start.prepared,
+            cache_tokens=start.cache_tokens,
+            batch_size=start.batch_size,
+            verify=start.verify,
+            speed=start.speed,
+        )
+        return
+    check_world_size(start.prepared, choices)
+    with _open(choices, start) as session:
+        yield session
+
+
+def _open(choices: ProcessChoices, start: Start) -> "ProcessSession":
+    from runtime.distributed.control.team import Patience
+    from runtime.distributed.opening import open_processes
+    from runtime.distributed.session import ProcessSettings
+
+    settings = ProcessSettings(
+        workers=start.workers,
+        listen=choices.address(),
+        key=choices.key(),
+        patience=Patience(join_seconds=choices.join_timeout, heartbeat_seconds=choices.heartbeat_timeout),
+        threads=start.threads,
+        speed=start.speed,
+        traces=start.traces,
+        num_restarts=MAX_RESTARTS if choices.restart else 0,
+        note=start.output.note,
+    )
+    with start.output.progress_console.status("starting", spinner="line") as status:
+        return open_processes(
+            start.prepared,
+            settings,
+            cache_tokens=start.cache_tokens,
+            batch_size=start.batch_size,
+            verifies=start.verify,
+            progress=status.update,
+        )
+
+
+def write_trace(session: "AnySession", path: Path) -> None:
+    """Write what every stage did since it was last asked."""
+    from plans.reading.files import write_text
+    from plans.reading.strict import dump_json
+    from runtime.distributed.session import ProcessSession
+    from runtime.distributed.trace import trace_document
+
+    assert isinstance(session, ProcessSession)
+    write_text(path, dump_json(trace_document(session.take_numbers(), session.stage_views(batch_size=1))))
+
+
+def _untrusted(address: str) -> MachineError:
+    return MachineError(
+        "the data between the hosts would be open to everybody on that network",
+        where=address,
+        expected="--trusted-network, if the network is private",
+        hint="torch.distributed neither checks who connects nor encrypts: use a network of your own, WireGuard, or "
+        "SSH tunnels (docs/distributed.md)",
+        code="E-NETWORK",
+    )

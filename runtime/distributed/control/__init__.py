@@ -1,0 +1,1 @@
+"""Who takes part, who is alive, who is lost?"""

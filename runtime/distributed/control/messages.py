@@ -1,0 +1,239 @@
+"""What driver and workers tell each other over the control connection, as strict models.
+
+Hidden states and token ids never come this way; see `runtime.distributed.links`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from plans.errors import PeerError
+from plans.reading.strict import StrictModel, parse_json
+
+PROTOCOL = 1
+"""Version of both planes; driver and workers must agree."""
+
+Text = Annotated[str, Field(max_length=4000)]
+Rank = Annotated[int, Field(ge=0, le=65535)]
+Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+class Identity(StrictModel):
+    """What must be the same in every process of a run."""
+
+    protocol: int
+    version: Text
+    torch: Text
+    byte_order: Text
+    model_id: Text
+    """The export id; for a plan with its checkpoint, hashes of both."""
+    plan_sha256: Text
+    num_stages: Rank
+
+
+class Join(StrictModel):
+    """Worker: the first message."""
+
+    kind: Literal["join"] = "join"
+    rank: Rank
+    host: Text
+    pid: Natural
+    identity: Identity
+
+
+class Job(StrictModel):
+    """Driver: the answer to a join that is accepted."""
+
+    kind: Literal["job"] = "job"
+    dtype: Text
+    kv_cache_dtype: Text
+    device: Text | None
+    """Where the stage goes if not where the plan says."""
+    threads: Natural | None
+    verifies: bool
+    cache_tokens: Natural
+    batch_size: Natural
+    speed: Text
+    heartbeat_timeout_seconds: float
+    traces: bool
+    """Whether every step is kept for a trace."""
+
+
+class Refused(StrictModel):
+    """Driver: the answer to a join that is not accepted."""
+
+    kind: Literal["refused"] = "refused"
+    exit_code: int
+    line: Text
+
+
+class Progress(StrictModel):
+    """Worker: what it is doing."""
+
+    kind: Literal["progress"] = "progress"
+    text: Text
+
+
+class Ready(StrictModel):
+    """Worker: the stage is loaded, or free of an earlier epoch, and the data plane can be formed."""
+
+    kind: Literal["ready"] = "ready"
+    device: Text
+    load_seconds: float
+    decode_read_bytes: Natural
+
+
+class Form(StrictModel):
+    """Driver: connect to the neighbours. A later epoch replaces an earlier one and all that belonged to it."""
+
+    kind: Literal["form"] = "form"
+    epoch: Natural
+    uses_nccl: bool
+
+
+class Put(StrictModel):
+    """Both ways: an entry of the shared store through which torch.distributed finds the other processes."""
+
+    kind: Literal["put"] = "put"
+    key: Text
+    value: Annotated[str, Field(max_length=65536)]
+    """Base64."""
+
+
+class Formed(StrictModel):
+    """Worker: connected."""
+
+    kind: Literal["formed"] = "formed"
+    epoch: Natural
+
+
+class Drawing(StrictModel):
+    """How the tokens of one sequence are chosen; see `runtime.generate.sampling.Sampling`."""
+
+    temperature: float
+    top_k: Natural
+    top_p: float
+    min_p: float | None
+    repetition_penalty: float
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
+    sequence_index: Natural
+
+
+class Open(StrictModel):
+    """Driver: sequences that run as one padded batch; their first step may only come after this."""
+
+    kind: Literal["open"] = "open"
+    group: Natural
+    lengths: tuple[Natural, ...]
+    """Prompt tokens per sequence."""
+    num_new_tokens: Natural
+    drawings: tuple[Drawing, ...]
+    prompts: tuple[tuple[Natural, ...], ...]
+    """Token ids, for the last stage if its choices depend on them; else empty."""
+    continues: Natural | None
+    """Group whose cache is taken over."""
+    keeps_tokens: Natural
+    """Tokens of that cache that stay."""
+
+
+class Beat(StrictModel):
+    """Both ways, all the time: still here."""
+
+    kind: Literal["beat"] = "beat"
+
+
+class Failed(StrictModel):
+    """Worker: it cannot go on, and why. Its last message."""
+
+    kind: Literal["failed"] = "failed"
+    exit_code: int
+    code: Text
+    line: Text
+
+
+class Broken(StrictModel):
+    """Worker: the data connection to a neighbour broke; the driver finds out who is to blame."""
+
+    kind: Literal["broken"] = "broken"
+    epoch: Natural
+    peer: Rank
+    text: Text
+
+
+class Abort(StrictModel):
+    """Driver: the run is over because of an error."""
+
+    kind: Literal["abort"] = "abort"
+    exit_code: int
+    line: Text
+
+
+class Ask(StrictModel):
+    """Driver: send the numbers so far."""
+
+    kind: Literal["ask"] = "ask"
+    request: Natural
+
+
+class StepTime(StrictModel):
+    """One step of one stage, in seconds of its host's clock since 1970."""
+
+    group: Natural
+    step: Natural
+    is_prefill: bool
+    start_seconds: float
+    end_seconds: float
+
+
+class Numbers(StrictModel):
+    """Worker: seconds spent since the last time it was asked."""
+
+    kind: Literal["numbers"] = "numbers"
+    request: Natural
+    prefill_compute_seconds: float
+    prefill_hop_seconds: float
+    decode_compute_seconds: float
+    decode_hop_seconds: float
+    decode_fast_steps: Natural
+    """Decode steps of a stage that uses the native kernels."""
+    peak_memory_bytes: Natural
+    steps: tuple[StepTime, ...]
+
+
+class Finish(StrictModel):
+    """Driver: everything has been received; leave."""
+
+    kind: Literal["finish"] = "finish"
+
+
+class Finished(StrictModel):
+    """Worker: the acknowledgement of `Finish`."""
+
+    kind: Literal["finished"] = "finished"
+
+
+Message = (
+    Join | Job | Refused | Progress | Ready | Form | Put | Formed | Open | Beat | Failed | Broken | Abort
+    | Ask | Numbers | Finish | Finished
+)  # fmt: skip
+
+_ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+
+
+def encode(message: Message) -> bytes:
+    """Return a message as JSON bytes."""
+    return message.model_dump_json().encode()
+
+
+def decode(data: bytes) -> Message:
+    """Read a message.
+
+    Raises:
+        PeerError: not one of ours.
+    """
+    try:
+        parse_json(data, where="control connection")
+        return _ADAPTER.validate_json(data)
+    except ValueError as error:  # ours and pydantic's are both ValueErrors
+        first = str(error).splitlines()[0]
+        raise PeerError(f"the other end of the control connection sent something else: {first}") from None

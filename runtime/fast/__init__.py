@@ -1,0 +1,1 @@
+"""How is a step computed faster?"""

@@ -1,0 +1,332 @@
+"""The CPU fast path: steps of a stage in one native call, on the weights where they are.
+
+Transformers and kernels extend one and the same cache (`runtime.fast.cache`). Values are rounded where the
+reference rounds them, only the order of sums differs: greedy tokens are the same up to ties within that rounding.
+
+Shapes: B sequences, S new tokens, E hidden size, D head size, V vocabulary.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from runtime.fast.cache import FastLayer
+from runtime.fast.native import COUNTERS_PER_LAYER, DTYPES, MAX_HEAD_DIM, MAX_ROWS, Head, Layer, Library, Shape, Step
+
+FAMILIES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+"""`model_type`s whose layers the kernels compute."""
+
+_WINDOW_FOR_ALL = ("mistral", "phi3")  # their one `sliding_window` holds for every layer
+
+
+def supports(config: PreTrainedConfig) -> str | None:
+    """Return why the kernels cannot run models of this configuration, or None if they can."""
+    if config.model_type not in FAMILIES:
+        return f"there is no native kernel for {config.model_type}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"there is no native kernel for the activation {config.hidden_act}"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim > MAX_HEAD_DIM:
+        return f"the native kernels take heads of up to {MAX_HEAD_DIM} values; this model's have {head_dim}"
+    return None
+
+
+def supports_weights(modules: Sequence[nn.Module]) -> str | None:
+    """Return why the kernels cannot read the weights of these modules, or None if they can."""
+    weights = [weight for module in modules for weight in module.parameters()]
+    kinds = {(weight.device.type, weight.dtype) for weight in weights}
+    if len(kinds) > 1:
+        return f"the stage mixes devices or dtypes: {', '.join(sorted(f'{d} {t}' for d, t in kinds))}"
+    if any(device != "cpu" or dtype not in DTYPES for device, dtype in kinds):
+        return "the native kernels take float32, float16 or bfloat16 weights on a CPU"
+    if not all(weight.is_contiguous() for weight in weights):
+        return "weights are not stored row by row"
+    return None
+
+
+class FastStage:
+    """Decoder layers, and where the stage has it the head, computed by the native kernels.
+
+    The modules keep owning the weights; they must not be moved or replaced while this object is used.
+
+    Example:
+        >>> stage = FastStage(kernels, model.model.layers, model.config)  # doctest: +SKIP
+        >>> hidden = stage.decode(hidden, cos, sin, start=start, cache=cache.layers)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        layers: Sequence[nn.Module],
+        config: PreTrainedConfig,
+        *,
+        norm: nn.Module | None = None,
+        head: nn.Module | None = None,
+    ) -> None:
+        """Record where the weights are.
+
+        Args:
+            library: the compiled kernels.
+            layers: transformers decoder layers; may be empty.
+            config: their configuration; `supports(config)` must be None, and `supports_weights` of all modules too.
+            norm: the final norm, if the stage has the head.
+            head: the `lm_head`, if the stage has it.
+        """
+        self._library = library
+        self._lock = threading.Lock()
+        self._modules = (*layers, *(m for m in (norm, head) if m is not None))  # keeps the weights alive
+        self._layers = (Layer * len(layers))(*(_layer(layer, config) for layer in layers))
+        self._dtype: torch.dtype = next(p.dtype for m in self._modules for p in m.parameters())
+        self._shape = _shape(layers[0] if len(layers) else None, config, self._dtype)
+        self._norm: Any = norm
+        self._head: Any = head
+        self._logits_scaling = float(getattr(config, "logits_scaling", 1.0))
+        self._scratch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._bound: list[weakref.ref[torch.Tensor]] = []  # weak: an old cache is free to go
+        self._capacity = 0
+
+    @torch.no_grad()
+    def decode(
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        start: torch.Tensor,
+        cache: Sequence[FastLayer],
+        threads: int | None = None,
+    ) -> torch.Tensor:
+        """Run S new tokens of every sequence through the layers and extend the cache by them.
+
+        Args:
+            hidden: [B, S, E].
+            cos: rotary table [B or 1, S, rotary_dim] for the tokens' positions, as the model's `rotary_emb` makes it.
+            sin: like `cos`.
+            start: [B] int64, the first slot of each sequence that is not (left) padding.
+            cache: one layer per decoder layer, all filled to the same length.
+            threads: None takes torch's number.
+
+        Returns:
+            Hidden states [B, S, E].
+        """
+        batch, new_tokens, _ = hidden.shape
+        if not self._layers or batch == 0 or new_tokens == 0:
+            return hidden
+        assert hidden.dtype == self._dtype
+        assert start.shape == (batch,)
+        assert cos.shape[-1] <= self._shape.head_dim
+        threads = threads or torch.get_num_threads()
+        cos, sin = cos.to(self._dtype).expand(batch, -1, -1), sin.to(self._dtype).expand(batch, -1, -1)
+        with self._lock:
+            self._bind(cache, batch=batch, new_tokens=new_tokens)
+            if batch * new_tokens <= MAX_ROWS:
+                outputs = self._decode_rows(hidden, cos, sin, start, past=cache[0].length, threads=threads)
+            else:
+                outputs = torch.empty_like(hidden)
+                for tokens in _slices(new_tokens, MAX_ROWS):
+                    for rows in _slices(batch, MAX_ROWS // (tokens.stop - tokens.start)):
+                        outputs[rows, tokens] = self._decode_rows(
+                            hidden[rows, tokens],
+                            cos[rows, tokens],
+                            sin[rows, tokens],
+                            start[rows],
+                            past=cache[0].length + tokens.start,
+                            first_sequence=rows.start,
+                            threads=threads,
+                        )
+        for layer in cache:
+            layer.length += new_tokens
+        return outputs
+
+    def _decode_rows(
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        start: torch.Tensor,
+        *,
+        past: int,
+        threads: int,
+        first_sequence: int = 0,
+    ) -> torch.Tensor:
+        """Run one native call: at most MAX_ROWS rows, of the cache's sequences from `first_sequence` on."""
+        batch, new_tokens, _ = hidden.shape
+        inputs, cos, sin, start = (tensor.contiguous() for tensor in (hidden, cos, sin, start))
+        outputs = torch.empty_like(inputs)
+        self._shape.rotary_dim = cos.shape[-1]
+        workspace, counters = self._workspace(batch * new_tokens, threads=threads)
+        step = Step(
+            openmp=self._library.openmp_address,
+            threads=threads,
+            num_layers=len(self._layers),
+            first_sequence=first_sequence,
+            batch=batch,
+            new_tokens=new_tokens,
+            past=past,
+            capacity=self._capacity,
+            inputs=inputs.data_ptr(),
+            outputs=outputs.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            start=start.data_ptr(),
+            workspace=workspace,
+            counters=counters,
+        )
+        self._library.decode_layers(self._shape, self._layers, step)
+        return outputs
+
+    @torch.no_grad()
+    def head(self, hidden: torch.Tensor, *, threads: int | None = None) -> torch.Tensor:
+        """Return the logits [..., V] of hidden states [..., E], in the model's dtype."""
+        threads = threads or torch.get_num_threads()
+        assert self._norm is not None
+        assert self._head is not None
+        vocab_size, hidden_size = self._head.weight.shape
+        rows = hidden.reshape(-1, hidden_size).contiguous()
+        logits = rows.new_empty((len(rows), vocab_size))
+        with self._lock:
+            for part in _slices(len(rows), MAX_ROWS):
+                workspace, counters = self._workspace(part.stop - part.start, threads=threads)
+                step = Head(
+                    openmp=self._library.openmp_address,
+                    threads=threads,
+                    dtype=DTYPES[self._dtype],
+                    rows=part.stop - part.start,
+                    hidden_size=hidden_size,
+                    vocab_size=vocab_size,
+                    norm_eps=self._norm.variance_epsilon,
+                    logits_scaling=self._logits_scaling,
+                    inputs=rows[part].data_ptr(),
+                    norm=self._norm.weight.data_ptr(),
+                    weight=self._head.weight.data_ptr(),
+                    logits=logits[part].data_ptr(),
+                    workspace=workspace,
+                    counters=counters,
+                )
+                self._library.compute_logits(step)
+        return logits.view(*hidden.shape[:-1], vocab_size)
+
+    def _bind(self, cache: Sequence[FastLayer], *, batch: int, new_tokens: int) -> None:
+        """Point the layers at the cache's buffers, with room for the new tokens."""
+        if self._is_bound(cache) and cache[0].length + new_tokens <= self._capacity:
+            return
+        kv_heads, head_dim = self._shape.num_kv_heads, self._shape.head_dim
+        for entry, layer in zip(self._layers, cache, strict=True):
+            layer.start(batch, kv_heads, head_dim, dtype=self._dtype)
+            layer.reserve(new_tokens)
+            keys, values = layer.buffers
+            assert layer.length == cache[0].length
+            assert keys.shape == values.shape == (batch, kv_heads, cache[0].capacity, head_dim)
+            assert keys.dtype == values.dtype == self._dtype
+            entry.keys, entry.values = keys.data_ptr(), values.data_ptr()
+        self._bound = [weakref.ref(layer.buffers[0]) for layer in cache]
+        self._capacity = cache[0].capacity
+
+    def _is_bound(self, cache: Sequence[FastLayer]) -> bool:
+        pairs = zip(self._bound, cache, strict=False)
+        return len(self._bound) == len(cache) and all(known() is layer.buffers[0] for known, layer in pairs)
+
+    def _workspace(self, rows: int, *, threads: int) -> tuple[int, int]:
+        """Return the addresses of scratch space and counters."""
+        needed = self._library.workspace_floats(self._shape, rows=rows, threads=threads)
+        if self._scratch is None or self._scratch[0].numel() < needed:
+            counters = torch.zeros(len(self._layers) * COUNTERS_PER_LAYER + 1, dtype=torch.int64)
+            self._scratch = (torch.empty(needed, dtype=torch.float32), counters)
+        return self._scratch[0].data_ptr(), self._scratch[1].data_ptr()
+
+
+def first_slots(attention_mask: torch.Tensor | None, *, batch: int) -> torch.Tensor | None:
+    """Return the first unpadded slot [B] of each sequence, or None if the mask is not plain left padding.
+
+    Args:
+        attention_mask: [B, T] with 0 for padding, or None when nothing is padded.
+        batch: B.
+    """
+    if attention_mask is None:
+        return torch.zeros(batch, dtype=torch.int64)
+    if attention_mask.dim() != 2:
+        return None
+    is_token = attention_mask != 0
+    start = is_token.shape[1] - is_token.sum(dim=1)
+    is_left_padded = torch.equal(is_token, torch.arange(is_token.shape[1]) >= start[:, None])
+    return start if is_left_padded else None
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
+def _shape(layer: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Shape:
+    attention = layer.self_attn if layer is not None else None
+    return Shape(
+        dtype=DTYPES[dtype],
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim if attention else 1,
+        rotary_dim=0,
+        intermediate_size=config.intermediate_size,
+        norm_eps=layer.input_layernorm.variance_epsilon if layer is not None else 0.0,
+        attention_scale=attention.scaling if attention else 1.0,
+        residual_multiplier=getattr(layer, "residual_multiplier", 1.0),
+    )
+
+
+def _layer(layer: Any, config: PreTrainedConfig) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    addresses = dict(_attention_addresses(attention, config)) | dict(_mlp_addresses(mlp, config))
+    return Layer(
+        input_norm=layer.input_layernorm.weight.data_ptr(),
+        post_norm=layer.post_attention_layernorm.weight.data_ptr(),
+        window=layer_window(layer, config),
+        has_rope=int(bool(getattr(attention, "use_rope", True))),
+        **addresses,
+    )
+
+
+def _attention_addresses(attention: Any, config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
+    q_rows, k_rows = (n * attention.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    if hasattr(attention, "qkv_proj"):
+        yield from _fused(attention.qkv_proj, {"q": q_rows, "k": k_rows, "v": k_rows})
+    else:
+        for name in ("q", "k", "v"):
+            yield from _linear(name, getattr(attention, f"{name}_proj"))
+    yield from _linear("o", attention.o_proj)
+    for name in ("q_norm", "k_norm"):
+        if hasattr(attention, name):
+            yield name, getattr(attention, name).weight.data_ptr()
+
+
+def _mlp_addresses(mlp: Any, config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
+    if hasattr(mlp, "gate_up_proj"):
+        yield from _fused(mlp.gate_up_proj, dict.fromkeys(("gate", "up"), config.intermediate_size))
+    else:
+        yield from _linear("gate", mlp.gate_proj)
+        yield from _linear("up", mlp.up_proj)
+    yield from _linear("down", mlp.down_proj)
+
+
+def _linear(name: str, linear: Any) -> Iterator[tuple[str, int]]:
+    yield name, linear.weight.data_ptr()
+    if linear.bias is not None:
+        yield f"{name}_bias", linear.bias.data_ptr()
+
+
+def _fused(linear: Any, rows: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Addresses of the parts of a fused projection: its weight rows one part after the other."""
+    assert linear.bias is None
+    first = 0
+    for name, count in rows.items():
+        yield name, linear.weight[first].data_ptr()
+        first += count
+
+
+def layer_window(layer: Any, config: PreTrainedConfig) -> int:
+    """Return how many tokens a decoder layer looks back on, itself included; 0 for all."""
+    source = config if config.model_type in _WINDOW_FOR_ALL else layer.self_attn
+    return int(getattr(source, "sliding_window", None) or 0)

@@ -1,0 +1,247 @@
+"""Steps of a model of which some stages are fast, with transformers' own inputs and cache.
+
+A step that they can serve goes stage by stage: on a CPU in one call of the native kernels, on CUDA as one recorded
+graph, elsewhere through the transformers layers, given what the model's own forward would give them. Every other step
+is left to that forward, on the same cache.
+
+Shapes: B sequences, S new tokens, T = past + S, E hidden size, V vocabulary.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from plans.stages import StageRange
+from runtime.fast.cache import STEP_SLOTS, FastLayer, adopt, hand_back
+from runtime.fast.graphs import GraphStage
+from runtime.fast.kernels import FastStage, first_slots, layer_window
+from runtime.fast.speed import FAST_PATH, REFERENCE_PATH, Choice
+from runtime.reading.devices import synchronize
+from runtime.stage_time import StageTime
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stage of a model.
+
+    Attributes:
+        units: what it holds; layers are counted as the model object counts them.
+        fast: the kernels or the graphs for its units, if there are any.
+        choice: for which steps they are used.
+    """
+
+    units: StageRange
+    fast: FastStage | GraphStage | None
+    choice: Choice
+
+    def threads(self, *, num_rows: int) -> int:
+        """Return the threads of the kernels (1 for a graph) for a step of so many rows; 0 where transformers serves."""
+        if self.fast is None or (isinstance(self.fast, GraphStage) and self.fast.failure is not None):
+            return 0
+        return self.choice.threads(num_rows=num_rows)
+
+    def serves(self, *, batch: int, new_tokens: int, past: int) -> int:
+        """Return the same for one step. Graphs are of one token, on a cache that somebody else has begun."""
+        can_replay = new_tokens == 1 and (past > 0 or not self.units.num_layers)
+        return self.threads(num_rows=batch * new_tokens) if can_replay or isinstance(self.fast, FastStage) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What every stage of a step needs, made once."""
+
+    start: torch.Tensor  # [B] first slot that is no padding; read by kernels alone
+    attention_mask: torch.Tensor | None  # [B, T]
+    position_ids: torch.Tensor  # [B or 1, S]
+    tables: tuple[torch.Tensor, torch.Tensor]  # cos and sin [B or 1, S, rotary_dim]
+    masks: dict[bool, torch.Tensor | None]  # by "has a window"; empty when no stage needs them
+
+
+class FastModel:
+    """The fast steps of a whole causal language model, or of one pruned to a stage.
+
+    Example:
+        >>> fast = FastModel(model, parts)  # doctest: +SKIP
+        >>> logits = fast.step(token_ids, attention_mask=mask, position_ids=positions, cache=cache)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: PreTrainedModel, parts: Sequence[Part], *, reason: str | None = None) -> None:
+        """Take a model and its stages in chain order; weights must not be moved or replaced from here on.
+
+        Args:
+            model: the model.
+            parts: its stages.
+            reason: why some of them are not fast although that was wanted, for people.
+        """
+        self.reason = reason
+        self._model: Any = model
+        self._parts = tuple(parts)
+        self._has_kernels = any(isinstance(part.fast, FastStage) for part in parts)
+        self._layers: tuple[Any, ...] = tuple(cast("Any", model.base_model).layers)
+        self._windows = tuple(layer_window(layer, model.config) for layer in self._layers)
+        # The fast path keeps all slots. Some way past a window that would be a waste: then transformers takes over.
+        self._max_slots = min((w + STEP_SLOTS for w in self._windows if w), default=None)
+
+    def __deepcopy__(self, _memo: object) -> None:
+        """A copy of the model has its weights elsewhere, and so runs without this."""
+
+    def path(self, index: int, *, num_rows: int) -> str:
+        """Return which path serves a plain step of so many rows in a stage."""
+        return FAST_PATH if self._parts[index].threads(num_rows=num_rows) else REFERENCE_PATH
+
+    @torch.no_grad()
+    def step(
+        self,
+        inputs: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        logits_to_keep: int = 1,
+        times: Sequence[StageTime] = (),
+    ) -> torch.Tensor | None:
+        """Run new tokens through the stages and extend the cache by them.
+
+        Args:
+            inputs: token ids [B, S], or hidden states [B, S, E] where another process has embedded them.
+            attention_mask: [B, T] with 0 for padding, or None when nothing is padded.
+            position_ids: [B or 1, S]; None counts from the cache's length.
+            cache: a `DynamicCache`; its layers become `FastLayer`s at the first call. None only without layers.
+            logits_to_keep: how many of the last positions get logits; 0 for all.
+            times: totals per stage to add to; stages that transformers computes are left to hooks.
+
+        Returns:
+            Logits [B, logits_to_keep or S, V] in the model's dtype, or hidden states [B, S, E] without a head. None,
+            with no token computed, where this is nothing for the fast path: too many rows, a mask that is not plain
+            left padding and some stage on a CPU, or a cache of another kind.
+        """
+        started = time.perf_counter()
+        batch, new_tokens = inputs.shape[:2]
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        threads = [part.serves(batch=batch, new_tokens=new_tokens, past=past) for part in self._parts]
+        start = self._ready(inputs, past=past, attention_mask=attention_mask, cache=cache, is_fast=any(threads))
+        if start is None:
+            return None
+        if position_ids is None:
+            position_ids = torch.arange(past, past + new_tokens, device=inputs.device)[None]
+        hidden = self._embed(inputs)
+        needs_masks = any(part.units.num_layers and not count for part, count in zip(self._parts, threads, strict=True))
+        shared = self._share(hidden, attention_mask, position_ids, cache, start=start, needs_masks=needs_masks)
+        for index, (part, count) in enumerate(zip(self._parts, threads, strict=True)):
+            entered = started if index == 0 else time.perf_counter()
+            if not count:
+                hidden = self._reference(part, hidden, shared, cache, logits_to_keep=logits_to_keep)
+                continue
+            device = part.fast.device if isinstance(part.fast, GraphStage) else torch.device("cpu")
+            hidden = hidden.to(device, non_blocking=device.type != "cpu")  # the CPU would read too early
+            arrived = started if index == 0 else _now(device, is_asked=bool(times))
+            hidden = _fast(part, hidden, shared, cache, logits_to_keep=logits_to_keep, threads=count)
+            if times:
+                times[index].hop_seconds += arrived - entered
+                times[index].compute_seconds += _now(device, is_asked=True) - arrived
+                times[index].num_fast_steps += 1
+        return hidden
+
+    def _ready(
+        self,
+        inputs: torch.Tensor,
+        *,
+        past: int,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        is_fast: bool,
+    ) -> torch.Tensor | None:
+        """Prepare the cache; return the first slots [B], or None if nothing fast can serve this step."""
+        batch, new_tokens = inputs.shape[:2]
+        if not self._layers:
+            return torch.zeros(batch, dtype=torch.int64) if is_fast else None
+        if cache is None:
+            return None
+        if self._max_slots is not None and past + new_tokens > self._max_slots:
+            hand_back(cache, self._model.config)
+            return None
+        # A prompt is read by transformers; on a cache that the fast path can extend, nothing is copied afterwards.
+        if not is_fast and past:
+            return None
+        if attention_mask is not None and attention_mask.shape[1:] != (past + new_tokens,):
+            return None
+        start = self._first_slots(attention_mask, batch=batch)
+        return start if start is not None and adopt(cache, num_layers=len(self._layers)) and is_fast else None
+
+    def _first_slots(self, attention_mask: torch.Tensor | None, *, batch: int) -> torch.Tensor | None:
+        """Return the first slots [B] for the kernels. Graphs take any mask, and must not wait for one to be read."""
+        if not self._has_kernels or attention_mask is None:
+            return torch.zeros(batch, dtype=torch.int64)
+        return first_slots(attention_mask.to("cpu"), batch=batch)
+
+    def _embed(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not self._parts[0].units.has_embedding:
+            return inputs
+        base = self._model.base_model
+        hidden: torch.Tensor = base.embed_tokens(inputs)  # [B, S, E]
+        multiplier = getattr(base, "embedding_multiplier", 1.0)
+        return hidden if multiplier == 1.0 else hidden * multiplier
+
+    def _share(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        *,
+        start: torch.Tensor,
+        needs_masks: bool,
+    ) -> _Shared:
+        masks: dict[bool, torch.Tensor | None] = {}
+        for has_window in {bool(window) for window in self._windows} if needs_masks else ():
+            make: Any = create_sliding_window_causal_mask if has_window else create_causal_mask
+            masks[has_window] = make(self._model.config, hidden, attention_mask, cache, position_ids)
+        cos, sin = self._model.base_model.rotary_emb(hidden, position_ids=position_ids)
+        return _Shared(start, attention_mask, position_ids, (cos, sin), masks)
+
+    def _reference(
+        self, part: Part, hidden: torch.Tensor, shared: _Shared, cache: Cache | None, *, logits_to_keep: int
+    ) -> torch.Tensor:
+        """Run a stage's modules as the model's own forward runs them; hops and clocks are hooks on the modules."""
+        for index in range(part.units.start_layer, part.units.end_layer):
+            hidden = self._layers[index](
+                hidden,
+                attention_mask=shared.masks[bool(self._windows[index])],
+                position_ids=shared.position_ids,
+                position_embeddings=shared.tables,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        if part.units.has_head:
+            hidden = self._model.lm_head(self._model.base_model.norm(hidden)[:, -logits_to_keep:])
+            scaling = getattr(self._model.config, "logits_scaling", 1.0)
+            hidden = hidden if scaling == 1.0 else hidden / scaling
+        return hidden
+
+
+def _now(device: torch.device, *, is_asked: bool) -> float:
+    """Read the clock, after what is queued on the device: but a step that nobody times must not wait for it."""
+    if is_asked:
+        synchronize(device)
+    return time.perf_counter()
+
+
+def _fast(
+    part: Part, hidden: torch.Tensor, shared: _Shared, cache: Cache | None, *, logits_to_keep: int, threads: int
+) -> torch.Tensor:
+    units = part.units
+    assert part.fast is not None
+    assert cache is not None or not units.num_layers
+    layers = cast("list[FastLayer]", cache.layers[units.start_layer : units.end_layer]) if cache is not None else []
+    if isinstance(part.fast, GraphStage):
+        return part.fast.step(hidden, *shared.tables, attention_mask=shared.attention_mask, cache=layers)
+    if units.num_layers:
+        cos, sin = (table.to("cpu") for table in shared.tables)
+        hidden = part.fast.decode(hidden, cos, sin, start=shared.start, cache=layers, threads=threads)
+    return part.fast.head(hidden[:, -logits_to_keep:], threads=threads) if units.has_head else hidden

@@ -1,0 +1,1 @@
+"""How do steps become text?"""

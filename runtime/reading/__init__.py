@@ -1,0 +1,1 @@
+"""What is loaded, onto what, and may it?"""

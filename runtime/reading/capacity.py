@@ -1,0 +1,109 @@
+"""Is there room? What a run needs on each device, against what is free there, compared before anything is loaded."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from plans.checkpoint.config import DTYPE_SIZES
+from plans.checkpoint.folder import Checkpoint, unit_tables
+from plans.errors import MachineError
+from plans.reading.sizes import format_bytes
+from plans.stages import StageSpec, describe_stage, owns_unit
+
+_NO_MEMORY = re.compile(r"out of memory|(can.t|cannot) allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes one stage needs."""
+
+    weight_bytes: int
+    kv_cache_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and cache together."""
+        return self.weight_bytes + self.kv_cache_bytes
+
+
+def stage_need(
+    checkpoint: Checkpoint, spec: StageSpec, *, dtype: str, kv_cache_dtype: str, context_tokens: int, batch_size: int
+) -> Need:
+    """Return what a stage needs for its weights at `dtype` and for a full KV cache at `kv_cache_dtype`."""
+    config = checkpoint.config
+    owned = [table for table in unit_tables(checkpoint) if owns_unit(spec, table.key)]
+    tensors = {name: stored for table in owned for name, stored in table.tensors.items()}
+    places = {(stored.file, stored.entry.begin): stored.entry for stored in tensors.values()}  # a tied table once
+    weights = sum(entry.num_elements * DTYPE_SIZES[dtype] for entry in places.values())
+    per_token = 2 * config.num_key_value_heads * config.head_dim * DTYPE_SIZES[kv_cache_dtype]
+    windows = config.sliding_windows[spec.start_layer : spec.end_layer]
+    tokens = sum(min(context_tokens, window or context_tokens) for window in windows)
+    return Need(weights, per_token * tokens * batch_size)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that are free on a device right now; on a CPU within the container's limit, if it has one."""
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        return int(free)
+    available = int(psutil.virtual_memory().available)
+    limit = _container_free_bytes()
+    return available if limit is None else min(available, limit)
+
+
+def _container_free_bytes() -> int | None:
+    """Return what a control group leaves; file pages it counts as used can be dropped again."""
+    try:
+        folder = Path("/sys/fs/cgroup")
+        limit, used = (int((folder / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):
+        return None  # no limit ("max"), another version of control groups, or another system
+    return max(0, limit - used + (int(cached[1]) if cached else 0))
+
+
+@contextmanager
+def memory_faults(doing: str) -> Iterator[None]:
+    """Turn a failed allocation inside the block into an error a person can act on.
+
+    Raises:
+        MachineError: memory ran out while `doing`.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+            raise
+        free = free_bytes(torch.device("cpu"))
+        raise MachineError(
+            f"memory ran out while {doing} ({format_bytes(free)} ({free} bytes) are free on the CPU now)",
+            hint="lower --ctx-size, --batch-size or --prefill-chunk, or map a stage elsewhere with --device-map",
+            code="E-MEMORY",
+        ) from None
+
+
+def check_room(needs: Sequence[Need], specs: Sequence[StageSpec], devices: Sequence[torch.device]) -> None:
+    """Compare need and free memory, device by device; stages on one device add up.
+
+    Raises:
+        MachineError: with both numbers, and the stages concerned.
+    """
+    total: Counter[torch.device] = Counter()
+    for need, device in zip(needs, devices, strict=True):
+        total[device] += need.total_bytes
+    for device, needed in total.items():
+        free = free_bytes(device)
+        if needed > free:
+            here = "; ".join(describe_stage(s) for s, d in zip(specs, devices, strict=True) if d == device)
+            raise MachineError(
+                f"{here} need {format_bytes(needed)} ({needed} bytes), {format_bytes(free)} ({free} bytes) are free",
+                where=str(device),
+                hint="lower --ctx-size, map a stage elsewhere with --device-map, or plan for less",
+                code="E-MEMORY",
+            )

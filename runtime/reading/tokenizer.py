@@ -1,0 +1,125 @@
+"""Load a checkpoint's tokenizer and turn prompts into token ids, refusing what would go wrong later."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plans.errors import InputError, UsageError, printable
+from plans.reading.files import read_limited
+from plans.reading.strict import parse_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_NAME = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 128 << 20
+MAX_PROMPT_BYTES = 64 << 20
+
+
+def load_tokenizer(folder: Path, *, vocab_size: int) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a checkpoint folder; never runs code that lies in it.
+
+    Args:
+        folder: the checkpoint.
+        vocab_size: rows of the embedding; every token id must be below it.
+
+    Raises:
+        InputError: missing, malformed, or with more tokens than the model has rows.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in (TOKENIZER_NAME, "tokenizer.model", "vocab.json")):
+        raise InputError(f"no {TOKENIZER_NAME} in the folder", where=folder, code="E-TOKENIZER")
+    if (folder / TOKENIZER_NAME).is_file():
+        _check_vocabulary(folder / TOKENIZER_NAME, vocab_size)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust core panics with exceptions that are no Exception
+        raise InputError(
+            f"the tokenizer does not load: {printable(error, limit=300)}", where=folder, code="E-TOKENIZER"
+        ) from None
+    return tokenizer
+
+
+def _check_vocabulary(path: Path, vocab_size: int) -> None:
+    document = parse_json(read_limited(path, max_bytes=MAX_TOKENIZER_BYTES), where=path)
+    model = document.get("model") if isinstance(document, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict | list):
+        raise InputError("holds no vocabulary", where=path, expected="model.vocab", code="E-TOKENIZER")
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    if len(set(map(str, ids))) != len(ids):
+        raise InputError("two tokens share an id", where=path, code="E-TOKENIZER")
+    added = document.get("added_tokens") or []
+    ids += [token.get("id") for token in added if isinstance(token, dict)]
+    bad = next((i for i in ids if type(i) is not int or not 0 <= i < vocab_size), None)
+    if bad is not None:
+        raise InputError(
+            f"token id {printable(bad, limit=30)} is outside the model's vocabulary",
+            where=path,
+            expected=f"0 to {vocab_size - 1}, the rows of the embedding",
+            code="E-TOKENIZER",
+        )
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, parses_special: bool) -> list[int]:
+    """Return the token ids of a prompt; names of special tokens in it are plain text unless `parses_special`.
+
+    Raises:
+        UsageError: an empty prompt for a model without a first token, or text that is not Unicode.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"not UTF-8 at character {error.start}", where="prompt", code="E-PROMPT") from None
+    encoded: Any = tokenizer(text, split_special_tokens=not parses_special)
+    ids: list[int] = list(encoded["input_ids"])
+    if not ids:
+        raise UsageError(
+            "the prompt is empty and this model has no begin-of-sequence token to start from",
+            hint="give some text with -p",
+            code="E-PROMPT",
+        )
+    return ids
+
+
+def read_prompt(data: bytes, *, where: object) -> str:
+    """Decode a prompt that came from a file or from standard input.
+
+    Raises:
+        UsageError: too long.
+        InputError: not UTF-8, or with NUL characters; the message names the byte.
+    """
+    if len(data) > MAX_PROMPT_BYTES:
+        raise InputError(f"more than {MAX_PROMPT_BYTES} bytes", where=where, code="E-PROMPT")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 at byte {error.start}", where=where, expected="UTF-8", code="E-PROMPT") from None
+    if "\0" in text:
+        raise InputError(f"a NUL character at byte {data.index(0)}", where=where, code="E-PROMPT")
+    return text
+
+
+def eos_token_ids(generation_config: Any, tokenizer: "PreTrainedTokenizerBase", *, vocab_size: int) -> frozenset[int]:
+    """Return the ids that end a sequence: the generation config's one or several, else the tokenizer's.
+
+    Raises:
+        InputError: an id outside the vocabulary.
+    """
+    stated = generation_config.eos_token_id
+    values: Sequence[Any] = stated if isinstance(stated, list) else [stated]
+    ids = [value for value in values if value is not None] or [tokenizer.eos_token_id]
+    bad = next((i for i in ids if i is not None and (type(i) is not int or not 0 <= i < vocab_size)), None)
+    if bad is not None:
+        raise InputError(
+            f"eos_token_id {printable(bad, limit=30)} is outside the vocabulary",
+            where="generation_config.json",
+            expected=f"0 to {vocab_size - 1}",
+            code="E-TOKENIZER",
+        )
+    return frozenset(i for i in ids if i is not None)

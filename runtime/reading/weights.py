@@ -1,0 +1,181 @@
+"""Give a meta-device model the weights of one stage: every tensor it needs, and nothing else.
+
+Tensors come from a lazy mapping (Hugging Face name -> tensor); on a CPU, where the dtype is kept, they stay views of
+the mapped file and are never copied.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from plans.checkpoint.folder import EMBEDDING, HEAD, unit_of
+from plans.errors import InputError, printable
+from plans.stages import StageSpec, describe_stage, owns_unit
+
+TensorSource = Mapping[str, torch.Tensor]
+"""Hugging Face tensor name -> tensor; a lookup may read (map) the tensor, listing the names must not."""
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_STORED_BUFFER = re.compile(r".*\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
+_EXPERT = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
+_ROUTER = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.gate\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one parameter is made from stored tensors."""
+
+    sources: tuple[str, ...]
+    combine: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
+    """None: the single source is the parameter."""
+
+
+def load_units(
+    model: PreTrainedModel,
+    spec: StageSpec,
+    tensors: TensorSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Assign the parameters of a stage's units in a whole-model skeleton.
+
+    Args:
+        model: the model on the meta device, with its Hugging Face parameter names.
+        spec: which units to fill.
+        tensors: stored tensors; those of other stages are left alone.
+        dtype: floating-point dtype of the parameters.
+        device: where they live.
+
+    Raises:
+        InputError: tensors are missing, unknown, of a wrong shape or not floating point; all are named.
+    """
+    _refuse_unknown(tensors)
+    recipes = _recipes(spec, tensors, is_tied=bool(model.config.tie_word_embeddings))
+    expected = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False) if _owned(spec, name)}
+    _compare_names(spec, expected=expected, found=recipes)
+    for name, recipe in recipes.items():
+        value = _materialize(recipe, tensors, dtype=dtype, device=device)
+        _check_shape(name, value, expected[name])
+        _assign(model, name, value)
+    if spec.has_embedding and spec.has_head and model.config.tie_word_embeddings:
+        _share_tied_table(model)
+
+
+def source_names(spec: StageSpec, tensors: Iterable[str], *, is_tied: bool) -> frozenset[str]:
+    """Return the names of the stored tensors that a stage reads."""
+    recipes = _recipes(spec, tensors, is_tied=is_tied)
+    return frozenset(source for recipe in recipes.values() for source in recipe.sources)
+
+
+def _owned(spec: StageSpec, name: str) -> bool:
+    key = unit_of(name)
+    return key is not None and owns_unit(spec, key)
+
+
+def _refuse_unknown(tensors: Iterable[str]) -> None:
+    unknown = [name for name in tensors if unit_of(name) is None and not _STORED_BUFFER.fullmatch(name)]
+    if unknown:
+        raise InputError(
+            f"{_count(unknown)} no part of the model uses: {_some(unknown)}",
+            hint="this is not a checkpoint of the family its config.json names",
+            code="E-TENSORS",
+        )
+
+
+def _recipes(spec: StageSpec, tensors: Iterable[str], *, is_tied: bool) -> dict[str, Recipe]:
+    names = set(tensors)
+    stored = sorted(name for name in names if _owned(spec, name))
+    recipes = {name: Recipe((name,)) for name in stored if not (_EXPERT.fullmatch(name) or _ROUTER.fullmatch(name))}
+    recipes |= _expert_recipes(stored)
+    if spec.has_head and is_tied and HEAD not in names and EMBEDDING in names:
+        recipes[HEAD] = Recipe((EMBEDDING,))
+    return recipes
+
+
+def _expert_recipes(names: Sequence[str]) -> dict[str, Recipe]:
+    """Mixtral stores one matrix per expert; its class computes with all experts stacked."""
+    experts: dict[str, dict[str, dict[int, str]]] = {}
+    recipes = {f"{m[1]}.mlp.gate.weight": Recipe((m[0],)) for m in map(_ROUTER.fullmatch, names) if m}
+    for match in filter(None, map(_EXPERT.fullmatch, names)):
+        experts.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = match[0]
+    for layer, table in experts.items():
+        gate, up, down = ([name for _, name in sorted(table.get(w, {}).items())] for w in ("w1", "w3", "w2"))
+        recipes[f"{layer}.mlp.experts.gate_up_proj"] = Recipe((*gate, *up), _stack_gate_and_up)
+        recipes[f"{layer}.mlp.experts.down_proj"] = Recipe(tuple(down), _stack)
+    return recipes
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(tuple(tensors))  # [experts, E, F]
+
+
+def _stack_gate_and_up(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    num_experts = len(tensors) // 2
+    gate, up = tensors[:num_experts], tensors[num_experts:]  # each [F, E]
+    return torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])  # [experts, 2 F, E]
+
+
+def _compare_names(spec: StageSpec, *, expected: Iterable[str], found: Iterable[str]) -> None:
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing:
+        raise InputError(
+            f"{_count(missing)} missing for {describe_stage(spec)}: {_some(missing)}",
+            hint="the checkpoint or bundle is incomplete; fetch or export it again",
+            code="E-TENSORS",
+        )
+    if extra:
+        raise InputError(
+            f"{_count(extra)} the model has no place for: {_some(extra)}",
+            hint="config.json does not describe these weights",
+            code="E-TENSORS",
+        )
+
+
+def _materialize(recipe: Recipe, tensors: TensorSource, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    parts = []
+    for source in recipe.sources:
+        tensor = tensors[source]
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"{printable(source)} is stored as {tensor.dtype}",
+                expected="float32, float16 or bfloat16",
+                code="E-DTYPE",
+            )
+        parts.append(tensor.to(device=device, dtype=dtype))
+    return parts[0] if recipe.combine is None else recipe.combine(parts)
+
+
+def _check_shape(name: str, value: torch.Tensor, expected: torch.Size) -> None:
+    if value.shape != expected:
+        raise InputError(
+            f"{printable(name)} has shape {list(value.shape)}, config.json says {list(expected)}", code="E-SHAPE"
+        )
+
+
+def _assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    # Parameters want gradients, as transformers leaves them: torch picks a matmul kernel by that flag (bmm or mm for
+    # the sliced states before the head), and the two differ in the last bit even when no gradient is computed.
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(value))
+
+
+def _share_tied_table(model: PreTrainedModel) -> None:
+    """Let head and embedding use one storage, as transformers does when both hold the same values."""
+    table, head = model.get_parameter(EMBEDDING), model.get_parameter(HEAD)
+    if table.data_ptr() == head.data_ptr() or torch.equal(table, head):
+        model.get_submodule(HEAD.rpartition(".")[0]).weight = table
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:4])
+    return shown if len(names) <= 4 else f"{shown}, ..."

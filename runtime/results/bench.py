@@ -1,0 +1,195 @@
+"""Measure a loaded chain: prefill, decode and every stage, against this machine's bandwidth and the plan."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from runtime.generate.limits import Limits
+from runtime.generate.loop import Generation, Request
+from runtime.generate.sampling import Sampling
+from runtime.reading.capacity import memory_faults
+from runtime.results.summary import identity, stage_documents
+from runtime.session_kind import AnySession
+from runtime.stage_time import StageTime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSettings:
+    """What is measured.
+
+    Attributes:
+        prompt_tokens: per sequence; random token ids.
+        new_tokens: per sequence; at least 2, chosen greedily, never ended early.
+        batch_size: sequences at once.
+        repeats: medians are taken over so many runs, after one that does not count.
+        prefill_chunk_tokens: prompt tokens per step.
+        in_flight: batches under way at once, where stages run in processes of their own.
+        traces: whether the last run is one for a trace, even with one batch in flight.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+    repeats: int
+    prefill_chunk_tokens: int
+    in_flight: int = 1
+    traces: bool = False
+
+
+def bench_document(session: AnySession, settings: BenchSettings) -> dict[str, Any]:
+    """Measure and return plain data, with `stages` as a run's document has them.
+
+    Totals come from runs without stage clocks, stages from runs with them; the two take turns. Stage seconds are the
+    medians of one run's totals.
+    """
+    requests = _requests(session, settings)
+    with memory_faults("measuring"):
+        _run(session, requests, measure_stages=False)
+        pairs = [
+            (_run(session, requests, measure_stages=False), _run(session, requests, measure_stages=True))
+            for _ in range(settings.repeats)
+        ]
+    peak_memory_bytes = session.peak_memory_bytes  # reading all weights once is none of the run's business
+    plain, clocked = [first for first, _ in pairs], [second for _, second in pairs]
+    step_seconds = median(median(run.step_seconds) for run in plain)
+    prefill_seconds = median(run.time_to_first_token_seconds for run in plain)
+    stages = stage_documents(session, _median_run(clocked))
+    read = sum(stage["decode_read_bytes"] for stage in stages)
+    return {
+        **identity(session, kind="bench"),
+        "prompt_tokens": settings.prompt_tokens,
+        "new_tokens": settings.new_tokens,
+        "batch_size": settings.batch_size,
+        "prefill_chunk_tokens": settings.prefill_chunk_tokens,
+        "repeats": settings.repeats,
+        "time_to_first_token_seconds": prefill_seconds,
+        "prefill_tokens_per_second": settings.batch_size * settings.prompt_tokens / prefill_seconds,
+        "median_seconds_per_token": step_seconds,
+        "tokens_per_second": settings.batch_size / step_seconds,
+        "decode_read_bytes": read,
+        "decode_read_bytes_per_second": read / step_seconds,
+        "read_bandwidth_bytes_per_second": session.read_bandwidth(repeats=settings.repeats),
+        "peak_memory_bytes": peak_memory_bytes,
+        **_in_flight(session, requests, settings),
+        "stages": stages,
+        "prediction": _prediction(session),
+    }
+
+
+def _in_flight(session: AnySession, requests: Sequence[Request], settings: BenchSettings) -> dict[str, Any]:
+    """Measure several batches under way at once: their tokens per second once all of them are decoding."""
+    if settings.in_flight == 1 and not settings.traces:
+        return {"in_flight": 1, "pipelined_tokens_per_second": None}
+    runs: list[Generation] = []
+    session.generate_groups(
+        [requests] * settings.in_flight,
+        in_flight=settings.in_flight,
+        on_done=lambda _place, run: runs.append(run),
+    )
+    cycle = median(seconds for run in runs for seconds in run.step_seconds)
+    return {
+        "in_flight": settings.in_flight,
+        "pipelined_tokens_per_second": settings.in_flight * settings.batch_size / cycle,
+    }
+
+
+def _requests(session: AnySession, settings: BenchSettings) -> list[Request]:
+    prepared = session.prepared
+    draw = random.Random(0)
+    limits = Limits(
+        context_tokens=prepared.context_tokens,
+        max_tokens=settings.new_tokens,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+    )
+    return [
+        Request(
+            prompt_ids=[draw.randrange(prepared.vocab_size) for _ in range(settings.prompt_tokens)],
+            sampling=Sampling(),
+            limits=limits,
+            sequence_index=index,
+        )
+        for index in range(settings.batch_size)
+    ]
+
+
+def _run(session: AnySession, requests: Sequence[Request], *, measure_stages: bool) -> Generation:
+    # Without its cache: one run's at a time is what a person's run would hold.
+    return replace(session.generate_requests(requests, measure_stages=measure_stages), cache=None)
+
+
+def _median_run(runs: Sequence[Generation]) -> Generation:
+    """Return the first run with the stage times replaced by medians over all."""
+    prefill = _medians([run.prefill_stages for run in runs])
+    decode = _medians([run.decode_stages for run in runs])
+    return replace(runs[0], prefill_stages=prefill, decode_stages=decode)
+
+
+def _medians(runs: Sequence[Sequence[StageTime]]) -> tuple[StageTime, ...]:
+    return tuple(
+        StageTime(
+            median(time.compute_seconds for time in times),
+            median(time.hop_seconds for time in times),
+            median(time.cache_seconds for time in times),
+            times[0].num_fast_steps,
+        )
+        for times in zip(*runs, strict=True)
+    )
+
+
+def _prediction(session: AnySession) -> dict[str, Any] | None:
+    plan = session.source.plan
+    if plan is None:
+        return None
+    return {
+        "time_to_first_token_seconds": plan.prediction.time_to_first_token_seconds,
+        "seconds_per_token": plan.prediction.seconds_per_token,
+        "pipelined_tokens_per_second": plan.prediction.pipelined_tokens_per_second,
+        "requests_in_flight": plan.workload.requests_in_flight,
+        "prompt_tokens": plan.workload.prompt_tokens,
+        "batch_size": plan.workload.batch_size,
+        "stages": [
+            {
+                "device": stage.device,
+                "prefill_seconds": stage.prefill_seconds,
+                "decode_seconds": stage.decode_seconds,
+                "hop_seconds": stage.hop_seconds,
+            }
+            for stage in plan.stages
+        ],
+    }
+
+
+def bench_lines(document: dict[str, Any]) -> list[str]:
+    """Return the totals in words; stages are printed as after every run."""
+    size = f"{document['prompt_tokens']} prompt tokens, {document['new_tokens']} new tokens"
+    first, step = (1000 * document[k] for k in ("time_to_first_token_seconds", "median_seconds_per_token"))
+    rate = document["decode_read_bytes_per_second"] / 1e9
+    lines = [
+        f"{size}, batch size {document['batch_size']}, {document['dtype']}, median of {document['repeats']}",
+        f"load     {document['load_seconds']:.2f} s",
+        f"prefill  {first:.1f} ms, {document['prefill_tokens_per_second']:.0f} tokens/s",
+        f"decode   {step:.2f} ms/token, {document['tokens_per_second']:.1f} tokens/s, {rate:.1f} GB/s of weights",
+    ]
+    for device, rate in document["read_bandwidth_bytes_per_second"].items():
+        share = document["decode_read_bytes_per_second"] / rate
+        lines.append(f"reading  {rate / 1e9:.1f} GB/s on {device} (its weights summed up); decode is at {share:.0%}")
+    if document["in_flight"] > 1:
+        rate = document["pipelined_tokens_per_second"]
+        lines.append(f"in flight {rate:.1f} tokens/s with {document['in_flight']} batches under way at once")
+    return lines + _prediction_lines(document)
+
+
+def _prediction_lines(document: dict[str, Any]) -> list[str]:
+    predicted = document["prediction"]
+    if predicted is None:
+        return []
+    step, first = predicted["seconds_per_token"], predicted["time_to_first_token_seconds"]
+    return [
+        f"plan     predicted {1000 * first:.1f} ms to the first token and {1000 * step:.2f} ms/token for "
+        f"{predicted['prompt_tokens']} prompt tokens, batch size {predicted['batch_size']}: measured decode takes "
+        f"{document['median_seconds_per_token'] / step:.2f} x that"
+        if step
+        else "plan     predicts nothing"
+    ]

@@ -1,0 +1,186 @@
+"""From a checkpoint folder, or any lazy source of tensors, to a chain."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedConfig
+
+from plans.checkpoint.config import DTYPE_NAMES
+from plans.checkpoint.folder import Checkpoint, open_checkpoint, require_full
+from plans.errors import UsageError
+from plans.stages import StageRange, StageSpec
+from runtime.fast.native import Unavailable
+from runtime.fast.setup import set_up
+from runtime.fast.speed import Speed, parse_speed
+from runtime.reading.devices import planned_device, torch_device
+from runtime.reading.families import parse_model_config
+from runtime.reading.weights import TensorSource
+from runtime.stages.chain import Chain, build_chain
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+}  # fmt: skip
+STORED_DTYPES: Mapping[str, str] = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+
+GENERATION_CONFIG_NAME = "generation_config.json"
+
+
+class FolderTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint folder by name; a lookup maps the tensor, nothing is read before it is used.
+
+    The files stay open, and must stay unchanged, for as long as a tensor of theirs lives.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._folder = require_full(checkpoint)
+        self._files = {name: stored.file for name, stored in checkpoint.tensors.items()}
+        self._open: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self._folder / file, framework="pt", device="cpu")
+        tensor: torch.Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+
+def load(
+    path: str | Path,
+    *,
+    stages: Sequence[StageSpec] | None = None,
+    device_map: Mapping[int, str] | None = None,
+    dtype: str | None = None,
+    speed: str = "reference",
+) -> Chain:
+    """Load a Hugging Face checkpoint folder as a chain of stages.
+
+    Args:
+        path: folder with `config.json` and safetensors files.
+        stages: how to cut it; None for one stage with everything.
+        device_map: stage index -> torch device, where it differs from the device the stage names.
+        dtype: `fp32`, `bf16` or `fp16`; None keeps the checkpoint's.
+        speed: as in `set_speed`.
+
+    Raises:
+        InputError, IntegrityError, MachineError: as `plans.checkpoint.folder.open_checkpoint` and `load_chain`.
+    """
+    checkpoint = open_checkpoint(Path(path))
+    folder = require_full(checkpoint)
+    config = parse_model_config(checkpoint.config.raw)
+    config.name_or_path = str(path)
+    whole = StageRange("cpu", 0, config.num_hidden_layers, has_embedding=True, has_head=True)
+    chain = load_chain(
+        config,
+        stages or (whole,),
+        FolderTensors(checkpoint),
+        dtype=dtype or stored_dtype(checkpoint),
+        device_map=device_map,
+        generation_config=read_generation_config(folder),
+    )
+    set_speed(chain, speed)
+    return chain
+
+
+def load_chain(
+    config: PreTrainedConfig,
+    stages: Sequence[StageSpec],
+    tensors: TensorSource,
+    *,
+    dtype: str,
+    device_map: Mapping[int, str] | None = None,
+    generation_config: GenerationConfig | None = None,
+) -> Chain:
+    """Build a chain from its parts.
+
+    Args:
+        config: the transformers configuration of the whole model.
+        stages: the cut, in chain order.
+        tensors: lazy tensors by Hugging Face name.
+        dtype: `fp32`, `bf16` or `fp16`.
+        device_map: stage index -> torch device, where it differs from the device the stage names.
+        generation_config: the checkpoint's defaults for `generate()`; None derives them from `config`.
+
+    Raises:
+        UsageError: unknown dtype, or a device map for stages that do not exist.
+        MachineError: a device is not on this machine.
+        InputError: as `runtime.stages.chain.build_chain`.
+    """
+    chain = build_chain(
+        config,
+        stages,
+        tensors,
+        dtype=torch_dtype(dtype),
+        devices=place_stages(stages, device_map=device_map or {}),
+    )
+    if generation_config is not None:
+        chain.generation_config = generation_config
+    return chain
+
+
+def set_speed(chain: Chain, speed: str, *, progress: Callable[[str], None] | None = None) -> None:
+    """Choose how a loaded chain computes on CPUs and on CUDA.
+
+    Args:
+        chain: the model; its `fast` and `reason` say what came of it.
+        speed: `reference`, `auto` (the faster path, by measurement) or `max` (native kernels and CUDA graphs
+            wherever possible).
+        progress: told, in a few words, what takes time: compiling and measuring, once per machine.
+
+    Raises:
+        UsageError: `speed` is none of the three.
+    """
+    if chain.kv_cache_dtype not in (None, chain.dtype) and parse_speed(speed) is not Speed.REFERENCE:
+        chain.fast, chain.reason = None, "the fast path keeps keys and values in the dtype it computes in"
+        return
+    fast = set_up(chain, chain.stages, chain.stage_devices, speed=parse_speed(speed), progress=progress)
+    chain.fast = None if isinstance(fast, Unavailable) else fast
+    chain.reason = None if fast is None else fast.reason
+
+
+def place_stages(stages: Sequence[StageSpec], *, device_map: Mapping[int, str]) -> tuple[torch.device, ...]:
+    """Return the torch device of each stage, after overrides."""
+    unknown = sorted(set(device_map) - set(range(len(stages))))
+    if unknown:
+        raise UsageError(
+            f"the device map names stage {unknown[0]}",
+            expected=f"a stage from 0 to {len(stages) - 1}",
+            code="E-DEVICE",
+        )
+    return tuple(
+        torch_device(device_map[index]) if index in device_map else planned_device(stage.device)
+        for index, stage in enumerate(stages)
+    )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of `fp32`, `bf16`, `fp16` or their long names."""
+    if name not in DTYPE_NAMES:
+        raise UsageError(f"dtype {name} is not known", expected="fp32, bf16 or fp16", code="E-DTYPE")
+    return TORCH_DTYPES[DTYPE_NAMES[name]]
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype config.json states, else that of the first stored tensor."""
+    if checkpoint.config.raw.get("dtype") or checkpoint.config.raw.get("torch_dtype"):
+        return checkpoint.config.dtype
+    first = next(iter(checkpoint.tensors.values()))
+    return STORED_DTYPES.get(first.entry.dtype, checkpoint.config.dtype)
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Return the checkpoint's defaults for `generate()`, or None if it has none."""
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        return None
+    return GenerationConfig.from_pretrained(str(folder), local_files_only=True)

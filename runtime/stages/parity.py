@@ -1,0 +1,111 @@
+"""Is the chain the unsplit model? Logits bit for bit, and greedy tokens, against transformers itself.
+
+Shapes: B sequences, S tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from runtime.stages.chain import Chain
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One case, both ways."""
+
+    case: str
+    num_values: int
+    num_different: int
+    max_abs_difference: float
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether every value is equal, bit for bit."""
+        return self.num_different == 0
+
+
+def load_unsplit(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the whole model with transformers, as its users would."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def compare_models(
+    chain: Chain, unsplit: PreTrainedModel, prompts: Sequence[Sequence[int]], *, num_tokens: int, chunk_tokens: int
+) -> tuple[Comparison, ...]:
+    """Compare a chain with the unsplit model.
+
+    Args:
+        chain: what is checked.
+        unsplit: the reference, with weights of the same dtype.
+        prompts: token ids of different lengths; run as one left-padded batch.
+        num_tokens: greedy tokens to compare for every prompt.
+        chunk_tokens: size of the pieces of the chunked prefill.
+    """
+    ids, mask = _left_pad(prompts)
+    longest = torch.tensor([max(prompts, key=len)])
+    with torch.inference_mode():
+        batch = (_logits(model, ids, mask) for model in (chain, unsplit))
+        chunks = (_chunked_logits(model, longest, chunk_tokens) for model in (chain, unsplit))
+        tokens = (_greedy(model, ids, mask, num_tokens) for model in (chain, unsplit))
+        return (
+            _compare(f"logits of a left-padded batch of {len(prompts)}", *batch),
+            _compare(f"logits of a prefill in chunks of {chunk_tokens}", *chunks),
+            _compare(f"{num_tokens} greedy tokens for each prompt", *tokens),
+        )
+
+
+def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask  # both [B, S]
+
+
+def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    device = model.device
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    outputs = model(ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device))
+    # What a padded position computes is nobody's: only real tokens are compared.
+    kept: torch.Tensor = outputs.logits.cpu()[mask.bool()]
+    return kept  # [tokens, V]
+
+
+def _chunked_logits(model: Any, ids: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
+    cache = DynamicCache(config=model.config)
+    parts = []
+    for chunk in torch.split(ids, chunk_tokens, dim=1):
+        outputs = model(chunk.to(model.device), past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        parts.append(outputs.logits.cpu())
+    return torch.cat(parts, dim=1)  # [1, S, V]
+
+
+def _greedy(model: Any, ids: torch.Tensor, mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    tokens: torch.Tensor = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        pad_token_id=0,
+    )
+    return tokens.cpu()[:, ids.shape[1] :]  # [B, num_tokens]
+
+
+def _compare(case: str, chain: torch.Tensor, unsplit: torch.Tensor) -> Comparison:
+    # A NaN in both is a difference: it proves nothing.
+    different = int((chain != unsplit).sum())
+    gap = (chain.double() - unsplit.double()).abs().max().item() if different else 0.0
+    return Comparison(case, chain.numel(), different, gap)

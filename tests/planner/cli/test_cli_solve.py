@@ -1,0 +1,167 @@
+"""`llamaplan solve`, `show` and `check` as a person meets them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plans.plan import Plan
+from tests.conftest import RunCommand
+
+DEVICES = ("--device", "cpu=700MiB", "--device", "cpu=4MiB")
+
+
+def test_solve_writes_a_plan_that_show_and_check_accept(run_command: RunCommand, shipped: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    solved = run_command("llamaplan", "solve", shipped, *DEVICES, "--strategy", "mixed", "-o", path)
+    assert (solved.code, "optimal: weighted sum" in solved.out) == (0, True)
+    assert f"next: llamaplan export {path} --model {shipped} -o shards/" in solved.err
+    plan = Plan.read(path)
+    assert plan.proof.status == "optimal"
+    shown = run_command("llamaplan", "show", path)
+    assert (shown.code, shown.out) == (0, solved.out)
+    checked = run_command("llamaplan", "check", path, "--model", shipped)
+    assert (checked.code, "sound" in checked.out) == (0, True)
+
+
+def test_two_runs_write_the_same_bytes(run_command: RunCommand, shipped: Path, tmp_path: Path) -> None:
+    for name in ("one.json", "two.json"):
+        assert run_command("llamaplan", "solve", shipped, *DEVICES, "-o", tmp_path / name).code == 0
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+
+
+def test_json_is_one_document_and_quiet_says_nothing_else(run_command: RunCommand, shipped: Path) -> None:
+    done = run_command("llamaplan", "solve", shipped, *DEVICES, "--json", "-q")
+    document = json.loads(done.out)
+    assert document["proof"]["status"] == "optimal"
+    assert document["solve_seconds"] > 0
+    assert done.err == ""
+
+
+def test_every_option_is_understood(run_command: RunCommand, shipped: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    done = run_command(
+        "llamaplan", "solve", shipped, *DEVICES, "--strategy", "compute", "--objective", "throughput", "-c", 512,
+        "--prompt-tokens", 100, "--new-tokens", 50, "--batch-size", 2, "--requests-in-flight", 3, "--prefill-chunk", 64,
+        "--dtype", "fp32", "--kv-cache-dtype", "fp32", "--execution", "process_per_stage", "--margin", "5%",
+        "--time-limit", 30, "--mip-gap", 0, "--solver", "cbc", "--keep-order", "--use-all", "--pin", "0-2@cpu#0",
+        "--ban", "embedding@cpu#1", "-o", path,
+    )  # fmt: skip
+    assert done.code == 4, done.err  # process_per_stage: the second device has no room for a process
+    assert "shortage" in done.err
+    roomy = ("--device", "cpu=700MiB", "--device", "cpu=700MiB")
+    done = run_command(
+        "llamaplan", "solve", shipped, *roomy, "--objective", "throughput", "-c", 512, "--prompt-tokens", 100, "-n", 50,
+        "--batch-size", 2, "--requests-in-flight", 3, "--prefill-chunk", 64, "--dtype", "fp32",
+        "--execution", "process_per_stage", "--solver", "cbc", "--keep-order", "--use-all", "--pin", "0-2@cpu#0",
+        "-o", path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    plan = Plan.read(path)
+    assert (plan.proof.solver, plan.execution, plan.objective) == ("CBC", "process_per_stage", "throughput")
+    work = plan.workload
+    assert (work.context_tokens, work.prompt_tokens, work.new_tokens, work.batch_size) == (512, 100, 50, 2)
+    assert (work.requests_in_flight, work.prefill_chunk_tokens, work.dtype) == (3, 64, "fp32")
+    assert [stage.device for stage in plan.stages] == ["cpu#0", "cpu#1"]
+
+
+def test_layers_alone_mean_custom(run_command: RunCommand, shipped: Path) -> None:
+    done = run_command("llamaplan", "solve", shipped, *DEVICES, "--layers", "5,2", "--json")
+    document = json.loads(done.out)
+    assert document["strategy"] == "custom"
+    assert [s["end_layer"] - s["start_layer"] for s in document["stages"]] == [5, 2]
+
+
+def test_infeasible_leaves_with_four_and_writes_nothing(run_command: RunCommand, shipped: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    done = run_command("llamaplan", "solve", shipped, "--device", "cpu=2MiB", "-o", path)
+    assert done.code == 4
+    assert done.err.startswith("error[E-INFEASIBLE]: python-llama: no plan fits: the smallest shortage is ")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--strategy", "best"),
+        ("--objective", "speed"),
+        ("--weight", "2"),
+        ("--weight", "nan"),
+        ("--time-limit", "0"),
+        ("--time-limit", "-1"),
+        ("--time-limit", "nan"),
+        ("--time-limit", "inf"),
+        ("--mip-gap", "1"),
+        ("--mip-gap", "-0.1"),
+        ("--solver", "gurobi"),
+        ("--execution", "threads"),
+        ("--layers", "1,2"),
+        ("--layers", "3,4", "--strategy", "memory"),
+        ("--pin", "0@gpu"),
+        ("--ban", "x"),
+        ("--batch-size", "0"),
+        ("--requests-in-flight", "0"),
+        ("--prefill-chunk", "0"),
+        ("--prefill-chunk", "best"),
+        ("--prefill-chunk", "9999999999999"),
+        ("--new-tokens", "-1"),
+        ("--prompt-tokens", "0"),
+        ("--ctx-size", "10", "--prompt-tokens", "8", "--new-tokens", "8"),
+        ("--dtype", "int4"),
+        ("--device", "cpu=700MiB", "--cluster", "x.json"),
+        ("--frobnicate",),
+    ],
+)
+def test_bad_options_are_usage_errors(run_command: RunCommand, shipped: Path, options: tuple[str, ...]) -> None:
+    """Row X7, and the other options of `solve`."""
+    done = run_command("llamaplan", "solve", shipped, *DEVICES, *options)
+    assert done.code == 2
+    assert done.err.startswith("error[E-USAGE]: ")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_output_is_never_written_into_the_checkpoint(run_command: RunCommand, shipped: Path) -> None:
+    done = run_command("llamaplan", "solve", shipped, *DEVICES, "-o", shipped / "plan.json")
+    assert (done.code, "inside the checkpoint" in done.err) == (2, True)
+    assert not (shipped / "plan.json").exists()
+
+
+def test_missing_folder_for_the_output_is_named(run_command: RunCommand, shipped: Path, tmp_path: Path) -> None:
+    done = run_command("llamaplan", "solve", shipped, *DEVICES, "-o", tmp_path / "no" / "plan.json")
+    assert done.code == 6
+    assert str(tmp_path / "no") in done.err
+
+
+def test_this_machine_is_the_default_cluster(run_command: RunCommand, shipped: Path) -> None:
+    done = run_command("llamaplan", "solve", shipped, "--json")
+    assert done.code == 0
+    assert "cpu" in [device["name"] for device in json.loads(done.out)["cluster"]["devices"]]
+
+
+def test_edited_plan_does_not_pass_the_check(run_command: RunCommand, shipped: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    run_command("llamaplan", "solve", shipped, *DEVICES, "-o", path)
+    document = json.loads(path.read_text())
+    document["prediction"]["seconds_per_token"] /= 2
+    path.write_text(json.dumps(document))
+    done = run_command("llamaplan", "check", path)
+    assert (done.code, "/prediction/seconds_per_token" in done.err) == (5, True)
+
+
+def test_two_planners_in_one_folder_do_not_meet(shipped: Path, tmp_path: Path) -> None:
+    """Row L16."""
+    program = "from planner.cli import main; main()"
+    command = [sys.executable, "-c", program, "solve", str(shipped), *DEVICES, "--solver", "cbc", "-q", "-o"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "TMPDIR": str(tmp_path)}
+    runs = [
+        subprocess.Popen(
+            [*command, str(tmp_path / f"{i}.json")], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL
+        )
+        for i in range(2)
+    ]
+    assert [run.wait(200) for run in runs] == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json"]
+    assert (tmp_path / "0.json").read_bytes() == (tmp_path / "1.json").read_bytes()
