@@ -19,9 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.measure import SHAPES, make_checkpoint
-from planner.simulate.arrivals import make_requests
 from planner.simulate.numbers import numbers_of
-from planner.simulate.serving import simulate_requests
+from planner.simulate.serving import make_requests, simulate_requests
 from plans.cluster import Cluster, Device, Link, Timings
 from plans.plan import Plan
 from plans.profile import ModelProfile

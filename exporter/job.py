@@ -1,8 +1,10 @@
 """Fills a staging folder: stage files one after another, then the small files, the manifest last."""
 
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from exporter.binding import Say
@@ -12,11 +14,39 @@ from exporter.layout import Layout, StageLayout
 from exporter.root_files import RootFiles
 from exporter.sources import Sources
 from exporter.stream import Sink, stream_stage
-from exporter.workers import Workers
 from plans.checkpoint.folder import Checkpoint
 from plans.export.manifest import MANIFEST_NAME, ExportedFile, Manifest, ManifestStage, SourceFile, stage_name
 from plans.plan import Plan
 from plans.reading.digest import FileDigest
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """One thread each, so that what is given to one pool happens in order."""
+
+    digest: ThreadPoolExecutor
+    """Hashes what is written."""
+    source: ThreadPoolExecutor
+    """Hashes the checkpoint's shards."""
+    sync: ThreadPoolExecutor
+    """Flushes finished files to disk."""
+    stop: threading.Event
+    """Set when the export is over, well or not."""
+
+
+@contextmanager
+def start_workers() -> Iterator[Workers]:
+    """Start the threads; on leaving they are told to stop and waited for."""
+    digest, source, sync = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("digest", "source", "sync"))
+    workers = Workers(digest, source, sync, threading.Event())
+    try:
+        yield workers
+    finally:
+        workers.stop.set()
+        digest.shutdown(cancel_futures=True)
+        source.shutdown(cancel_futures=True)
+        sync.shutdown()  # every flush owns a descriptor, which it closes even when told to stop
+
 
 MAX_UNFLUSHED = 8
 """Finished files waiting for the disk; each holds a descriptor."""

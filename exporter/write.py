@@ -6,11 +6,10 @@ from pathlib import Path
 from exporter.binding import Say, bind, choose_dtype
 from exporter.disk.staging import Staging
 from exporter.disk.target import Target
-from exporter.job import Job, Progress
+from exporter.job import Job, Progress, start_workers
 from exporter.layout import Layout, lay_out
 from exporter.root_files import RootFiles, collect
 from exporter.sources import Sources
-from exporter.workers import start_workers
 from plans.checkpoint.folder import open_checkpoint, require_full
 from plans.errors import UsageError
 from plans.export.manifest import Manifest

@@ -11,8 +11,7 @@ from plans.export.manifest import Manifest, StageFile
 from plans.plan import Plan
 from plans.profile import ModelProfile
 from plans.reading.strict import StrictModel, dump_json
-from plans.requests import Request
-from plans.workload import Workload
+from plans.workload import Request, Workload
 
 MODELS: dict[str, type[StrictModel]] = {
     "cluster": Cluster,

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -16,13 +16,12 @@ from runtime.generate.kept_cache import KeptCache
 from runtime.generate.loop import Generation, Request, generate_requests
 from runtime.generate.text import Decode
 from runtime.generate.writer import OnText
-from runtime.reading.capacity import check_room, memory_faults, stage_need
+from runtime.reading.capacity import check_room, memory_faults, peak_memory_bytes, stage_need
 from runtime.reading.families import parse_model_config
-from runtime.reading.memory import peak_memory_bytes
 from runtime.reading.opening import Source, open_source
 from runtime.reading.tokenizer import eos_token_ids, load_tokenizer
 from runtime.reading.verification import Verification
-from runtime.stage_view import StageView
+from runtime.stage_time import OnStep, StageView
 from runtime.stages.chain import Chain
 from runtime.stages.loading import (
     FolderTensors,
@@ -34,7 +33,6 @@ from runtime.stages.loading import (
     torch_dtype,
 )
 from runtime.stages.traffic import decode_read_bytes, read_bandwidth
-from runtime.steps import OnStep
 
 DEFAULT_PREFILL_CHUNK_TOKENS = 2048
 """Longer prompts are read in pieces: what a step needs beside weights and cache then stops growing with the prompt."""
@@ -336,3 +334,50 @@ def load(
     if chain.reason is not None:
         warnings.warn(f"no fast path: {chain.reason}", stacklevel=2)
     return chain
+
+
+class AnyKeptCache(Protocol):
+    """A cache kept between turns; see `runtime.generate.kept_cache.KeptCache`."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    def reset(self) -> None: ...
+    def match(self, prompt_ids: Sequence[int]) -> Any: ...
+    def keep(self, token_ids: Sequence[int], cache: Any) -> None: ...
+
+
+class AnySession(Protocol):
+    """A loaded model; see `runtime.session.Session` and `runtime.distributed.session.ProcessSession`."""
+
+    @property
+    def prepared(self) -> Prepared: ...
+    @property
+    def source(self) -> Source: ...
+    @property
+    def load_seconds(self) -> float: ...
+    @property
+    def dtype_name(self) -> str: ...
+    @property
+    def peak_memory_bytes(self) -> int: ...
+    def generate_groups(
+        self,
+        groups: Sequence[Sequence[Request]],
+        *,
+        in_flight: int,
+        decode: Decode | None = None,
+        on_done: Callable[[int, Generation], None],
+    ) -> None: ...
+    def new_kept_cache(self) -> AnyKeptCache: ...
+    def read_bandwidth(self, *, repeats: int) -> dict[str, float]: ...
+    def stage_views(self, *, batch_size: int) -> tuple[StageView, ...]: ...
+    def generate_requests(
+        self,
+        requests: Sequence[Request],
+        *,
+        decode: Decode | None = None,
+        on_text: OnText | None = None,
+        on_step: OnStep | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        cache: Any = None,
+        measure_stages: bool = False,
+    ) -> Generation: ...

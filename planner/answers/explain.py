@@ -4,14 +4,201 @@ Every number here was found by asking again whether a plan exists, with just tha
 """
 
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate, combinations, pairwise
 
-from planner.answers.advice import advice_for
-from planner.answers.case import Case, Shortage, all_connected, least_shortage
-from planner.problem.problem import Assignment, Problem, StageChoice
-from planner.problem.uniform import uniform_counts
+from planner.answers.case import MOST_BYTES, Case, Shortage, all_connected, largest, least_shortage, smallest
+from planner.problem.build import unit_bytes
+from planner.problem.problem import Assignment, Matrix, Problem, ProblemDevice, Rule, StageChoice, UnitTicks
+from planner.problem.uniform import nearest_split, uniform_counts
+from plans.checkpoint.config import DTYPE_SIZES
 from plans.errors import InfeasibleError
+from plans.profile import DtypeName, ModelProfile
 from plans.reading.sizes import format_bytes
+
+MOST_MARGIN_PERCENT = 30
+"""A budget that leaves more than this free was stated."""
+
+
+def advice_for(case: Case, shortage: Shortage | None) -> Iterator[str]:
+    """Yield the changes that would do, those that cost nothing first."""
+    if case.strategy == "uniform":
+        yield from _nearest_split(case)
+    for find in (
+        _one_more_link, _smaller_workload, _other_dtypes, _smaller_margin, lambda c: _more_memory(c, shortage),
+        _one_more_device,
+    ):  # fmt: skip
+        if not case.is_over:
+            yield from find(case)
+
+
+def _nearest_split(case: Case) -> Iterator[str]:
+    split = nearest_split(case.problem)
+    if split is not None:
+        yield f"the nearest split that fits, --strategy custom --layers {','.join(map(str, split))}"
+
+
+def _smaller_workload(case: Case) -> Iterator[str]:
+    work = case.workload
+    asked = work.prompt_tokens + work.new_tokens
+    for option, key, least in (
+        ("--ctx-size", "context_tokens", asked),
+        ("--batch-size", "batch_size", 1),
+        ("--requests-in-flight", "requests_in_flight", 1),
+        ("--prefill-chunk", "prefill_chunk_tokens", 1),
+    ):
+        now = getattr(work, key)
+        best = largest(partial(_fits_workload, case, key), least=least, most=now - 1)
+        if best is not None:
+            yield f"{option} {best} (now {now})"
+
+
+def _fits_workload(case: Case, key: str, value: int) -> bool:
+    return case.fits_workload(**{key: value})
+
+
+def _other_dtypes(case: Case) -> Iterator[str]:
+    """Dtypes the runtime computes in; its KV cache has the dtype of the weights."""
+    work, profile = case.workload, case.profile
+    if DTYPE_SIZES[work.kv_cache_dtype] > DTYPE_SIZES[work.dtype]:
+        smaller = _with_kv_dtype(profile, work.dtype)
+        workload = work.model_copy(update={"kv_cache_dtype": work.dtype})
+        if case.fits(replace(case.problem, units=unit_bytes(smaller, workload))):
+            yield f"--kv-cache-dtype {work.dtype} (now {work.kv_cache_dtype})"
+    if work.dtype == "fp32" and _is_plain(profile):
+        smaller = _with_kv_dtype(_halved(profile), "bf16")
+        workload = work.model_copy(update={"dtype": "bf16", "kv_cache_dtype": "bf16"})
+        if case.fits(replace(case.problem, units=unit_bytes(smaller, workload))):
+            yield "--dtype bf16 (now fp32)"
+
+
+def _is_plain(profile: ModelProfile) -> bool:
+    return all(unit.weight_bytes == unit.parameters * DTYPE_SIZES[profile.dtype] for unit in profile.units)
+
+
+def _halved(profile: ModelProfile) -> ModelProfile:
+    units = tuple(unit.model_copy(update={"weight_bytes": unit.parameters * 2}) for unit in profile.units)
+    return profile.model_copy(update={"units": units, "dtype": "bf16"})
+
+
+def _with_kv_dtype(profile: ModelProfile, dtype: DtypeName) -> ModelProfile:
+    old, new = DTYPE_SIZES[profile.kv_cache_dtype], DTYPE_SIZES[dtype]
+    units = tuple(
+        unit.model_copy(update={"kv_bytes_per_token": unit.kv_bytes_per_token * new // old}) for unit in profile.units
+    )
+    return profile.model_copy(update={"units": units, "kv_cache_dtype": dtype})
+
+
+def _smaller_margin(case: Case) -> Iterator[str]:
+    """The largest margin, in whole percent, that would do on all accelerators that have one."""
+    now = max((_margin_percent(case, index) for index in range(case.problem.num_devices)), default=0)
+    best = largest(lambda percent: case.fits(_with_margin(case, percent)), least=0, most=now - 1)
+    if best is not None:
+        yield f"--margin {best}% on the accelerators (now up to {now}%)"
+
+
+def _with_margin(case: Case, percent: int) -> Problem:
+    def grown(index: int) -> ProblemDevice:
+        device, memory = case.problem.devices[index], case.cluster.devices[index].memory_bytes
+        if _margin_percent(case, index) <= percent:
+            return device
+        budget = _less_margin(memory, percent)
+        return replace(device, limit_bytes=budget, budget_bytes=budget)
+
+    return replace(case.problem, devices=tuple(grown(index) for index in range(case.problem.num_devices)))
+
+
+def _margin_percent(case: Case, index: int) -> int:
+    """The margin that a device's budget was made with; 0 where the budget is stated or follows from what is free."""
+    device, budget = case.cluster.devices[index], case.problem.devices[index].limit_bytes
+    percent = 100 * (device.memory_bytes - budget) // device.memory_bytes
+    is_made = percent <= MOST_MARGIN_PERCENT and budget == _less_margin(device.memory_bytes, percent)
+    return percent if device.kind != "cpu" and is_made else 0
+
+
+def _less_margin(memory: int, percent: int) -> int:
+    return memory - -(-memory * percent // 100)
+
+
+def _more_memory(case: Case, shortage: Shortage | None) -> Iterator[str]:
+    if shortage is None:
+        return
+    device = case.cluster.devices[shortage.device]
+    wanted = case.problem.devices[shortage.device].limit_bytes + shortage.num_bytes
+    host = case.cluster.host_of(device)
+    others = [d for d in case.cluster.devices if d.kind == "cpu" and d.host == device.host and d.name != device.name]
+    in_host = wanted + sum(other.budget_bytes or 0 for other in others)
+    if device.kind == "cpu" and host.memory_bytes is not None and in_host > host.memory_bytes:
+        more = f"{format_bytes(in_host)} of memory in host {host.name}, which has {format_bytes(host.memory_bytes)}"
+        yield f"{more}, for a budget of {wanted} bytes ({format_bytes(wanted)}) on {device.name}"
+        return
+    has = f"which has {format_bytes(device.memory_bytes)}"
+    size = f"{wanted} bytes ({format_bytes(wanted)})"
+    if wanted > device.memory_bytes:
+        yield f"a device with {size} free in place of {device.name}, {has}"
+    else:
+        yield f"a budget of {size} on {device.name}, {has}"
+
+
+def _one_more_link(case: Case) -> Iterator[str]:
+    """One pair of hosts to connect, if that is enough, or else all of them."""
+    connected = all_connected(case.problem)
+    if connected == case.problem or not case.fits(connected):
+        return
+    hosts = list(dict.fromkeys(device.host for device in case.cluster.devices))
+    for a, b in combinations(hosts, 2):
+        if case.is_over:
+            return
+        joined = _with_link(case, a, b)
+        if joined != case.problem and case.fits(joined):
+            yield f"a link between {a} and {b}"
+            return
+    yield "links between all hosts (class between_hosts)"
+
+
+def _with_link(case: Case, a: str, b: str) -> Problem:
+    """Let every device of one host reach every device of the other in no time."""
+    owners = [device.host for device in case.cluster.devices]
+
+    def join(matrix: Matrix) -> Matrix:
+        return tuple(
+            tuple(0 if cell is None and {owners[x], owners[y]} == {a, b} else cell for y, cell in enumerate(row))
+            for x, row in enumerate(matrix)
+        )
+
+    problem = case.problem
+    prefill = tuple(join(matrix) for matrix in problem.prefill_hop)
+    return replace(
+        problem, decode_hop=join(problem.decode_hop), return_hop=join(problem.return_hop), prefill_hop=prefill
+    )
+
+
+def _one_more_device(case: Case) -> Iterator[str]:
+    if case.given is not None or case.strategy == "uniform":
+        return
+    needed = smallest(lambda n: case.fits(with_new_device(case.problem, n)), most=MOST_BYTES)
+    if needed is not None:
+        yield f"one more device with {needed} bytes ({format_bytes(needed)}) free for the model"
+
+
+def with_new_device(problem: Problem, num_bytes: int) -> Problem:
+    """Return the problem with a device at the end that reaches, and is reached by, all others in no time."""
+    nothing = UnitTicks(0, (0,) * problem.num_layers, 0)
+    device = ProblemDevice(
+        "new", max(num_bytes, 1), 0, num_bytes, nothing, (nothing,) * len(problem.prefill_hop), Rule()
+    )
+
+    def grow(matrix: Matrix, corner: int | None) -> Matrix:
+        return (*((*row, 0) for row in matrix), (*((0,) * len(matrix)), corner))
+
+    return replace(
+        problem,
+        devices=(*problem.devices, device),
+        decode_hop=grow(problem.decode_hop, None),
+        return_hop=grow(problem.return_hop, 0),
+        prefill_hop=tuple(grow(matrix, None) for matrix in problem.prefill_hop),
+    )
 
 
 def explain_infeasible(case: Case) -> InfeasibleError:

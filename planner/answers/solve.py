@@ -6,9 +6,9 @@ from fractions import Fraction
 from planner.answers.case import Case
 from planner.answers.explain import explain_infeasible
 from planner.answers.strategies import Outcome, run_strategy
-from planner.problem.answers import SolverName
 from planner.problem.build import build_problem
 from planner.problem.demands import read_demands
+from planner.problem.goal import SolverName
 from planner.problem.problem import Assignment, Problem
 from planner.program.session import SolverSession
 from planner.timing.costs import StageRange, StageSeconds, predict

@@ -15,7 +15,7 @@ from plans.errors import UsageError
 
 if TYPE_CHECKING:
     from plans.plan import Plan
-    from plans.requests import Request
+    from plans.workload import Request
 
 DEFAULT_REQUESTS = 100
 MAX_REQUESTS = 100_000
@@ -128,7 +128,7 @@ def _requests(
                 "leave --rate, --prompt-tokens and --max-tokens out, or choose poisson or uniform"))  # fmt: skip
         return _recorded(Path(arrivals), count)
     from planner.model.workloads import MAX_TOKENS
-    from planner.simulate.arrivals import make_requests
+    from planner.simulate.serving import make_requests
 
     if rate is not None and not 0 < rate < math.inf:
         raise UsageError(f"--rate is {rate}", expected="above 0")
@@ -152,7 +152,7 @@ def _requests(
 
 
 def _recorded(path: Path, count: int | None) -> "tuple[Sequence[Request], str]":
-    from plans.requests import read_requests
+    from plans.workload import read_requests
 
     return read_requests(path)[:count], f"as recorded in {path}"
 

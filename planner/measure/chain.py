@@ -142,7 +142,7 @@ def use_memory(
     from runtime.generate.limits import Limits
     from runtime.generate.loop import generate
     from runtime.generate.sampling import Sampling
-    from runtime.reading.memory import peak_memory_bytes
+    from runtime.reading.capacity import peak_memory_bytes
     from runtime.reading.tokenizer import load_tokenizer
     from runtime.stages.traffic import read_bandwidth
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from planner.problem.problem import Ticks
+from planner.problem.problem import Assignment, Ticks
 from plans.plan import Objective
 
 GoalKind = Literal["time", "share", "mixed"]
@@ -37,3 +37,27 @@ class Goal:
             share_term = share / self.best_share if self.best_share else Fraction(0)
             return self.weight * time_term + (1 - self.weight) * share_term
         return Fraction(time) if self.kind == "time" else share
+
+
+SolverName = Literal["highs", "cbc"]
+IlpStatus = Literal["optimal", "feasible", "infeasible", "time_limit"]
+
+
+@dataclass(frozen=True, slots=True)
+class IlpAnswer:
+    """What the solver found; `value` and `bound` as `Goal.value` counts."""
+
+    status: IlpStatus
+    solver: str
+    solver_version: str
+    assignment: Assignment | None = None
+    value: Fraction | None = None
+    bound: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SolverFault:
+    """No solver gave an answer: they are missing or crash, or (is_wrong) what they say cannot be."""
+
+    text: str
+    is_wrong: bool

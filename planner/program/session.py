@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import IO, Any, Self, TypeVar
 
-from planner.problem.answers import IlpAnswer, SolverFault, SolverName
-from planner.problem.goal import Goal
+from planner.problem.goal import Goal, IlpAnswer, SolverFault, SolverName
 from planner.problem.problem import Problem
 from plans.children import python_command
 from plans.errors import LlamaplanError, MachineError

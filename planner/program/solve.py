@@ -17,14 +17,11 @@ from typing import Any
 
 import pulp
 
-from planner.problem.answers import IlpAnswer, SolverName
 from planner.problem.evaluate import evaluate, violations
-from planner.problem.goal import Goal
+from planner.problem.goal import Goal, IlpAnswer, SolverName
 from planner.problem.problem import Assignment, Problem, chain_costs, is_pipelined
-from planner.program.counts import build_counts_model, read_counts
-from planner.program.ilp_counts_goal import add_counts_goal
-from planner.program.ilp_layers_goal import add_layers_goal
-from planner.program.layers import build_layers_model, read_layers
+from planner.program.counts import add_counts_goal, build_counts_model, read_counts
+from planner.program.layers import add_layers_goal, build_layers_model, read_layers
 
 _ACCURACY = 1e-6
 """Relative difference between a solver's own objective value and the exact one that is still rounding."""

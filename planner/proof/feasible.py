@@ -10,9 +10,8 @@ from math import prod
 
 import numpy as np
 
-from planner.problem.groups import Group, group_devices
+from planner.problem.groups import Group, group_devices, has_room
 from planner.problem.problem import Matrix, Problem, UnitTicks, chain_costs
-from planner.problem.share_bound import has_room
 from planner.proof.certificate import method_for, search_for
 from planner.proof.tables import Ints, Limits, all_counts
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from planner.answers.solve import DEFAULT_TIME_LIMIT, solve
-from planner.problem.answers import SolverName
+from planner.problem.goal import SolverName
 from planner.problem.uniform import uniform_counts
 from planner.rivals.rules import Split, all_splits, chain_of, llama_cpp
 from planner.simulate.one_plan import Simulation, simulate

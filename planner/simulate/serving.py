@@ -10,11 +10,14 @@ for many requests over long chains: one event per step (see `planner.simulate.ta
 """
 
 import heapq
+import math
+import random
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +29,7 @@ from planner.simulate.tandem import Tandem, Work
 from planner.timing.costs import CostModel
 from plans.errors import InfeasibleError, UsageError
 from plans.plan import Plan
-from plans.requests import Request
+from plans.workload import Request
 
 FINEST_TICK_SECONDS = 1e-12
 _MOST_TICKS = 2**62
@@ -288,3 +291,26 @@ class _Run:
         for stop, ticks in zip(self.chain.stops, by_stop, strict=True):
             busy[stop.resource] += int(ticks) * self.tick
         return busy
+
+
+Process = Literal["poisson", "uniform"]
+
+
+def make_requests(
+    count: int, *, rate: float | None, process: Process, prompt_tokens: int, new_tokens: int, seed: int
+) -> tuple[Request, ...]:
+    """Return `count` requests of one length.
+
+    Args:
+        rate: requests per second; None lets all arrive at once.
+        process: `poisson` draws independent exponential gaps, `uniform` spaces them evenly.
+        prompt_tokens, new_tokens: of every request.
+        seed: of the gaps.
+    """
+    rng = random.Random(seed)
+    now, requests = 0.0, []
+    for _ in range(count):
+        requests.append(Request(arrival_seconds=now, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
+        if rate is not None:
+            now += -math.log(1.0 - rng.random()) / rate if process == "poisson" else 1.0 / rate
+    return tuple(requests)

@@ -11,8 +11,7 @@ from runtime.batch.output import ResultFile
 from runtime.generate.loop import Generation
 from runtime.generate.writer import GeneratedSequence
 from runtime.reading.capacity import memory_faults
-from runtime.session import Prepared
-from runtime.session_kind import AnySession
+from runtime.session import AnySession, Prepared
 
 
 @dataclass(slots=True)

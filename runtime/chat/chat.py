@@ -14,7 +14,7 @@ from runtime.generate.loop import Generation, Request
 from runtime.generate.sampling import Sampling
 from runtime.generate.writer import FinishReason
 from runtime.reading.capacity import memory_faults
-from runtime.session_kind import AnySession
+from runtime.session import AnySession
 
 
 @dataclass(frozen=True, slots=True)

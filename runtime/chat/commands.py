@@ -8,7 +8,7 @@ from plans.errors import UsageError, printable
 from runtime.chat.chat import Answer, Chat
 from runtime.chat.conversation import Conversation, read_conversation
 from runtime.chat.template import special_tokens_in
-from runtime.session_kind import AnySession
+from runtime.session import AnySession
 
 HELP = """\
 /undo          take back the last message and its answer

@@ -16,7 +16,7 @@ from runtime.fast.speed import Speed
 
 if TYPE_CHECKING:
     from runtime.batch.run import BatchNumbers
-    from runtime.session_kind import AnySession
+    from runtime.session import AnySession
 
 
 def batch(

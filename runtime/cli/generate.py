@@ -16,7 +16,7 @@ from runtime.fast.speed import Speed
 
 if TYPE_CHECKING:
     from runtime.generate.loop import Generation
-    from runtime.session_kind import AnySession
+    from runtime.session import AnySession
 
 
 def generate(
@@ -141,7 +141,7 @@ def generate(
 def _run(output: Output, session: "AnySession", request: object, *, prompt: str, is_verbose: bool) -> "Generation":
     from runtime.generate.loop import Request
     from runtime.reading.capacity import memory_faults
-    from runtime.results.walk import Walk
+    from runtime.results.summary import Walk
 
     assert isinstance(request, Request)
     is_streamed = not output.json and not is_verbose

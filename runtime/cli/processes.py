@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from runtime.distributed.control.address import Address
     from runtime.distributed.control.launch import LocalWorkers
     from runtime.distributed.session import ProcessSession
-    from runtime.session import Prepared
-    from runtime.session_kind import AnySession
+    from runtime.session import AnySession, Prepared
 
 ProcessesOption = Annotated[
     bool, typer.Option("--processes", help="Run every stage in a process of its own, started here.")
@@ -216,8 +215,8 @@ def write_trace(session: "AnySession", path: Path) -> None:
     """Write what every stage did since it was last asked."""
     from plans.reading.files import write_text
     from plans.reading.strict import dump_json
+    from runtime.distributed.clocks import trace_document
     from runtime.distributed.session import ProcessSession
-    from runtime.distributed.trace import trace_document
 
     assert isinstance(session, ProcessSession)
     write_text(path, dump_json(trace_document(session.take_numbers(), session.stage_views(batch_size=1))))

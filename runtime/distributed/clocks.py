@@ -2,12 +2,14 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+from plans.stages import describe_stage
 from runtime.distributed.control.messages import Numbers, StepTime
-from runtime.reading.memory import peak_memory_bytes
-from runtime.stage_time import StageTime
+from runtime.reading.capacity import peak_memory_bytes
+from runtime.stage_time import StageTime, StageView
 
 MAX_STEPS = 200_000
 """Steps kept for a trace."""
@@ -67,3 +69,35 @@ class StageClock:
             )
             self._reset()
         return numbers
+
+
+_PHASES = ((1, "prefill", True), (2, "decode", False))
+
+
+def trace_document(numbers: Sequence[Numbers], views: Sequence[StageView]) -> dict[str, Any]:
+    """Return the trace of the steps that the stages kept: one process per phase, one track per stage."""
+    first = min((step.start_seconds for stage in numbers for step in stage.steps), default=0.0)
+    events: list[dict[str, Any]] = []
+    for pid, title, is_prefill in _PHASES:
+        events.append({"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": title}})
+        for tid, (stage, view) in enumerate(zip(numbers, views, strict=True), start=1):
+            name = f"{view.device}: {describe_stage(view.spec)}"
+            events.append({"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}})
+            events += [
+                _event(step, title, pid=pid, tid=tid, origin_seconds=first)
+                for step in stage.steps
+                if step.is_prefill == is_prefill
+            ]
+    return {"displayTimeUnit": "ms", "traceEvents": events}
+
+
+def _event(step: StepTime, kind: str, *, pid: int, tid: int, origin_seconds: float) -> dict[str, Any]:
+    return {
+        "name": f"{kind} {step.step} of request {step.group}",
+        "cat": kind,
+        "ph": "X",
+        "pid": pid,
+        "tid": tid,
+        "ts": (step.start_seconds - origin_seconds) * 1e6,
+        "dur": (step.end_seconds - step.start_seconds) * 1e6,
+    }

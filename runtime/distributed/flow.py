@@ -1,8 +1,9 @@
 """One group of sequences on its way: which columns are computed next, and what became of the tokens that came back."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from plans.errors import IntegrityError
 from runtime.distributed.control.messages import Open
@@ -227,3 +228,45 @@ def make_flow(
         column=held.keeps,
         spans=kept,
     )
+
+
+class KeptColumns:
+    """The token ids of a cache that lies on all stages.
+
+    Args:
+        forget: gives a cache up on every stage.
+        can_be_cut: whether the end of a cache can be taken back; a sliding window that has moved on cannot.
+    """
+
+    def __init__(self, forget: Callable[[HeldCache], None], *, can_be_cut: bool) -> None:
+        self._forget = forget
+        self._can_be_cut = can_be_cut
+        self._token_ids: list[int] = []
+        self._cache = HeldCache()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the cache holds."""
+        return len(self._token_ids)
+
+    def reset(self) -> None:
+        """Forget everything, for example after a run that did not end."""
+        self._forget(self._cache)
+        self._token_ids = []
+        self._cache = HeldCache()
+
+    def match(self, prompt_ids: Sequence[int]) -> HeldCache:
+        """Return the cache cut back to the longest beginning it shares with a prompt, the last token left out."""
+        pairs = zip(self._token_ids, prompt_ids[:-1], strict=False)
+        num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if num_shared < len(self._token_ids) and not self._can_be_cut:
+            self.reset()
+            num_shared = 0
+        del self._token_ids[num_shared:]
+        self._cache.keeps = num_shared
+        return self._cache
+
+    def keep(self, token_ids: Sequence[int], cache: HeldCache) -> None:
+        """Keep a cache after a run; `token_ids` are the prompt and what followed."""
+        self._cache = cache
+        self._token_ids = list(token_ids[: cache.columns])

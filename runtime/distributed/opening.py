@@ -6,9 +6,9 @@ from collections.abc import Callable
 from plans.stages import stage_names
 from runtime.distributed.control.acceptor import Acceptor
 from runtime.distributed.control.address import listen
-from runtime.distributed.control.endings import describe, exit_code_of
 from runtime.distributed.control.identity import identity_of
 from runtime.distributed.control.launch import LocalWorkers
+from runtime.distributed.control.members import describe, exit_code_of
 from runtime.distributed.control.messages import Job
 from runtime.distributed.control.team import Team
 from runtime.distributed.loading import LoadSettings, load_stage, share_threads

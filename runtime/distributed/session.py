@@ -9,14 +9,13 @@ from typing import Self
 from plans.errors import LlamaplanError
 from runtime.distributed.clocks import StageClock
 from runtime.distributed.control.address import Address
-from runtime.distributed.control.endings import describe, exit_code_of
 from runtime.distributed.control.identity import identity_of
 from runtime.distributed.control.launch import LocalWorkers
+from runtime.distributed.control.members import describe, exit_code_of
 from runtime.distributed.control.messages import Numbers
 from runtime.distributed.control.team import Loss, Patience, Team
-from runtime.distributed.flow import Flow, HeldCache, make_flow
+from runtime.distributed.flow import Flow, HeldCache, KeptColumns, make_flow
 from runtime.distributed.header import Stamp
-from runtime.distributed.kept import KeptColumns
 from runtime.distributed.links import Links, Place
 from runtime.distributed.loading import LoadedStage
 from runtime.distributed.pipeline import Pipeline
@@ -25,14 +24,12 @@ from runtime.fast.speed import FAST_PATH
 from runtime.generate.loop import Generation, Request
 from runtime.generate.text import Decode
 from runtime.generate.writer import OnText
+from runtime.reading.capacity import peak_memory_bytes
 from runtime.reading.families import rope_switch
-from runtime.reading.memory import peak_memory_bytes
 from runtime.reading.opening import Source
 from runtime.session import Prepared
-from runtime.stage_time import StageTime
-from runtime.stage_view import StageView
+from runtime.stage_time import OnStep, StageTime, StageView, StepTrace
 from runtime.stages.traffic import stage_read_bytes
-from runtime.steps import OnStep, StepTrace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,10 @@ from transformers import PreTrainedModel
 from plans.stages import StageRange
 from runtime.fast import native
 from runtime.fast.choice import ROWS, choose, try_graphs
-from runtime.fast.graphs import GraphStage, supports_graphs
+from runtime.fast.graphs import CudaRecorder, GraphStage, Recorder, supports_graphs
 from runtime.fast.kernels import FastStage, supports, supports_weights
 from runtime.fast.model import FastModel, Part
 from runtime.fast.native import Library, Unavailable
-from runtime.fast.recorder import CudaRecorder, Recorder
 from runtime.fast.speed import Choice, Speed
 
 Progress = Callable[[str], None]

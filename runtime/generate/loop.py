@@ -23,9 +23,8 @@ from runtime.generate.text import Decode
 from runtime.generate.token_chooser import TokenChooser
 from runtime.generate.tokens import TokenBatch
 from runtime.generate.writer import GeneratedSequence, OnText, SequenceWriter
-from runtime.stage_time import StageTime
+from runtime.stage_time import OnStep, StageTime, StepTrace, since
 from runtime.stages.chain import Chain
-from runtime.steps import OnStep, StepTrace, since
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,8 @@
 """Is there room? What a run needs on each device, against what is free there, compared before anything is loaded."""
 
 import re
+import resource
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,20 @@ from plans.checkpoint.folder import Checkpoint, unit_tables
 from plans.errors import MachineError
 from plans.reading.sizes import format_bytes
 from plans.stages import StageSpec, describe_stage, owns_unit
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident memory this process has had."""
+    try:
+        # Not getrusage: there Linux lets a new process inherit the peak of the one that started it.
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        found = None
+    if found is not None:
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
 
 _NO_MEMORY = re.compile(r"out of memory|(can.t|cannot) allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
 

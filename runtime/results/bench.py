@@ -11,7 +11,7 @@ from runtime.generate.loop import Generation, Request
 from runtime.generate.sampling import Sampling
 from runtime.reading.capacity import memory_faults
 from runtime.results.summary import identity, stage_documents
-from runtime.session_kind import AnySession
+from runtime.session import AnySession
 from runtime.stage_time import StageTime
 
 

@@ -19,12 +19,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from plans.errors import UsageError
 from plans.stages import StageRange, StageSpec, check_stages
-from runtime.fast.model import FastModel
-from runtime.fast.plain_step import plain_step
+from runtime.fast.model import FastModel, plain_step
 from runtime.fast.speed import REFERENCE_PATH
-from runtime.reading.buffers import check_filled, rebuild_buffers
 from runtime.reading.families import build_skeleton, check_config, family_class
-from runtime.reading.weights import TensorSource, load_units
+from runtime.reading.weights import TensorSource, check_filled, load_units, rebuild_buffers
 from runtime.stage_time import StageTime
 from runtime.stages.caches import new_cache
 from runtime.stages.hops import Hop

@@ -21,9 +21,8 @@ from runtime.fast.model import FastModel
 from runtime.fast.native import Unavailable
 from runtime.fast.setup import set_up
 from runtime.fast.speed import FAST_PATH, REFERENCE_PATH, Speed, parse_speed
-from runtime.reading.buffers import check_filled, rebuild_buffers
 from runtime.reading.families import PER_LAYER_KEYS, build_skeleton, check_config, family_class
-from runtime.reading.weights import TensorSource, load_units
+from runtime.reading.weights import TensorSource, check_filled, load_units, rebuild_buffers
 from runtime.stages.caches import new_cache
 
 __all__ = ["Stage", "StageRange", "StageSpec", "build_stage"]

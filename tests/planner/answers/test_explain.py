@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from planner.answers.advice import with_new_device
+from planner.answers.explain import with_new_device
 from planner.answers.solve import solve
 from planner.devices.budgets import parse_margins, with_budgets
 from planner.problem.goal import Goal

@@ -210,7 +210,7 @@ def test_scaled_times_scale_a_time_objective() -> None:
 
 
 def _select(problem: Problem, order: tuple[int, ...]) -> Problem:
-    from planner.answers.fallback import reordered
+    from planner.answers.settle import reordered
 
     return replace(reordered(problem, order), keep_order=problem.keep_order)
 

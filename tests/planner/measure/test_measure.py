@@ -9,14 +9,13 @@ import pytest
 from planner.answers.solve import solve
 from planner.devices.clusters import for_speed
 from planner.devices.machine import inspect_machine
-from planner.measure.cluster import devices_here, replace_timings
+from planner.measure.cluster import devices_here, replace_timings, with_measured_rates
 from planner.measure.points import choose_points, default_checkpoint, last_cache_bytes
-from planner.measure.rates import with_measured_rates
 from planner.model.profile import build_profile
 from planner.report.origins import decode_origin
 from planner.timing.costs import CostModel
-from planner.timing.curves import estimate
 from planner.timing.roofline import Work, roofline_seconds
+from planner.timing.unit_times import estimate
 from plans.checkpoint.folder import open_checkpoint
 from plans.cluster import Cluster, Device, Timings
 from plans.errors import MachineError, UsageError

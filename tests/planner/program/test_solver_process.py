@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.answers.fallback import quick_plan
-from planner.answers.settle import minimise
+from planner.answers.settle import minimise, quick_plan
 from planner.problem.goal import Goal
 from planner.problem.problem import Problem, ProblemDevice, UnitBytes, UnitTicks
 from planner.program.session import GRACE_SECONDS, OVERTIME_SECONDS, SolverSession
@@ -159,7 +158,7 @@ def test_cbc_leaves_no_files_behind(problem: Problem, tmp_path: Path, monkeypatc
 
 def test_wrong_certificate_and_wrong_solver_are_both_caught(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row L11."""
-    from planner.problem.answers import settle
+    from planner.problem.goal import settle
 
     honest = settle.certify
 

@@ -11,15 +11,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from planner.simulate.arrivals import Process, make_requests
 from planner.simulate.numbers import numbers_of, spread
 from planner.simulate.one_plan import Event, simulate_plan
-from planner.simulate.serving import Serving, most_in_flight, simulate_requests
+from planner.simulate.serving import Process, Serving, make_requests, most_in_flight, simulate_requests
 from planner.simulate.tandem import Tandem
 from plans.cluster import Host
 from plans.errors import InfeasibleError, UsageError
 from plans.plan import Plan
-from plans.requests import Request
+from plans.workload import Request
 from tests.conftest import RunCommand
 from tests.planner.cases import cluster, device, link, make_plan, workload
 

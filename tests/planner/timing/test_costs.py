@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.timing.costs import CostModel, StageRange, predict
-from planner.timing.curves import estimate
 from planner.timing.roofline import Work, bytes_read, flops
+from planner.timing.unit_times import estimate
 from plans.cluster import Timings
 from plans.errors import InfeasibleError, InputError
 from tests.planner.cases import class_link, cluster, device, link, tiny_profile, workload

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from runtime.fast.recorder import Work
+from runtime.fast.graphs import Work
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "_unique2", "bincount")
 """Operations whose result, or its size, the host has to wait for."""

@@ -19,10 +19,9 @@ from plans.stages import StageRange
 from runtime.fast import setup as fast_setup
 from runtime.fast.cache import STEP_SLOTS, FastLayer
 from runtime.fast.choice import STEP_ROWS, try_graphs
-from runtime.fast.graphs import GraphStage, supports_graphs
+from runtime.fast.graphs import GraphStage, Recorder, supports_graphs
 from runtime.fast.model import FastModel, Part
 from runtime.fast.native import Library, Unavailable
-from runtime.fast.recorder import Recorder
 from runtime.fast.setup import recorded, set_up
 from runtime.fast.speed import Choice, Speed
 from runtime.generate.clock import stage_clock
