@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from plans.stages import StageSpec
-from runtime.fast.speed import FAST_PATH, REFERENCE_PATH
+
+REFERENCE_PATH = "reference"
+FAST_PATH = "fast"
 
 
 @dataclass(slots=True)

@@ -8,48 +8,28 @@ import typer
 
 from plans.console import Output
 from plans.errors import LlamaplanError, UsageError
+from plans.option_groups import with_option_groups
 from runtime.chat.input import LineReader
 from runtime.cli import options
 from runtime.cli import processes as several
-from runtime.cli.opening import merge_sampling, prepare, refuse_empty_stops, sampling_choices
-from runtime.fast.speed import Speed
+from runtime.cli.opening import merge_sampling
 
 if TYPE_CHECKING:
     from runtime.chat.chat import ChatNumbers
     from runtime.chat.commands import ChatCommands
 
 
+@with_option_groups
 def chat(
     context: typer.Context,
     target: options.Target,
+    *,
     system: Annotated[str, typer.Option("--system", help="System message to start with.")] = "",
     conversation: Annotated[Path | None, typer.Option("--load", help="Go on with a saved conversation.")] = None,
-    max_tokens: options.MaxTokensOption = None,
-    temperature: options.TemperatureOption = None,
-    top_k: options.TopKOption = None,
-    top_p: options.TopPOption = None,
-    min_p: options.MinPOption = None,
-    repetition_penalty: options.PenaltyOption = None,
-    seed: options.SeedOption = 0,
-    stop: options.StopOption = None,
-    prefill_chunk: options.ChunkOption = None,
-    threads: options.ThreadsOption = None,
-    speed: options.SpeedOption = Speed.AUTO,
-    model: options.ModelOption = None,
-    device_map: options.DeviceMapOption = None,
-    dtype: options.DtypeOption = None,
-    kv_cache_dtype: options.KvDtypeOption = None,
-    ctx_size: options.ContextOption = None,
-    expect_id: options.ExpectOption = None,
-    verify: options.VerifyOption = True,
-    processes: several.ProcessesOption = False,
-    listen: several.ListenOption = None,
-    key_file: several.KeyOption = None,
-    trusted_network: several.TrustedOption = False,
-    heartbeat_timeout: several.HeartbeatOption = 30.0,
-    join_timeout: several.JoinOption = 60.0,
-    world_size: several.WorldOption = None,
-    restart: several.RestartOption = False,
+    length: options.LengthOptions,
+    sampling: options.SamplingOptions,
+    loading: options.LoadingOptions,
+    team: several.RestartOptions,
     quiet: options.QuietOption = False,
 ) -> None:
     """Talk with a model that has a chat template. Type /help for what can be done in a conversation.
@@ -60,42 +40,12 @@ def chat(
     Example: llamarun chat shards/ --system "Answer briefly." --temp 0.7
     """  # fmt: skip
     output = Output(quiet=quiet)
-    if max_tokens == 0:
+    if length.max_tokens == 0:
         raise UsageError("an answer of 0 tokens is none", where="--max-tokens", expected="at least 1")
-    refuse_empty_stops(stop)
-    choices = sampling_choices(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    team = several.ProcessChoices(
-        processes=processes,
-        listen=listen,
-        key_file=key_file,
-        trusted_network=trusted_network,
-        heartbeat_timeout=heartbeat_timeout,
-        join_timeout=join_timeout,
-        world_size=world_size,
-        restart=restart,
-    )
-    team.check()
-    workers = team.workers(context, target, model=model)
-    prepared = prepare(
-        output,
-        target,
-        model=model,
-        device_map=device_map,
-        dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
-        ctx_size=ctx_size,
-        expect_id=expect_id,
-        threads=threads,
-        only_stage=team.only_stage,
-        workers=workers,
-    )
+    stop_strings = length.stop_strings
+    choices = sampling.given()
+    run = several.open_run(context, target, output=output, loading=loading, team=team)
+    prepared = run.prepared
 
     from runtime.chat.chat import Chat
     from runtime.chat.commands import ChatCommands
@@ -105,17 +55,14 @@ def chat(
 
     check_template(prepared.tokenizer, folder=prepared.source.folder)
     start = Conversation(system) if conversation is None else read_conversation(conversation)
-    begin = several.Start(
-        output=output, prepared=prepared, workers=workers, threads=threads, verify=verify, speed=speed
-    )
-    with several.any_session(team, begin) as session:
+    with run.session() as session:
         talk = Chat(
             session,
             conversation=start,
             sampling=merge_sampling(prepared, choices),
-            max_tokens=max_tokens,
-            stop_strings=tuple(stop or ()),
-            prefill_chunk_tokens=prefill_chunk,
+            max_tokens=length.max_tokens,
+            stop_strings=stop_strings,
+            prefill_chunk_tokens=loading.prefill_chunk,
         )
         reader = LineReader()
         if reader.is_terminal:

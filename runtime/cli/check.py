@@ -5,16 +5,18 @@ from typing import Annotated
 
 import typer
 
-from plans.console import Output
 from plans.errors import IntegrityError
+from plans.option_groups import with_option_groups
 from runtime.cli import options
 from runtime.cli.opening import load, prepare
 
 CHECK_PROMPTS = ("def main(argv: list[str]) -> int:\n", "import os\n", "The quick brown fox jumps over the lazy dog.")
 
 
+@with_option_groups
 def check(
     target: options.Target,
+    *,
     against: Annotated[Path, typer.Option("--against", help="The unsplit checkpoint.")],
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "--max-new-tokens", "-n", min=1, max=10_000, help="Greedy tokens to compare.")
@@ -23,8 +25,7 @@ def check(
     device_map: options.DeviceMapOption = None,
     dtype: options.DtypeOption = None,
     threads: options.ThreadsOption = None,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
+    screen: options.ScreenOptions,
 ) -> None:
     """Compare a split model with the unsplit one: logits bit for bit, and greedy tokens.
 
@@ -32,8 +33,9 @@ def check(
 
     Example: llamarun check shards/ --against checkpoint/
     """
-    output = Output(json=as_json, quiet=quiet)
-    prepared = prepare(output, target, model=model, device_map=device_map, dtype=dtype, threads=threads)
+    output = screen.output()
+    loading = options.LoadingOptions(model=model, device_map=device_map, dtype=dtype, threads=threads)
+    prepared = prepare(output, target, loading)
 
     from runtime.reading.tokenizer import encode_prompt
     from runtime.stages.parity import compare_models, load_unsplit

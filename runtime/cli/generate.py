@@ -8,58 +8,37 @@ import typer
 
 from plans.console import Output
 from plans.errors import UsageError
+from plans.option_groups import with_option_groups
 from plans.reading.files import read_limited
 from runtime.cli import options
 from runtime.cli import processes as several
-from runtime.cli.opening import merge_sampling, prepare, refuse_empty_stops, sampling_choices
-from runtime.fast.speed import Speed
+from runtime.cli.opening import merge_sampling
 
 if TYPE_CHECKING:
     from runtime.generate.loop import Generation
     from runtime.session import AnySession
 
 
+@with_option_groups
 def generate(
     context: typer.Context,
     target: options.Target,
+    *,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; - reads stdin.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
     prompt_ids: Annotated[
         str | None, typer.Option("--prompt-ids", help="The prompt as token ids, separated by commas.")
     ] = None,
-    max_tokens: options.MaxTokensOption = None,
-    temperature: options.TemperatureOption = None,
-    top_k: options.TopKOption = None,
-    top_p: options.TopPOption = None,
-    min_p: options.MinPOption = None,
-    repetition_penalty: options.PenaltyOption = None,
-    seed: options.SeedOption = 0,
-    stop: options.StopOption = None,
+    length: options.LengthOptions,
+    sampling: options.SamplingOptions,
     special: Annotated[
         bool, typer.Option("--special", help="Special tokens named in the prompt count as such.")
     ] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence.")] = False,
-    prefill_chunk: options.ChunkOption = None,
-    threads: options.ThreadsOption = None,
-    speed: options.SpeedOption = Speed.AUTO,
-    model: options.ModelOption = None,
-    device_map: options.DeviceMapOption = None,
-    dtype: options.DtypeOption = None,
-    kv_cache_dtype: options.KvDtypeOption = None,
-    ctx_size: options.ContextOption = None,
-    expect_id: options.ExpectOption = None,
-    verify: options.VerifyOption = True,
-    processes: several.ProcessesOption = False,
-    listen: several.ListenOption = None,
-    key_file: several.KeyOption = None,
-    trusted_network: several.TrustedOption = False,
-    heartbeat_timeout: several.HeartbeatOption = 30.0,
-    join_timeout: several.JoinOption = 60.0,
-    world_size: several.WorldOption = None,
-    restart: several.RestartOption = False,
+    loading: options.LoadingOptions,
+    team: several.RestartOptions,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Walk through the chain step by step.")] = False,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
+    screen: options.ScreenOptions,
 ) -> None:
     """Continue a text.
 
@@ -67,47 +46,17 @@ def generate(
 
     Example: llamarun generate shards/ -p "Once upon a time" -n 100 --temp 0.8
     """  # fmt: skip
-    output = Output(json=as_json, quiet=quiet)
+    output = screen.output()
     if sum(given is not None for given in (prompt, prompt_file, prompt_ids)) != 1:
         raise UsageError(
             "give one prompt", expected="--prompt TEXT, --prompt - (stdin), --file PATH or --prompt-ids IDS"
         )
-    refuse_empty_stops(stop)
+    stop_strings = length.stop_strings
     given_ids = None if prompt_ids is None else _parse_ids(prompt_ids)
     text = "" if given_ids is not None else _read_prompt(prompt, prompt_file)
-    choices = sampling_choices(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    team = several.ProcessChoices(
-        processes=processes,
-        listen=listen,
-        key_file=key_file,
-        trusted_network=trusted_network,
-        heartbeat_timeout=heartbeat_timeout,
-        join_timeout=join_timeout,
-        world_size=world_size,
-        restart=restart,
-    )
-    team.check()
-    workers = team.workers(context, target, model=model)
-    prepared = prepare(
-        output,
-        target,
-        model=model,
-        device_map=device_map,
-        dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
-        ctx_size=ctx_size,
-        expect_id=expect_id,
-        threads=threads,
-        only_stage=team.only_stage,
-        workers=workers,
-    )
+    choices = sampling.given()
+    run = several.open_run(context, target, output=output, loading=loading, team=team)
+    prepared = run.prepared
 
     from runtime.generate.limits import Limits, check_prompt
     from runtime.generate.loop import Request
@@ -115,26 +64,17 @@ def generate(
 
     ids = given_ids or encode_prompt(prepared.tokenizer, text, parses_special=special)
     limits = Limits(
-        max_tokens=max_tokens,
+        max_tokens=length.max_tokens,
         context_tokens=prepared.context_tokens,
         eos_token_ids=frozenset() if ignore_eos else prepared.eos_token_ids,
-        stop_strings=tuple(stop or ()),
-        prefill_chunk_tokens=prefill_chunk or prepared.prefill_chunk_tokens,
+        stop_strings=stop_strings,
+        prefill_chunk_tokens=loading.prefill_chunk or prepared.prefill_chunk_tokens,
     )
     room = check_prompt(ids, limits, vocab_size=prepared.vocab_size, where="prompt")
     request = Request(prompt_ids=ids, sampling=merge_sampling(prepared, choices), limits=limits)
     shown = text if given_ids is None else prepared.decode(ids)
-    start = several.Start(
-        output=output,
-        prepared=prepared,
-        workers=workers,
-        threads=threads,
-        cache_tokens=len(ids) + room,
-        verify=verify,
-        speed=speed,
-    )
-    with several.any_session(team, start) as session:
-        generation = _run(output, session, request, prompt="" if quiet else shown, is_verbose=verbose)
+    with run.session(cache_tokens=len(ids) + room) as session:
+        generation = _run(output, session, request, prompt="" if screen.quiet else shown, is_verbose=verbose)
         _finish(output, session, generation, is_text_shown=not verbose)
 
 

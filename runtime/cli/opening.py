@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from plans.console import Output
 from plans.errors import UsageError
+from runtime.cli.options import LoadingOptions
 from runtime.fast.speed import Speed
 
 if TYPE_CHECKING:
@@ -17,14 +18,8 @@ if TYPE_CHECKING:
 def prepare(
     output: Output,
     target: Path,
+    loading: LoadingOptions,
     *,
-    model: Path | None,
-    device_map: list[str] | None,
-    dtype: str | None,
-    kv_cache_dtype: str | None = None,
-    ctx_size: int | None = None,
-    expect_id: str | None = None,
-    threads: int | None = None,
     only_stage: int | None = None,
     workers: "LocalWorkers | None" = None,
 ) -> "Prepared":
@@ -37,10 +32,10 @@ def prepare(
         from plans.stages import stage_names
         from runtime.reading.opening import open_source, parse_device_map
 
-        source = open_source(target, model=model, expect_id=expect_id, only_stage=only_stage)
+        source = open_source(target, model=loading.model, expect_id=loading.expect_id, only_stage=only_stage)
         for warning in source.warnings:
             output.warn(warning)
-        places = parse_device_map(device_map or [], num_stages=len(source.stages))
+        places = parse_device_map(loading.device_map or [], num_stages=len(source.stages))
 
         if workers is not None:
             workers.start_ahead(stage_names(source.stages))
@@ -54,14 +49,14 @@ def prepare(
         # Our own sentences say what a person needs; the library's advice about its internals does not help here.
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if loading.threads is not None:
+            torch.set_num_threads(loading.threads)
         return prepare_session(
             source,
             device_map=places,
-            dtype=dtype,
-            kv_cache_dtype=kv_cache_dtype,
-            context_tokens=ctx_size,
+            dtype=loading.dtype,
+            kv_cache_dtype=loading.kv_cache_dtype,
+            context_tokens=loading.ctx_size,
             only_stage=only_stage,
         )
 
@@ -90,37 +85,6 @@ def load(
     if session.chain.reason is not None:
         output.note(f"reference path: {session.chain.reason}")
     return session
-
-
-def sampling_choices(
-    *,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    seed: int,
-) -> dict[str, Any]:
-    """Return the sampling settings that were given, checked before anything is loaded."""
-    from runtime.generate.sampling import Sampling
-
-    stated = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
-    choices = {name: value for name, value in stated.items() if value is not None}
-    Sampling(**choices)  # type: ignore[arg-type]
-    return choices
-
-
-def refuse_empty_stops(stop: list[str] | None) -> None:
-    """Refuse an empty `--stop` before anything is loaded."""
-    if "" in (stop or ()):
-        raise UsageError("a stop string is empty", where="--stop", expected="at least one character", code="E-STOP")
 
 
 def merge_sampling(prepared: "Prepared", choices: dict[str, Any], *, where: str = "--top-k") -> "Sampling":

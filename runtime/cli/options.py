@@ -1,11 +1,14 @@
 """Command-line options that several commands share, so that they are spelled and explained once."""
 
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from plans.console import Output
+from plans.errors import UsageError
 from runtime.fast.speed import Speed
 
 MAX_TOKENS_LIMIT = 1_000_000
@@ -66,3 +69,70 @@ ChunkOption = Annotated[
     int | None,
     typer.Option("--prefill-chunk", min=1, help="Prompt tokens per step; unset: the plan's, else at most 2048."),
 ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen; what is left out comes from the model's generation_config.json."""
+
+    temperature: TemperatureOption = None
+    top_k: TopKOption = None
+    top_p: TopPOption = None
+    min_p: MinPOption = None
+    repetition_penalty: PenaltyOption = None
+    seed: SeedOption = 0
+
+    def given(self) -> dict[str, Any]:
+        """Return what was given, checked before anything is loaded."""
+        from runtime.generate.sampling import Sampling
+
+        choices = {name: value for name, value in asdict(self).items() if value is not None}
+        Sampling(**choices)
+        return choices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthOptions:
+    """Where a text ends."""
+
+    max_tokens: MaxTokensOption = None
+    stop: StopOption = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end the output.
+
+        Raises:
+            UsageError: one is empty.
+        """
+        if "" in (self.stop or ()):
+            raise UsageError("a stop string is empty", where="--stop", expected="at least one character", code="E-STOP")
+        return tuple(self.stop or ())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingOptions:
+    """What is loaded, where, and what it computes with."""
+
+    prefill_chunk: ChunkOption = None
+    threads: ThreadsOption = None
+    speed: SpeedOption = Speed.AUTO
+    model: ModelOption = None
+    device_map: DeviceMapOption = None
+    dtype: DtypeOption = None
+    kv_cache_dtype: KvDtypeOption = None
+    ctx_size: ContextOption = None
+    expect_id: ExpectOption = None
+    verify: VerifyOption = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScreenOptions:
+    """What is printed."""
+
+    as_json: JsonOption = False
+    quiet: QuietOption = False
+
+    def output(self) -> Output:
+        """Return where the command writes."""
+        return Output(json=self.as_json, quiet=self.quiet)

@@ -10,13 +10,13 @@ import typer
 
 from plans.console import Output
 from plans.errors import MachineError, PeerError, UsageError
-from runtime.cli.opening import load
-from runtime.fast.speed import Speed
+from runtime.cli.opening import load, prepare
+from runtime.cli.options import LoadingOptions
 
 if TYPE_CHECKING:
     from runtime.distributed.control.address import Address
     from runtime.distributed.control.launch import LocalWorkers
-    from runtime.distributed.session import ProcessSession
+    from runtime.distributed.session import ProcessSettings
     from runtime.session import AnySession, Prepared
 
 ProcessesOption = Annotated[
@@ -54,18 +54,22 @@ MAX_RESTARTS = 3
 """Lost workers that one run replaces: whatever takes more of them will not stop."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessChoices:
-    """What was asked for on the command line."""
+@dataclass(frozen=True, kw_only=True)
+class ProcessOptions:
+    """Whether and how stages run in processes of their own."""
 
-    processes: bool
-    listen: str | None
-    key_file: Path | None
-    trusted_network: bool
-    heartbeat_timeout: float
-    join_timeout: float
-    world_size: int | None
-    restart: bool = False
+    processes: ProcessesOption = False
+    listen: ListenOption = None
+    key_file: KeyOption = None
+    trusted_network: TrustedOption = False
+    heartbeat_timeout: HeartbeatOption = 30.0
+    join_timeout: JoinOption = 60.0
+    world_size: WorldOption = None
+
+    @property
+    def num_restarts(self) -> int:
+        """Lost workers that are replaced."""
+        return 0
 
     @property
     def is_used(self) -> bool:
@@ -115,7 +119,19 @@ class ProcessChoices:
         return read_key(self.key_file)
 
 
-def choose_in_flight(choices: ProcessChoices, prepared: "Prepared", text: str | None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class RestartOptions(ProcessOptions):
+    """The same for commands whose work can be taken up again."""
+
+    restart: RestartOption = False
+
+    @property
+    def num_restarts(self) -> int:
+        """Lost workers that are replaced."""
+        return MAX_RESTARTS if self.restart else 0
+
+
+def choose_in_flight(choices: ProcessOptions, prepared: "Prepared", text: str | None) -> int:
     """Return how many batches are kept under way: what was asked for, else the plan's, else one per stage.
 
     Raises:
@@ -133,22 +149,7 @@ def choose_in_flight(choices: ProcessChoices, prepared: "Prepared", text: str | 
     return planned if planned > 1 else len(prepared.source.stages)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """What a command loads a model with."""
-
-    output: Output
-    prepared: "Prepared"
-    workers: "LocalWorkers | None"
-    threads: int | None
-    cache_tokens: int | None = None
-    batch_size: int = 1
-    verify: bool = True
-    speed: Speed = Speed.REFERENCE
-    traces: bool = False
-
-
-def check_world_size(prepared: "Prepared", choices: ProcessChoices) -> None:
+def check_world_size(prepared: "Prepared", choices: ProcessOptions) -> None:
     """Require as many processes as there are stages.
 
     Raises:
@@ -166,49 +167,72 @@ def check_world_size(prepared: "Prepared", choices: ProcessChoices) -> None:
         raise UsageError("there is only one stage to run", hint="leave --processes out, or plan for several devices")
 
 
-@contextmanager
-def any_session(choices: ProcessChoices, start: Start) -> "Iterator[AnySession]":
-    """Load a model in this process, or in one process per stage that end with the block."""
-    if not choices.is_used:
-        yield load(
-            start.output,
-            start.prepared,
-            cache_tokens=start.cache_tokens,
-            batch_size=start.batch_size,
-            verify=start.verify,
-            speed=start.speed,
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A command's model, prepared; `session` loads it."""
+
+    output: Output
+    prepared: "Prepared"
+    loading: LoadingOptions
+    team: ProcessOptions
+    workers: "LocalWorkers | None"
+
+    @contextmanager
+    def session(
+        self, *, cache_tokens: int | None = None, batch_size: int = 1, traces: bool = False
+    ) -> "Iterator[AnySession]":
+        """Load the model in this process, or in one process per stage that end with the block."""
+        if not self.team.is_used:
+            yield load(
+                self.output,
+                self.prepared,
+                cache_tokens=cache_tokens,
+                batch_size=batch_size,
+                verify=self.loading.verify,
+                speed=self.loading.speed,
+            )
+            return
+        check_world_size(self.prepared, self.team)
+        from runtime.distributed.opening import open_processes
+
+        with self.output.progress_console.status("starting", spinner="line") as status:
+            opened = open_processes(
+                self.prepared,
+                self._settings(traces=traces),
+                cache_tokens=cache_tokens,
+                batch_size=batch_size,
+                verifies=self.loading.verify,
+                progress=status.update,
+            )
+        with opened as session:
+            yield session
+
+    def _settings(self, *, traces: bool) -> "ProcessSettings":
+        from runtime.distributed.control.team import Patience
+        from runtime.distributed.session import ProcessSettings
+
+        team = self.team
+        return ProcessSettings(
+            workers=self.workers,
+            listen=team.address(),
+            key=team.key(),
+            patience=Patience(join_seconds=team.join_timeout, heartbeat_seconds=team.heartbeat_timeout),
+            threads=self.loading.threads,
+            speed=self.loading.speed,
+            traces=traces,
+            num_restarts=team.num_restarts,
+            note=self.output.note,
         )
-        return
-    check_world_size(start.prepared, choices)
-    with _open(choices, start) as session:
-        yield session
 
 
-def _open(choices: ProcessChoices, start: Start) -> "ProcessSession":
-    from runtime.distributed.control.team import Patience
-    from runtime.distributed.opening import open_processes
-    from runtime.distributed.session import ProcessSettings
-
-    settings = ProcessSettings(
-        workers=start.workers,
-        listen=choices.address(),
-        key=choices.key(),
-        patience=Patience(join_seconds=choices.join_timeout, heartbeat_seconds=choices.heartbeat_timeout),
-        threads=start.threads,
-        speed=start.speed,
-        traces=start.traces,
-        num_restarts=MAX_RESTARTS if choices.restart else 0,
-        note=start.output.note,
-    )
-    with start.output.progress_console.status("starting", spinner="line") as status:
-        return open_processes(
-            start.prepared,
-            settings,
-            cache_tokens=start.cache_tokens,
-            batch_size=start.batch_size,
-            verifies=start.verify,
-            progress=status.update,
-        )
+def open_run(
+    context: typer.Context, target: Path, *, output: Output, loading: LoadingOptions, team: ProcessOptions
+) -> Run:
+    """Check how processes are wanted, start those of this machine, and read everything of a model but its weights."""
+    team.check()
+    workers = team.workers(context, target, model=loading.model)
+    prepared = prepare(output, target, loading, only_stage=team.only_stage, workers=workers)
+    return Run(output, prepared, loading, team, workers)
 
 
 def write_trace(session: "AnySession", path: Path) -> None:

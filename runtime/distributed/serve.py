@@ -14,9 +14,9 @@ from runtime.distributed.header import CLOSE, DTYPE_CODES, TOKENS, Header, Stamp
 from runtime.distributed.links import MAX_WAITING_MESSAGES, Arrival, Links, Place
 from runtime.distributed.loading import LoadedStage, LoadSettings, load_stage, share_threads
 from runtime.distributed.slots import StageRunner
-from runtime.fast.speed import FAST_PATH
 from runtime.reading.capacity import memory_faults
 from runtime.reading.opening import Source
+from runtime.stage_time import FAST_PATH
 from runtime.stages.traffic import stage_read_bytes
 
 

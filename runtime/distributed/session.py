@@ -20,7 +20,6 @@ from runtime.distributed.links import Links, Place
 from runtime.distributed.loading import LoadedStage
 from runtime.distributed.pipeline import Pipeline
 from runtime.distributed.slots import StageRunner
-from runtime.fast.speed import FAST_PATH
 from runtime.generate.loop import Generation, Request
 from runtime.generate.text import Decode
 from runtime.generate.writer import OnText
@@ -28,7 +27,7 @@ from runtime.reading.capacity import peak_memory_bytes
 from runtime.reading.families import rope_switch
 from runtime.reading.opening import Source
 from runtime.session import Prepared
-from runtime.stage_time import OnStep, StageTime, StageView, StepTrace
+from runtime.stage_time import FAST_PATH, OnStep, StageTime, StageView, StepTrace
 from runtime.stages.traffic import stage_read_bytes
 
 

@@ -21,9 +21,9 @@ from plans.stages import StageRange
 from runtime.fast.cache import STEP_SLOTS, FastLayer, adopt, hand_back
 from runtime.fast.graphs import GraphStage
 from runtime.fast.kernels import FastStage, first_slots, layer_window
-from runtime.fast.speed import FAST_PATH, REFERENCE_PATH, Choice
+from runtime.fast.speed import Choice
 from runtime.reading.devices import synchronize
-from runtime.stage_time import StageTime
+from runtime.stage_time import FAST_PATH, REFERENCE_PATH, StageTime
 
 _KNOWN = {
     "input_ids",

@@ -5,9 +5,6 @@ from enum import StrEnum
 
 from plans.errors import UsageError
 
-REFERENCE_PATH = "reference"
-FAST_PATH = "fast"
-
 
 class Speed(StrEnum):
     """What to compute with, on a CPU and on CUDA."""

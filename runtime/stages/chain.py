@@ -20,10 +20,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from plans.errors import UsageError
 from plans.stages import StageRange, StageSpec, check_stages
 from runtime.fast.model import FastModel, plain_step
-from runtime.fast.speed import REFERENCE_PATH
 from runtime.reading.families import build_skeleton, check_config, family_class
 from runtime.reading.weights import TensorSource, check_filled, load_units, rebuild_buffers
-from runtime.stage_time import StageTime
+from runtime.stage_time import REFERENCE_PATH, StageTime
 from runtime.stages.caches import new_cache
 from runtime.stages.hops import Hop
 

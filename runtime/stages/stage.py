@@ -20,9 +20,10 @@ from runtime.fast.cache import adopt
 from runtime.fast.model import FastModel
 from runtime.fast.native import Unavailable
 from runtime.fast.setup import set_up
-from runtime.fast.speed import FAST_PATH, REFERENCE_PATH, Speed, parse_speed
+from runtime.fast.speed import Speed, parse_speed
 from runtime.reading.families import PER_LAYER_KEYS, build_skeleton, check_config, family_class
 from runtime.reading.weights import TensorSource, check_filled, load_units, rebuild_buffers
+from runtime.stage_time import FAST_PATH, REFERENCE_PATH
 from runtime.stages.caches import new_cache
 
 __all__ = ["Stage", "StageRange", "StageSpec", "build_stage"]

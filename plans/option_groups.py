@@ -1,0 +1,51 @@
+"""Options that several commands share, as one parameter: a frozen dataclass whose fields typer sees as options."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from inspect import Parameter
+from typing import Any
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose dataclass parameters are given to it field by field, for typer.
+
+    Args:
+        command: each of its parameters that is annotated with a dataclass stands for that class's fields, in its place;
+            a field's annotation and default are those of an option.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Size:
+        ...     width: int = 1
+        >>> @with_option_groups
+        ... def draw(*, size: Size, name: str = "") -> None: ...
+        >>> str(inspect.signature(draw))
+        "(*, width: int = 1, name: str = '') -> None"
+    """
+    signature = inspect.signature(command)
+    groups: dict[str, Any] = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if is_dataclass(parameter.annotation)
+    }
+
+    def flattened() -> Iterator[Parameter]:
+        for name, parameter in signature.parameters.items():
+            if name not in groups:
+                yield parameter
+                continue
+            for field in fields(groups[name]):
+                yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(*arguments, **values)
+
+    parameters = list(flattened())
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
+    return run
