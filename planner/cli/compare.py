@@ -41,22 +41,22 @@ def compare_command(
     model: options.ModelArgument,
     *,
     partition: PartitionOption = None,
-    objective: cli_solve.ObjectiveOption = "latency",
-    weight: cli_solve.WeightOption = 0.5,
+    objective: options.ObjectiveOption = "latency",
+    weight: options.WeightOption = 0.5,
     cluster: options.ClusterOption = None,
     device: options.DeviceOption = None,
     margin: options.MarginOption = None,
     ctx_size: options.ContextOption = None,
     prompt_tokens: options.PromptTokensOption = None,
-    new_tokens: cli_solve.NewTokensOption = None,
+    new_tokens: options.NewTokensOption = None,
     batch_size: options.BatchOption = 1,
     requests_in_flight: options.InFlightOption = 1,
     prefill_chunk: options.PrefillChunkOption = None,
     dtype: options.DtypeOption = None,
     kv_cache_dtype: options.KvDtypeOption = None,
-    execution: cli_solve.ExecutionOption = "one_process",
-    solver: cli_solve.SolverOption = "auto",
-    time_limit: cli_solve.TimeLimitOption = 60.0,
+    execution: options.ExecutionOption = "one_process",
+    solver: options.SolverOption = "auto",
+    time_limit: options.TimeLimitOption = 60.0,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -129,7 +129,7 @@ def read_partitions(texts: Sequence[str], *, cluster: "Cluster", num_layers: int
 
 
 def report_command(
-    plan: cli_solve.PlanArgument,
+    plan: options.PlanArgument,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path(
         "report.html"
@@ -141,7 +141,7 @@ def report_command(
     compared: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Solve again by every strategy, for the comparison.")
     ] = True,
-    time_limit: cli_solve.TimeLimitOption = 60.0,
+    time_limit: options.TimeLimitOption = 60.0,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:

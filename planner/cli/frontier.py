@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from planner.cli import options
+from planner.cli import ask, options
 from planner.cli import solve as cli_solve
 from plans.console import Output
 
@@ -26,23 +26,23 @@ def frontier_command(
     *,
     against: AgainstOption = "both",
     points: PointsOption = 9,
-    objective: cli_solve.ObjectiveOption = "latency",
+    objective: options.ObjectiveOption = "latency",
     cluster: options.ClusterOption = None,
     device: options.DeviceOption = None,
     margin: options.MarginOption = None,
     ctx_size: options.ContextOption = None,
     prompt_tokens: options.PromptTokensOption = None,
-    new_tokens: cli_solve.NewTokensOption = None,
+    new_tokens: options.NewTokensOption = None,
     batch_size: options.BatchOption = 1,
     requests_in_flight: options.InFlightOption = 1,
     prefill_chunk: options.PrefillChunkOption = None,
     dtype: options.DtypeOption = None,
     kv_cache_dtype: options.KvDtypeOption = None,
-    execution: cli_solve.ExecutionOption = "one_process",
-    pin: cli_solve.PinOption = None,
-    ban: cli_solve.BanOption = None,
+    execution: options.ExecutionOption = "one_process",
+    pin: options.PinOption = None,
+    ban: options.BanOption = None,
     keep_order: Annotated[bool, typer.Option("--keep-order", help="Stages follow the order of the devices.")] = False,
-    time_limit: cli_solve.TimeLimitOption = 120.0,
+    time_limit: options.TimeLimitOption = 120.0,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -63,7 +63,7 @@ def frontier_command(
     from plans.checkpoint.folder import open_checkpoint
 
     screen = Output(json=as_json, quiet=quiet)
-    cli_solve.check_time_limit(time_limit)
+    ask.check_time_limit(time_limit)
     chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
     checkpoint = open_checkpoint(find_model(model))
     profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)

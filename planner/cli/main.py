@@ -5,13 +5,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from planner.cli import ask, options
 from planner.cli import compare as cli_compare
 from planner.cli import devices as cli_devices
 from planner.cli import export as cli_export
 from planner.cli import links as cli_links
-from planner.cli import options
 from planner.cli import simulate as cli_simulate
 from planner.cli import solve as cli_solve
+from planner.cli.frontier import frontier_command
 from plans.console import Output, leave, run_command
 
 app = typer.Typer(
@@ -84,7 +85,7 @@ def analyze(
     for warning in checkpoint.warnings:
         screen.warn(warning)
     if output is not None:
-        cli_solve.refuse_inside(output, checkpoint.directory)
+        ask.refuse_inside(output, checkpoint.directory)
         write_text(output, profile.to_json())
         screen.note(f"wrote {output}")
     screen.data(to_json(profile, workload, checkpoint.warnings))
@@ -98,6 +99,7 @@ def analyze(
 cli_devices.register(app)
 cli_links.register(app)
 cli_solve.register(app)
+app.command("frontier")(frontier_command)
 cli_compare.register(app)
 cli_simulate.register(app)
 cli_export.register(app)

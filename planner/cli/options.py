@@ -77,3 +77,78 @@ OutputOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only data, warnings and errors.")]
+StrategyOption = Annotated[
+    Literal["uniform", "memory", "compute", "mixed", "custom"] | None,
+    typer.Option("--strategy", help="What to minimise; unset: compute, or custom with --layers.", show_default=False),
+]
+ObjectiveOption = Annotated[
+    Literal["latency", "request", "throughput"],
+    typer.Option("--objective", help="Which time: per token, of a whole request, or per step with requests in flight."),
+]
+ExecutionOption = Annotated[
+    Literal["one_process", "process_per_stage"], typer.Option("--execution", help="Where the stages will run.")
+]
+WeightOption = Annotated[float, typer.Option("--weight", metavar="0..1", help="Of time, in the strategy mixed.")]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        metavar="CUT",
+        help="18,10,4 over the devices in their order (* leaves one open), or 0-16@cuda:0,16-32@cpu.",
+        show_default=False,
+    ),
+]
+PinOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin", metavar="UNITS@DEVICE", help="0-4@cuda:0, embedding@cpu, head@cpu; repeatable.", show_default=False
+    ),
+]
+BanOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ban",
+        metavar="DEVICE",
+        help="Not this device; 0-4@cpu: not these layers there; repeatable.",
+        show_default=False,
+    ),
+]
+NewTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--new-tokens", "--max-tokens", "--max-new-tokens", "-n", metavar="TOKENS", help="Tokens to generate.",
+        show_default=False,
+    ),
+]  # fmt: skip
+SolverOption = Annotated[
+    Literal["auto", "highs", "cbc"], typer.Option("--solver", help="auto: HiGHS, and CBC where it fails.")
+]
+TimeLimitOption = Annotated[float, typer.Option("--time-limit", metavar="SECONDS", help="For the whole search.")]
+GapOption = Annotated[
+    float, typer.Option("--mip-gap", metavar="RATIO", help="Stop this close to the optimum; 0 proves it.")
+]
+MaxContextOption = Annotated[
+    bool, typer.Option("--max-ctx", help="Also say the largest context this cut, and any cut, can hold.")
+]
+MaxInFlightOption = Annotated[
+    bool, typer.Option("--max-in-flight", help="Also say the most requests in flight this cut, and any cut, can hold.")
+]
+ChunkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prefill-chunk",
+        metavar="TOKENS|auto",
+        help="Prompt tokens per step; auto: for the earliest first token; unset: all at once.",
+        show_default=False,
+    ),
+]
+CalibrateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate",
+        metavar="RUN",
+        help="Correct the devices' times by a run: what llamarun generate or bench wrote with --json.",
+        show_default=False,
+    ),
+]
+PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan written by 'llamaplan solve'.")]

@@ -56,13 +56,13 @@ def register(app: typer.Typer) -> None:
 
 
 def simulate_command(
-    plan: cli_solve.PlanArgument,
+    plan: options.PlanArgument,
     *,
     requests: RequestsOption = None,
     rate: RateOption = None,
     arrivals: ArrivalsOption = "poisson",
     prompt_tokens: options.PromptTokensOption = None,
-    new_tokens: cli_solve.NewTokensOption = None,
+    new_tokens: options.NewTokensOption = None,
     in_flight: PlacesOption = None,
     seed: SeedOption = 0,
     trace: TraceOption = None,

@@ -1,17 +1,15 @@
 """`llamaplan solve`, `show` and `check`: they parse, call the planner, and print."""
 
-import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli import options
+from planner.cli import ask, options
 from plans.console import Output
-from plans.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from planner.answers.capacity import Capacity
@@ -21,125 +19,44 @@ if TYPE_CHECKING:
     from plans.profile import ModelProfile
     from plans.workload import Workload
 
-AUTO = "auto"
-
-StrategyOption = Annotated[
-    Literal["uniform", "memory", "compute", "mixed", "custom"] | None,
-    typer.Option("--strategy", help="What to minimise; unset: compute, or custom with --layers.", show_default=False),
-]
-ObjectiveOption = Annotated[
-    Literal["latency", "request", "throughput"],
-    typer.Option("--objective", help="Which time: per token, of a whole request, or per step with requests in flight."),
-]
-ExecutionOption = Annotated[
-    Literal["one_process", "process_per_stage"], typer.Option("--execution", help="Where the stages will run.")
-]
-WeightOption = Annotated[float, typer.Option("--weight", metavar="0..1", help="Of time, in the strategy mixed.")]
-LayersOption = Annotated[
-    str | None,
-    typer.Option(
-        "--layers",
-        metavar="CUT",
-        help="18,10,4 over the devices in their order (* leaves one open), or 0-16@cuda:0,16-32@cpu.",
-        show_default=False,
-    ),
-]
-PinOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--pin", metavar="UNITS@DEVICE", help="0-4@cuda:0, embedding@cpu, head@cpu; repeatable.", show_default=False
-    ),
-]
-BanOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--ban",
-        metavar="DEVICE",
-        help="Not this device; 0-4@cpu: not these layers there; repeatable.",
-        show_default=False,
-    ),
-]
-NewTokensOption = Annotated[
-    int | None,
-    typer.Option(
-        "--new-tokens", "--max-tokens", "--max-new-tokens", "-n", metavar="TOKENS", help="Tokens to generate.",
-        show_default=False,
-    ),
-]  # fmt: skip
-SolverOption = Annotated[
-    Literal["auto", "highs", "cbc"], typer.Option("--solver", help="auto: HiGHS, and CBC where it fails.")
-]
-TimeLimitOption = Annotated[float, typer.Option("--time-limit", metavar="SECONDS", help="For the whole search.")]
-GapOption = Annotated[
-    float, typer.Option("--mip-gap", metavar="RATIO", help="Stop this close to the optimum; 0 proves it.")
-]
-MaxContextOption = Annotated[
-    bool, typer.Option("--max-ctx", help="Also say the largest context this cut, and any cut, can hold.")
-]
-MaxInFlightOption = Annotated[
-    bool, typer.Option("--max-in-flight", help="Also say the most requests in flight this cut, and any cut, can hold.")
-]
-ChunkOption = Annotated[
-    str | None,
-    typer.Option(
-        "--prefill-chunk",
-        metavar="TOKENS|auto",
-        help="Prompt tokens per step; auto: for the earliest first token; unset: all at once.",
-        show_default=False,
-    ),
-]
-CalibrateOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibrate",
-        metavar="RUN",
-        help="Correct the devices' times by a run: what llamarun generate or bench wrote with --json.",
-        show_default=False,
-    ),
-]
-PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan written by 'llamaplan solve'.")]
-
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     app.command("solve")(solve_command)
     app.command("show")(show_command)
     app.command("check")(check_command)
-    from planner.cli.frontier import frontier_command
-
-    app.command("frontier")(frontier_command)
 
 
 def solve_command(
     model: options.ModelArgument,
     *,
-    strategy: StrategyOption = None,
-    objective: ObjectiveOption = "latency",
-    weight: WeightOption = 0.5,
+    strategy: options.StrategyOption = None,
+    objective: options.ObjectiveOption = "latency",
+    weight: options.WeightOption = 0.5,
     cluster: options.ClusterOption = None,
     device: options.DeviceOption = None,
     margin: options.MarginOption = None,
     speed: options.SpeedOption = "auto",
-    calibrate: CalibrateOption = None,
+    calibrate: options.CalibrateOption = None,
     ctx_size: options.ContextOption = None,
     prompt_tokens: options.PromptTokensOption = None,
-    new_tokens: NewTokensOption = None,
+    new_tokens: options.NewTokensOption = None,
     batch_size: options.BatchOption = 1,
     requests_in_flight: options.InFlightOption = 1,
-    prefill_chunk: ChunkOption = None,
+    prefill_chunk: options.ChunkOption = None,
     dtype: options.DtypeOption = None,
     kv_cache_dtype: options.KvDtypeOption = None,
-    execution: ExecutionOption = "one_process",
-    layers: LayersOption = None,
-    pin: PinOption = None,
-    ban: BanOption = None,
+    execution: options.ExecutionOption = "one_process",
+    layers: options.LayersOption = None,
+    pin: options.PinOption = None,
+    ban: options.BanOption = None,
     keep_order: Annotated[bool, typer.Option("--keep-order", help="Stages follow the order of the devices.")] = False,
     use_all: Annotated[bool, typer.Option("--use-all", help="Every device gets a stage.")] = False,
-    solver: SolverOption = "auto",
-    time_limit: TimeLimitOption = 60.0,
-    mip_gap: GapOption = 0.0,
-    max_ctx: MaxContextOption = False,
-    max_in_flight: MaxInFlightOption = False,
+    solver: options.SolverOption = "auto",
+    time_limit: options.TimeLimitOption = 60.0,
+    mip_gap: options.GapOption = 0.0,
+    max_ctx: options.MaxContextOption = False,
+    max_in_flight: options.MaxInFlightOption = False,
     output: options.OutputOption = None,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
@@ -160,11 +77,11 @@ def solve_command(
     from plans.checkpoint.folder import open_checkpoint
 
     screen = Output(json=as_json, quiet=quiet)
-    check_time_limit(time_limit)
-    _check_number("--mip-gap", mip_gap, "0 to below 1", is_good=0 <= mip_gap < 1)
+    ask.check_time_limit(time_limit)
+    ask.check_number("--mip-gap", mip_gap, "0 to below 1", is_good=0 <= mip_gap < 1)
     chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
     checkpoint = open_checkpoint(find_model(model))
-    refuse_inside(output, checkpoint.directory)
+    ask.refuse_inside(output, checkpoint.directory)
     profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
     workload = make_workload(
         profile,
@@ -173,7 +90,7 @@ def solve_command(
         new_tokens=new_tokens,
         batch_size=batch_size,
         requests_in_flight=requests_in_flight,
-        prefill_chunk_tokens=chunk_tokens(prefill_chunk),
+        prefill_chunk_tokens=ask.chunk_tokens(prefill_chunk),
     )
     for warning in checkpoint.warnings:
         screen.warn(warning)
@@ -182,7 +99,7 @@ def solve_command(
     offered = offered if calibration is None else calibration.cluster
     started = time.monotonic()
 
-    def ask(load: "Workload") -> "Plan":
+    def solved(load: "Workload") -> "Plan":
         return solve(
             profile,
             cluster=offered,
@@ -202,7 +119,7 @@ def solve_command(
         )
 
     with spinner(screen, f"solving for {len(offered.devices)} devices"):
-        plan = solve_with_best_chunk(workload, ask) if prefill_chunk == AUTO else ask(workload)
+        plan = solve_with_best_chunk(workload, solved) if prefill_chunk == ask.AUTO else solved(workload)
         capacities = capacities_of(
             plan,
             max_ctx=max_ctx,
@@ -283,7 +200,7 @@ def capacities_of(
 
 
 def show_command(
-    plan: PlanArgument, *, as_json: options.JsonOption = False, quiet: options.QuietOption = False
+    plan: options.PlanArgument, *, as_json: options.JsonOption = False, quiet: options.QuietOption = False
 ) -> None:
     """Print a plan again; it is checked first.
 
@@ -300,7 +217,7 @@ def show_command(
 
 
 def check_command(
-    plan: PlanArgument,
+    plan: options.PlanArgument,
     *,
     model: Annotated[
         str | None,
@@ -339,31 +256,6 @@ def print_plan(plan: "Plan", screen: Output) -> None:
     screen.show(show.legend())
     for line in show.summary_lines(plan):
         screen.show(line)
-
-
-def refuse_inside(output: Path | None, folder: Path | None) -> None:
-    """Refuse to write a result into the checkpoint it was made from."""
-    if output is not None and folder is not None and output.absolute().parent.resolve() == folder.resolve():
-        raise UsageError(f"--output {output} lies inside the checkpoint", hint="choose another folder")
-
-
-def check_time_limit(seconds: float) -> None:
-    """Refuse a time limit that is no time."""
-    _check_number("--time-limit", seconds, "above 0", is_good=0 < seconds < math.inf)
-
-
-def chunk_tokens(text: str | None) -> int | None:
-    """Return the tokens of --prefill-chunk; None where the planner chooses, or where all are taken at once."""
-    if text is None or text == AUTO:
-        return None
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:12]) <= 2**31):
-        raise UsageError(f"--prefill-chunk is {printable(text, limit=40)}", expected=f"1 to {2**31}, or auto")
-    return int(text)
-
-
-def _check_number(option: str, value: float, expected: str, *, is_good: bool) -> None:
-    if not is_good:
-        raise UsageError(f"{option} is {value}", expected=expected)
 
 
 @contextmanager
