@@ -1,7 +1,5 @@
 """`llamaplan links`: measure what lies between hosts."""
 
-import ipaddress
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,15 +7,10 @@ import typer
 
 from planner.cli import options
 from plans.console import Output
-from plans.errors import MachineError, UsageError, printable
+from plans.errors import UsageError
 
 if TYPE_CHECKING:
     from plans.cluster import Link
-
-MAX_KEY_BYTES = 4096
-_PEER = re.compile(
-    r"(?:([A-Za-z0-9][A-Za-z0-9_.-]{0,63})=)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]{1,253})(?::([0-9]{1,5}))?"
-)
 
 PeersArgument = Annotated[
     list[str] | None,
@@ -65,6 +58,8 @@ def links_command(
     screen = Output(json=as_json, quiet=quiet)
     if serve == bool(peers):
         raise UsageError("give either --serve or the hosts to measure", expected="llamaplan links --serve, or HOST...")
+    from planner.measure.links import read_key
+
     key = b"" if key_file is None else read_key(key_file)
     if serve:
         _serve(screen, listen, times=times, key=key)
@@ -72,33 +67,18 @@ def links_command(
     _measure(screen, peers or [], key=key, here=here, cluster=cluster, output=output)
 
 
-def read_key(path: Path) -> bytes:
-    """Return the secret in a file that only its owner may read.
-
-    Raises:
-        MachineError: others may read it, or it is empty.
-    """
-    from plans.reading.files import read_limited
-
-    key = read_limited(path, max_bytes=MAX_KEY_BYTES).strip()
-    if path.stat().st_mode & 0o077:
-        raise MachineError("others may read this key", where=path, hint=f"chmod 600 {path}", code="E-KEY")
-    if len(key) < 16:
-        raise MachineError(f"the key has {len(key)} bytes", where=path, expected="at least 16", code="E-KEY")
-    return key
-
-
 def _serve(screen: Output, where: str, *, times: int | None, key: bytes) -> None:
     from planner.measure import links
 
-    _name, address, port = _parse_peer(where)
-    if not key and not _is_loopback(address):
+    _name, address = links.parse_peer(where)
+    if not key and not links.is_loopback(address.host):
         raise UsageError(
-            f"--listen {address} can be reached from other machines",
+            f"--listen {address.host} can be reached from other machines",
             hint="give --key-file, so that only those who hold the key are served",
         )
-    with links.listen(address, port) as server:
-        screen.note(f"listening on {address}:{server.getsockname()[1]}")
+    server, address = links.listen(address)
+    with server:
+        screen.note(f"listening on {address}")
         done = 0
         while times is None or done < times:
             done += links.serve_one(server, key=key)
@@ -109,7 +89,7 @@ def _measure(
     screen: Output, peers: list[str], *, key: bytes, here: str, cluster: Path | None, output: Path | None
 ) -> None:
     from planner.measure.cluster import make_link, merge_links
-    from planner.measure.links import probe
+    from planner.measure.links import parse_peer, probe
     from plans.cluster import Cluster
     from plans.reading.files import write_text
 
@@ -117,8 +97,8 @@ def _measure(
     if output is not None and known is None:
         raise UsageError("-o writes a cluster file and needs --cluster, the file to put the links into")
     found: list[Link] = []
-    for name, address, port in map(_parse_peer, peers):
-        speed = probe(address, port, key=key)
+    for name, address in map(parse_peer, peers):
+        speed = probe(address, key=key)
         for ends, rate in (((here, name), speed.send_bytes_per_second), ((name, here), speed.receive_bytes_per_second)):
             found.append(make_link(*ends, latency_seconds=speed.latency_seconds, bandwidth_bytes_per_second=rate))
             screen.show(f"{ends[0]} to {ends[1]}: {rate / 1e6:.4g} MB/s, {speed.latency_seconds * 1e6:.4g} us")
@@ -130,23 +110,3 @@ def _measure(
             write_text(output, merged.to_json())
             screen.note(f"wrote {output}")
     screen.next_step(f"llamaplan solve MODEL --cluster {output or 'cluster.json'} -o plan.json")
-
-
-def _parse_peer(text: str) -> tuple[str, str, int]:
-    from planner.measure.links import DEFAULT_PORT
-
-    match = _PEER.fullmatch(text)
-    port = int(match[3] or DEFAULT_PORT) if match else 0
-    if match is None or port > 65535:
-        raise UsageError(
-            f"'{printable(text, limit=80)}' is no address", expected="[NAME=]HOST[:PORT] with a port below 65536"
-        )
-    address = match[2].strip("[]")
-    return match[1] or address, address, port
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False

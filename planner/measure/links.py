@@ -1,14 +1,10 @@
 """A small probe of what lies between two hosts: latency and bandwidth of one TCP connection, both ways.
 
-One host serves, the other asks. Both prove that they hold the same key (HMAC over both sides' nonces); nothing that a
-stranger sends is interpreted beyond fixed-size fields with limits, and every connection has a deadline.
-
-    server  MAGIC nonce                      client  MAGIC nonce HMAC(key, "client" nonces)
-    server  HMAC(key, "server" nonces)       client  requests: 1 byte what, 8 bytes size
+One host serves, the other asks. They greet each other as a driver and a worker do, with the same key; after that the
+one who asks sends requests of 1 byte what and 8 bytes size. Nothing that a stranger sends is interpreted beyond fields
+with limits, and every connection has a deadline.
 """
 
-import hmac
-import os
 import socket
 import struct
 import time
@@ -16,21 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from plans.errors import MachineError, PeerError
+from plans.errors import PeerError, UsageError, printable
+from runtime.distributed.control.address import Address, connect, is_loopback, listen, parse_address
+from runtime.distributed.control.keys import introduce, read_key, welcome
 
-MAGIC = b"llmlink1"
-NONCE_BYTES = DIGEST_BYTES = 32
+__all__ = ["LinkSpeed", "is_loopback", "listen", "parse_peer", "probe", "read_key", "serve_one"]
+
 BYE, PING, SEND, RECEIVE = range(4)
 REQUEST = struct.Struct("!BQ")
 MAX_MESSAGE_BYTES = 32 << 20
 MAX_TOTAL_BYTES = 512 << 20
 MAX_REQUESTS = 300
-HANDSHAKE_SECONDS = 3.0
+CONNECT_SECONDS = 3.0
 CONNECTION_SECONDS = 30.0
 DEFAULT_PORT = 29750
 PINGS = 50
 REPEATS = 5
 BLOCK = bytes(1 << 16)
+MAX_NAME_LENGTH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +42,32 @@ class LinkSpeed:
     receive_bytes_per_second: float
 
 
-class _Wire:
-    """A socket with one deadline for everything; every short read or timeout is a lost peer."""
+def parse_peer(text: str) -> tuple[str, Address]:
+    """Read ``[NAME=]HOST[:PORT]``: what the cluster file calls a host, and where it serves.
 
-    def __init__(self, connection: socket.socket, *, peer: str, seconds: float) -> None:
+    Raises:
+        UsageError: not of that form.
+    """
+    name, _, place = text.rpartition("=")
+    has_port = ":" in place.rpartition("]")[2]
+    try:
+        address = parse_address(place if has_port else f"{place}:{DEFAULT_PORT}", where="")
+    except UsageError:
+        address = None
+    is_name = all(c.isalnum() or c in "_.-" for c in name) and name.isascii() and len(name) <= MAX_NAME_LENGTH
+    if address is None or address.is_unix or not is_name or any(c.isspace() for c in address.host):
+        raise UsageError(
+            f"'{printable(text, limit=80)}' is no address", expected="[NAME=]HOST[:PORT] with a port below 65536"
+        )
+    return name or address.host, address
+
+
+class _Wire:
+    """A connection after its greeting, with one deadline for everything."""
+
+    def __init__(self, connection: socket.socket, *, peer: str) -> None:
         self._socket, self._peer = connection, peer
-        self.deadline = time.monotonic() + seconds
+        self._deadline = time.monotonic() + CONNECTION_SECONDS
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, data: bytes) -> None:
@@ -72,42 +91,23 @@ class _Wire:
         found: list[bytes] = []
         self._guarded(lambda: found.append(self._socket.recv(min(most, 1 << 18))))
         if not found[0]:
-            raise self._lost("closed the connection")
+            raise PeerError("closed the connection", where=self._peer, code="E-LINKS")
         return found[0]
 
     def _guarded(self, call: Callable[[], object]) -> None:
-        left = self.deadline - time.monotonic()
+        left = self._deadline - time.monotonic()
         if left <= 0:
-            raise self._lost("did not finish in time")
+            raise PeerError("did not finish in time", where=self._peer, code="E-LINKS")
         self._socket.settimeout(left)
         try:
             call()
-        except TimeoutError:
-            raise self._lost("did not answer in time") from None
         except OSError as error:
-            raise self._lost(f"was lost: {error.strerror or error}") from None
-
-    def _lost(self, what: str) -> PeerError:
-        return PeerError(what, where=self._peer, hint="is 'llamaplan links --serve' running there?", code="E-LINKS")
+            raise _lost(error, self._peer) from None
 
 
-def listen(address: str, port: int) -> socket.socket:
-    """Return a listening socket.
-
-    Raises:
-        MachineError: the address is not of this machine, or the port is taken or not allowed.
-    """
-    try:
-        family, kind, number, _name, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        server = socket.socket(family, kind, number)
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind(place)
-        server.listen(4)
-    except (OSError, OverflowError) as error:
-        raise MachineError(
-            f"cannot listen: {error}", where=f"{address}:{port}", hint="choose another --listen", code="E-PORT"
-        ) from None
-    return server
+def _lost(error: OSError, peer: str) -> PeerError:
+    what = "did not answer in time" if isinstance(error, TimeoutError) else f"was lost: {error.strerror or error}"
+    return PeerError(what, where=peer, hint="is 'llamaplan links --serve' running there?", code="E-LINKS")
 
 
 def serve_one(server: socket.socket, *, key: bytes) -> bool:
@@ -115,68 +115,29 @@ def serve_one(server: socket.socket, *, key: bytes) -> bool:
     connection, place = server.accept()
     with connection:
         try:
-            wire = _Wire(connection, peer=str(place[0]), seconds=HANDSHAKE_SECONDS)
-            _admit(wire, key)
-            wire.deadline = time.monotonic() + CONNECTION_SECONDS
-            return _answer(wire)
-        except PeerError:
+            welcome(connection, key)
+            return _answer(_Wire(connection, peer=str(place[0])))
+        except (PeerError, OSError):
             return False
 
 
-def probe(address: str, port: int, *, key: bytes) -> LinkSpeed:
+def probe(address: Address, *, key: bytes) -> LinkSpeed:
     """Measure the connection to a host that serves.
 
     Raises:
         PeerError: nobody answers there, in time, or with the same key.
     """
-    peer = f"{address}:{port}"
-    try:
-        connection = socket.create_connection((address, port), timeout=HANDSHAKE_SECONDS)
-    except OSError as error:
-        raise PeerError(
-            f"cannot connect: {error}",
-            where=peer,
-            hint="start 'llamaplan links --serve' there; is a firewall between?",
-            code="E-LINKS",
-        ) from None
-    with connection:
-        wire = _Wire(connection, peer=peer, seconds=HANDSHAKE_SECONDS)
-        _introduce(wire, key, peer)
-        wire.deadline = time.monotonic() + CONNECTION_SECONDS
+    peer = str(address)
+    with connect(address, seconds=CONNECT_SECONDS) as connection:
+        try:
+            introduce(connection, key, name=peer)
+        except OSError as error:
+            raise _lost(error, peer) from None
+        wire = _Wire(connection, peer=peer)
         latency = median(_ping(wire) for _ in range(PINGS)) / 2
         send, receive = _bandwidth(wire, SEND), _bandwidth(wire, RECEIVE)
         wire.send(REQUEST.pack(BYE, 0))
     return LinkSpeed(latency, send, receive)
-
-
-def _admit(wire: _Wire, key: bytes) -> None:
-    ours = os.urandom(NONCE_BYTES)
-    wire.send(MAGIC + ours)
-    hello = wire.receive(len(MAGIC) + NONCE_BYTES + DIGEST_BYTES)
-    theirs, proof = hello[len(MAGIC) : len(MAGIC) + NONCE_BYTES], hello[-DIGEST_BYTES:]
-    if not (hello.startswith(MAGIC) and hmac.compare_digest(proof, _proof(key, b"client", ours + theirs))):
-        raise PeerError("does not hold the key", code="E-LINKS")
-    wire.send(_proof(key, b"server", ours + theirs))
-
-
-def _introduce(wire: _Wire, key: bytes, peer: str) -> None:
-    hello = wire.receive(len(MAGIC) + NONCE_BYTES)
-    if not hello.startswith(MAGIC):
-        raise PeerError("is something else", where=peer, expected="llamaplan links --serve", code="E-LINKS")
-    theirs, ours = hello[len(MAGIC) :], os.urandom(NONCE_BYTES)
-    wire.send(MAGIC + ours + _proof(key, b"client", theirs + ours))
-    try:
-        proof = wire.receive(DIGEST_BYTES)
-    except PeerError:
-        proof = b""
-    if not hmac.compare_digest(proof, _proof(key, b"server", theirs + ours)):
-        raise PeerError(
-            "refused us, or holds another key", where=peer, hint="give both the same --key-file", code="E-KEY"
-        )
-
-
-def _proof(key: bytes, role: bytes, nonces: bytes) -> bytes:
-    return hmac.digest(key, role + nonces, "sha256")
 
 
 def _answer(wire: _Wire) -> bool:

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,22 +23,99 @@ EXTRA = {
 """The planner's command line drives the exporter and reads its partitions; only measuring times real stages."""
 
 
-def imported_packages(path: Path) -> set[str]:
+FLOORS = {
+    "plans": (
+        *("errors", "children", "option_groups", "reading", "console", "checkpoint", "profile", "cluster", "stages"),
+        *("workload", "memory", "plan", "run", "check", "export", "schemas"),
+    ),
+    "planner": (
+        *("model", "devices", "timing", "problem", "program", "proof", "answers", "measure", "rivals", "simulate"),
+        *("show", "report", "cli", "api"),
+    ),
+    "exporter": (
+        *("convert", "layout", "sources", "root_files", "binding", "values", "verify", "disk", "stream", "job", "write"),
+        "emit",
+    ),
+    "runtime": (
+        *("stage_time", "reading", "fast", "stages", "generate", "session", "distributed.control", "distributed"),
+        *("results", "chat", "batch", "cli", "worker"),
+    ),
+}
+"""The wings of each package from the ground up: one imports only those before it, also late, inside a function."""
+STRANGERS = {("program", "proof"), ("proof", "program")}
+"""The second opinion shares nothing with the first."""
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for package in OURS for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+@cache
+def imports_of(module: str) -> frozenset[str]:
+    """Our modules that a module names in any import, wherever in the file."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found & OURS
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return frozenset(found & MODULES.keys())
+
+
+def wing_of(module: str) -> str:
+    """The longest entry of `FLOORS` that a module lies in; empty for a package's own `__init__`."""
+    package, _, rest = module.partition(".")
+    wings = [wing for wing in FLOORS[package] if rest == wing or rest.startswith(f"{wing}.")]
+    assert wings or not rest, f"{module} has no place in FLOORS"
+    return max(wings, key=len, default="")
 
 
 @pytest.mark.parametrize("package", sorted(OURS))
 def test_a_package_imports_only_what_the_design_allows(package: str) -> None:
-    for path in sorted((ROOT / package).rglob("*.py")):
-        name = path.relative_to(ROOT).as_posix()
-        allowed = ALLOWED[package] | EXTRA.get(f"{name.rpartition('/')[0]}/", set()) | {package}
-        assert imported_packages(path) <= allowed, name
+    for module in MODULES:
+        if module.partition(".")[0] == package:
+            path = MODULES[module].relative_to(ROOT).as_posix()
+            allowed = ALLOWED[package] | EXTRA.get(f"{path.rpartition('/')[0]}/", set()) | {package}
+            assert {name.partition(".")[0] for name in imports_of(module)} <= allowed, path
+
+
+@pytest.mark.parametrize("package", sorted(OURS))
+def test_a_wing_imports_only_wings_below_it(package: str) -> None:
+    floors = FLOORS[package]
+    for module in MODULES:
+        wing = wing_of(module)
+        if module.partition(".")[0] != package or not wing:
+            continue
+        for name in imports_of(module):
+            other = wing_of(name)
+            if name.partition(".")[0] == package and other not in {wing, ""}:
+                assert floors.index(other) < floors.index(wing), f"{module} imports {name}"
+                assert (wing, other) not in STRANGERS, f"{module} imports {name}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for name in sorted(imports_of(module) - {module.rpartition(".")[0]}):
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("package", sorted(OURS))
+def test_no_folder_holds_more_than_fourteen_files(package: str) -> None:
+    for folder in [ROOT / package, *(path for path in (ROOT / package).rglob("*") if path.is_dir())]:
+        files = [path for path in folder.glob("*.py")]
+        assert len(files) <= (18 if folder.name == "plans" else 14), folder
 
 
 def modules_loaded_by(*arguments: str) -> set[str]:

@@ -76,17 +76,16 @@ def test_strangers_are_turned_away_and_the_next_peer_is_served(run_command: RunC
 
 
 def test_requests_beyond_the_limits_end_the_connection() -> None:
-    from planner.measure.links import MAX_MESSAGE_BYTES, RECEIVE, REQUEST, _introduce, _Wire
+    from planner.measure.links import MAX_MESSAGE_BYTES, RECEIVE, REQUEST, introduce
 
     with serving() as (port, _process), socket.create_connection(("127.0.0.1", port)) as connection:
-        wire = _Wire(connection, peer="test", seconds=5)
-        _introduce(wire, b"", "test")
+        introduce(connection, b"", name="test")
         connection.sendall(REQUEST.pack(RECEIVE, MAX_MESSAGE_BYTES + 1))
         assert connection.recv(1) == b""
 
 
 def test_a_silent_peer_is_given_up(run_command: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planner.measure.links.HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr("runtime.distributed.control.keys.HANDSHAKE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         done = run_command("llamaplan", "links", f"127.0.0.1:{silent.getsockname()[1]}")
     assert (done.code, "did not answer in time" in done.err) == (7, True), done.err
