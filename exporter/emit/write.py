@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from exporter.emit.engines import COUNT_ENGINES, ENGINES, device_map, device_map_json
 from exporter.emit.limits import not_expressed
 from exporter.emit.plan_view import PlanView, hosts_of, kind_of
+from plans.engines.spelling import COUNT_ENGINES, ENGINES, device_map, device_map_json
 from plans.errors import UsageError, printable
 from plans.plan import Plan
 
@@ -25,7 +25,7 @@ class Emission:
     files: Mapping[str, str]
     """Suggested file name -> text; one file except for launch scripts, one per host."""
     partition: str
-    """``ENGINE:STRING`` as `exporter.emit.engines.parse_partition` reads it back; empty for our own runtime."""
+    """``ENGINE:STRING`` as `plans.engines.spelling.parse_partition` reads it back; empty for our own runtime."""
     not_expressed: tuple[str, ...]
     """What the plan says and this engine cannot be told."""
 
@@ -35,7 +35,7 @@ def emit(plan: Plan, *, engine: str, directory: str = "DIR") -> Emission:
 
     Args:
         plan: a checked plan.
-        engine: one of `exporter.emit.engines.ENGINES`.
+        engine: one of `plans.engines.spelling.ENGINES`.
         directory: folder of the export, or of the checkpoint, as the commands name it.
 
     Raises:

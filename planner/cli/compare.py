@@ -115,8 +115,8 @@ def read_partitions(texts: Sequence[str], *, cluster: "Cluster", num_layers: int
     Raises:
         UsageError: not a partition of that engine, or not one for this cluster.
     """
-    from exporter.emit.engines import parse_partition
     from planner.rivals.rules import from_partition
+    from plans.engines.spelling import parse_partition
 
     chains = []
     for text in texts:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from planner.rivals import accelerate as rules_accelerate
-from planner.rivals import counts as rules_counts
 from planner.rivals.accelerate import DISK, Room, Sizes
 from planner.timing.costs import StageRange
 from plans.checkpoint.config import DTYPE_SIZES
 from plans.cluster import Cluster, Device
+from plans.engines import rules as rules_counts
 from plans.errors import UsageError
 from plans.profile import ModelProfile
 

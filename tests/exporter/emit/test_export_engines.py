@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from exporter import export
 from exporter.emit import Emission, emit
-from exporter.emit.engines import COUNT_ENGINES, ENGINES, MAP_ENGINES, llama_cpp_ranges, parse_partition, ranges_of
+from plans.engines.spelling import COUNT_ENGINES, ENGINES, MAP_ENGINES, llama_cpp_ranges, parse_partition, ranges_of
 from plans.errors import UsageError
 from plans.plan import Plan
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.emit.engines import parse_partition
-from planner.rivals import counts as rules_counts
 from planner.rivals import rules
 from planner.timing.costs import StageRange
 from plans.cluster import Cluster, Device
+from plans.engines import rules as rules_counts
+from plans.engines.spelling import parse_partition
 from plans.errors import UsageError
 from plans.profile import ModelProfile
 from tests.planner.cases import TINY, cluster, device, tiny_profile

@@ -7,14 +7,13 @@
 | accelerate, transformers | a device_map (JSON) | every module by name |
 """
 
-import bisect
 import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
+from plans.engines.rules import llama_cpp_owners
 from plans.errors import UsageError, printable
 from plans.reading.strict import parse_json
 
@@ -76,21 +75,10 @@ def ranges_of(layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def llama_cpp_ranges(split: Sequence[Fraction], *, num_gpu_layers: int, num_layers: int) -> tuple[tuple[int, int], ...]:
-    """Return the layers llama.cpp puts on the CPU and on each GPU.
-
-    Layers and the output are numbered 0 to `num_layers`; the last `num_gpu_layers` of these go to the GPUs, where
-    number i of them goes to the first GPU whose cumulative share of the split exceeds i / their count.
-    """
-    first = max(num_layers + 1 - num_gpu_layers, 0)
-    on_gpus = num_layers + 1 - first
-    total = sum(split)
-    shares = [part / total for part in itertools.accumulate(split)]
-    owners = [bisect.bisect_right(shares, Fraction(i, on_gpus)) for i in range(on_gpus)]
-    layers = [
-        sum(1 for i, owner in enumerate(owners) if owner == gpu and first + i < num_layers) for gpu in range(len(split))
-    ]
-    return ranges_of([min(first, num_layers), *layers])
+def llama_cpp_ranges(split: Sequence[float], *, num_gpu_layers: int, num_layers: int) -> tuple[tuple[int, int], ...]:
+    """Return the layers llama.cpp puts on the CPU and on each GPU."""
+    owners = llama_cpp_owners(num_layers, split=split, num_gpu_layers=num_gpu_layers)[:-1]
+    return ranges_of([owners.count(owner) for owner in (None, *range(len(split)))])
 
 
 def _counts(text: str, engine: str, num_layers: int) -> tuple[int, ...]:
@@ -108,7 +96,7 @@ def _llama_cpp(text: str, num_layers: int) -> Partition:
     match = _SPLIT.fullmatch(text)
     if match is None or text.count(",") >= MAX_RANKS:
         raise UsageError(f"'{printable(text)}' is no split of llama.cpp", expected="such as 6,5 or 6,5/ngl=11")
-    split = [Fraction(part) for part in match[1].split(",")]
+    split = [float(part) for part in match[1].split(",")]
     if not sum(split):
         raise UsageError(f"the split {match[1]} gives nothing to any GPU")
     ngl = num_layers + 1 if match[2] is None else int(match[2])
