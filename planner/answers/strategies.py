@@ -1,4 +1,4 @@
-"""The strategies of the design, section 6: which goals are minimised, and in which order.
+"""The strategies: which goals are minimised, and in which order.
 
 uniform   nothing: layer counts differ by at most 1, earlier stages take the remainder
 memory    the largest memory share; second key: time

@@ -219,7 +219,7 @@ def chain_costs(problem: Problem, objective: Objective) -> ChainCosts:
     """Return the additive costs of an objective.
 
     `latency` and the cycle of `throughput`: one decode step. `request`: all prefill chunks one after the other, then
-    a decode step for every new token but the first, which the prefill already gives (design, section 5). Of a
+    a decode step for every new token but the first, which the prefill already gives. Of a
     pipelined prefill only a lower bound adds up: every stage works at least once on its shortest chunk.
     """
     if objective != "request":
