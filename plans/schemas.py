@@ -11,14 +11,18 @@ from plans.export.manifest import Manifest, StageFile
 from plans.plan import Plan
 from plans.profile import ModelProfile
 from plans.reading.strict import StrictModel, dump_json
+from plans.run import BatchRun, Bench, Run
 from plans.workload import Request, Workload
 
 MODELS: dict[str, type[StrictModel]] = {
+    "batch": BatchRun,
+    "bench": Bench,
     "cluster": Cluster,
     "manifest": Manifest,
     "plan": Plan,
     "profile": ModelProfile,
     "request": Request,
+    "run": Run,
     "stage": StageFile,
     "workload": Workload,
 }

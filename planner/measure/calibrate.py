@@ -22,7 +22,7 @@ from plans.cluster import Cluster, Device, Timings
 from plans.errors import InfeasibleError, IntegrityError
 from plans.plan import Plan
 from plans.profile import ModelProfile
-from plans.run import RunFile, RunStage
+from plans.run import RunStage, TimedRun
 from plans.workload import Workload
 
 PREFILL_FLOOR = 0.01
@@ -77,7 +77,7 @@ def same_cut(plan: Plan, calibration: Calibration) -> Plan | None:
         return None
 
 
-def calibrate(cluster: Cluster, profile: ModelProfile, run: RunFile, *, where: object) -> Calibration:
+def calibrate(cluster: Cluster, profile: ModelProfile, run: TimedRun, *, where: object) -> Calibration:
     """Compare a run with what the cluster predicts for it, and correct the cluster.
 
     Args:
@@ -98,7 +98,7 @@ def calibrate(cluster: Cluster, profile: ModelProfile, run: RunFile, *, where: o
     return Calibration(cluster.model_copy(update={"devices": devices}), drifts, workload)
 
 
-def _check_identity(cluster: Cluster, profile: ModelProfile, run: RunFile, where: object) -> None:
+def _check_identity(cluster: Cluster, profile: ModelProfile, run: TimedRun, where: object) -> None:
     layers = profile.model.num_hidden_layers
     if run.config_sha256 != profile.model.config_sha256:
         raise _other(where, "model", run.config_sha256, profile.model.config_sha256)
@@ -126,8 +126,8 @@ def _other(where: object, what: str, found: str, expected: str) -> IntegrityErro
     )
 
 
-def _drift(model: CostModel, stage: RunStage, run: RunFile, *, is_first: bool) -> StageDrift:
-    units = stage.range()
+def _drift(model: CostModel, stage: RunStage, run: TimedRun, *, is_first: bool) -> StageDrift:
+    units = StageRange(stage.planned_device, stage.start_layer, stage.end_layer, stage.has_embedding, stage.has_head)
     decode = model.stage_decode_seconds(
         units.device, units.start_layer, units.end_layer, has_embedding=units.has_embedding, has_head=units.has_head
     )

@@ -7,12 +7,12 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from plans.errors import UsageError
+from plans.run import FinishReason
 from runtime.chat.conversation import Conversation
 from runtime.chat.template import encode_chat
 from runtime.generate.limits import Limits
 from runtime.generate.loop import Generation, Request
 from runtime.generate.sampling import Sampling
-from runtime.generate.writer import FinishReason
 from runtime.reading.capacity import memory_faults
 from runtime.session import AnySession
 

@@ -93,21 +93,22 @@ def _progress(output: Output, *, total: int, done: int) -> Iterator[Callable[[in
 
 
 def _finish(output: Output, session: "AnySession", numbers: "BatchNumbers", results: Path) -> None:
+    from plans.run import BatchRun
     from runtime.reading.opening import check_sources_unchanged
     from runtime.results.summary import identity
 
     check_sources_unchanged(session.source)
-    output.data(
-        {
-            **identity(session, kind="batch"),
-            "lines": numbers.num_lines,
-            "prompt_tokens": numbers.num_prompt_tokens,
-            "new_tokens": numbers.num_new_tokens,
-            "seconds": numbers.seconds,
-            "tokens_per_second": numbers.tokens_per_second,
-            "peak_memory_bytes": session.peak_memory_bytes,
-        }
+    document = BatchRun(
+        **identity(session),
+        kind="batch",
+        lines=numbers.num_lines,
+        prompt_tokens=numbers.num_prompt_tokens,
+        new_tokens=numbers.num_new_tokens,
+        seconds=numbers.seconds,
+        tokens_per_second=numbers.tokens_per_second,
+        peak_memory_bytes=session.peak_memory_bytes,
     )
+    output.data(document.as_json())
     output.note(
         f"{numbers.num_lines} lines, {numbers.num_prompt_tokens} prompt tokens, {numbers.num_new_tokens} new tokens in "
         f"{numbers.seconds:.1f} s: {numbers.tokens_per_second:.1f} tokens/s; results in {results}"

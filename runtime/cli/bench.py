@@ -49,7 +49,6 @@ def bench(
 
     from runtime.reading.opening import check_sources_unchanged
     from runtime.results.bench import BenchSettings, bench_document, bench_lines
-    from runtime.results.summary import stage_line
 
     settings = BenchSettings(
         prompt_tokens=prompt_tokens,
@@ -68,8 +67,6 @@ def bench(
         if trace is not None:
             several.write_trace(session, trace)
         check_sources_unchanged(session.source)
-    output.data(document)
+    output.data(document.as_json())
     for line in bench_lines(document):
         output.show(line)
-    for number, stage in enumerate(document["stages"]):
-        output.show(stage_line(number, stage))

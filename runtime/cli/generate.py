@@ -138,7 +138,7 @@ def _finish(output: Output, session: "AnySession", generation: "Generation", *, 
 
     check_sources_unchanged(session.source)
     document = run_document(session, generation)
-    output.data(document)
+    output.data(document.as_json())
     if not output.json:
         sys.stdout.write("\n" if is_text_shown else generation.sequences[0].text + "\n")
         sys.stdout.flush()

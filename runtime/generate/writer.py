@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from plans.run import FinishReason
 from runtime.generate.text import Decode, StopMatcher, TextStream
 
-FinishReason = Literal["eos", "stop_string", "length", "interrupted"]
 OnText = Callable[[int, str], None]
 """Called with the sequence index and its next piece of text."""
 

@@ -1,16 +1,16 @@
 """Measure a loaded chain: prefill, decode and every stage, against this machine's bandwidth and the plan."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
 
+from plans.run import Bench, PredictedStage, RunPrediction
 from runtime.generate.limits import Limits
 from runtime.generate.loop import Generation, Request
 from runtime.generate.sampling import Sampling
 from runtime.reading.capacity import memory_faults
-from runtime.results.summary import identity, stage_documents
+from runtime.results.summary import identity, stage_documents, stage_lines
 from runtime.session import AnySession
 from runtime.stage_time import StageTime
 
@@ -38,8 +38,8 @@ class BenchSettings:
     traces: bool = False
 
 
-def bench_document(session: AnySession, settings: BenchSettings) -> dict[str, Any]:
-    """Measure and return plain data, with `stages` as a run's document has them.
+def bench_document(session: AnySession, settings: BenchSettings) -> Bench:
+    """Measure, with `stages` as a run's document has them.
 
     Totals come from runs without stage clocks, stages from runs with them; the two take turns. Stage seconds are the
     medians of one run's totals.
@@ -56,32 +56,34 @@ def bench_document(session: AnySession, settings: BenchSettings) -> dict[str, An
     step_seconds = median(median(run.step_seconds) for run in plain)
     prefill_seconds = median(run.time_to_first_token_seconds for run in plain)
     stages = stage_documents(session, _median_run(clocked))
-    read = sum(stage["decode_read_bytes"] for stage in stages)
-    return {
-        **identity(session, kind="bench"),
-        "prompt_tokens": settings.prompt_tokens,
-        "new_tokens": settings.new_tokens,
-        "batch_size": settings.batch_size,
-        "prefill_chunk_tokens": settings.prefill_chunk_tokens,
-        "repeats": settings.repeats,
-        "time_to_first_token_seconds": prefill_seconds,
-        "prefill_tokens_per_second": settings.batch_size * settings.prompt_tokens / prefill_seconds,
-        "median_seconds_per_token": step_seconds,
-        "tokens_per_second": settings.batch_size / step_seconds,
-        "decode_read_bytes": read,
-        "decode_read_bytes_per_second": read / step_seconds,
-        "read_bandwidth_bytes_per_second": session.read_bandwidth(repeats=settings.repeats),
-        "peak_memory_bytes": peak_memory_bytes,
-        **_in_flight(session, requests, settings),
-        "stages": stages,
-        "prediction": _prediction(session),
-    }
+    read = sum(stage.decode_read_bytes for stage in stages)
+    return Bench(
+        **identity(session),
+        kind="bench",
+        prompt_tokens=settings.prompt_tokens,
+        new_tokens=settings.new_tokens,
+        batch_size=settings.batch_size,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        repeats=settings.repeats,
+        time_to_first_token_seconds=prefill_seconds,
+        prefill_tokens_per_second=settings.batch_size * settings.prompt_tokens / prefill_seconds,
+        median_seconds_per_token=step_seconds,
+        tokens_per_second=settings.batch_size / step_seconds,
+        decode_read_bytes=read,
+        decode_read_bytes_per_second=read / step_seconds,
+        read_bandwidth_bytes_per_second=session.read_bandwidth(repeats=settings.repeats),
+        peak_memory_bytes=peak_memory_bytes,
+        in_flight=settings.in_flight,
+        pipelined_tokens_per_second=_pipelined_rate(session, requests, settings),
+        stages=stages,
+        prediction=_prediction(session),
+    )
 
 
-def _in_flight(session: AnySession, requests: Sequence[Request], settings: BenchSettings) -> dict[str, Any]:
+def _pipelined_rate(session: AnySession, requests: Sequence[Request], settings: BenchSettings) -> float | None:
     """Measure several batches under way at once: their tokens per second once all of them are decoding."""
     if settings.in_flight == 1 and not settings.traces:
-        return {"in_flight": 1, "pipelined_tokens_per_second": None}
+        return None
     runs: list[Generation] = []
     session.generate_groups(
         [requests] * settings.in_flight,
@@ -89,10 +91,7 @@ def _in_flight(session: AnySession, requests: Sequence[Request], settings: Bench
         on_done=lambda _place, run: runs.append(run),
     )
     cycle = median(seconds for run in runs for seconds in run.step_seconds)
-    return {
-        "in_flight": settings.in_flight,
-        "pipelined_tokens_per_second": settings.in_flight * settings.batch_size / cycle,
-    }
+    return settings.in_flight * settings.batch_size / cycle
 
 
 def _requests(session: AnySession, settings: BenchSettings) -> list[Request]:
@@ -138,58 +137,57 @@ def _medians(runs: Sequence[Sequence[StageTime]]) -> tuple[StageTime, ...]:
     )
 
 
-def _prediction(session: AnySession) -> dict[str, Any] | None:
+def _prediction(session: AnySession) -> RunPrediction | None:
     plan = session.source.plan
     if plan is None:
         return None
-    return {
-        "time_to_first_token_seconds": plan.prediction.time_to_first_token_seconds,
-        "seconds_per_token": plan.prediction.seconds_per_token,
-        "pipelined_tokens_per_second": plan.prediction.pipelined_tokens_per_second,
-        "requests_in_flight": plan.workload.requests_in_flight,
-        "prompt_tokens": plan.workload.prompt_tokens,
-        "batch_size": plan.workload.batch_size,
-        "stages": [
-            {
-                "device": stage.device,
-                "prefill_seconds": stage.prefill_seconds,
-                "decode_seconds": stage.decode_seconds,
-                "hop_seconds": stage.hop_seconds,
-            }
+    return RunPrediction(
+        time_to_first_token_seconds=plan.prediction.time_to_first_token_seconds,
+        seconds_per_token=plan.prediction.seconds_per_token,
+        pipelined_tokens_per_second=plan.prediction.pipelined_tokens_per_second,
+        requests_in_flight=plan.workload.requests_in_flight,
+        prompt_tokens=plan.workload.prompt_tokens,
+        batch_size=plan.workload.batch_size,
+        stages=tuple(
+            PredictedStage(
+                device=stage.device,
+                prefill_seconds=stage.prefill_seconds,
+                decode_seconds=stage.decode_seconds,
+                hop_seconds=stage.hop_seconds,
+            )
             for stage in plan.stages
-        ],
-    }
+        ),
+    )
 
 
-def bench_lines(document: dict[str, Any]) -> list[str]:
-    """Return the totals in words; stages are printed as after every run."""
-    size = f"{document['prompt_tokens']} prompt tokens, {document['new_tokens']} new tokens"
-    first, step = (1000 * document[k] for k in ("time_to_first_token_seconds", "median_seconds_per_token"))
-    rate = document["decode_read_bytes_per_second"] / 1e9
-    lines = [
-        f"{size}, batch size {document['batch_size']}, {document['dtype']}, median of {document['repeats']}",
-        f"load     {document['load_seconds']:.2f} s",
-        f"prefill  {first:.1f} ms, {document['prefill_tokens_per_second']:.0f} tokens/s",
-        f"decode   {step:.2f} ms/token, {document['tokens_per_second']:.1f} tokens/s, {rate:.1f} GB/s of weights",
-    ]
-    for device, rate in document["read_bandwidth_bytes_per_second"].items():
-        share = document["decode_read_bytes_per_second"] / rate
-        lines.append(f"reading  {rate / 1e9:.1f} GB/s on {device} (its weights summed up); decode is at {share:.0%}")
-    if document["in_flight"] > 1:
-        rate = document["pipelined_tokens_per_second"]
-        lines.append(f"in flight {rate:.1f} tokens/s with {document['in_flight']} batches under way at once")
-    return lines + _prediction_lines(document)
+def bench_lines(bench: Bench) -> Iterator[str]:
+    """Yield the totals and every stage in words."""
+    first, step, read = bench.time_to_first_token_seconds, bench.median_seconds_per_token or 0.0, bench.decode_rate
+    yield (
+        f"{bench.prompt_tokens} prompt tokens, {bench.new_tokens} new tokens, batch size {bench.batch_size}, "
+        f"{bench.dtype}, median of {bench.repeats}"
+    )
+    yield f"load     {bench.load_seconds:.2f} s"
+    yield f"prefill  {1000 * first:.1f} ms, {bench.prefill_tokens_per_second:.0f} tokens/s"
+    yield (
+        f"decode   {1000 * step:.2f} ms/token, {bench.tokens_per_second:.1f} tokens/s, {read / 1e9:.1f} GB/s of weights"
+    )
+    for device, rate in bench.read_bandwidth_bytes_per_second.items():
+        yield f"reading  {rate / 1e9:.1f} GB/s on {device} (its weights summed up); decode is at {read / rate:.0%}"
+    if bench.in_flight > 1:
+        rate = bench.pipelined_tokens_per_second or 0.0
+        yield f"in flight {rate:.1f} tokens/s with {bench.in_flight} batches under way at once"
+    if bench.prediction is not None:
+        yield _prediction_line(bench.prediction, step)
+    yield from stage_lines(bench)
 
 
-def _prediction_lines(document: dict[str, Any]) -> list[str]:
-    predicted = document["prediction"]
-    if predicted is None:
-        return []
-    step, first = predicted["seconds_per_token"], predicted["time_to_first_token_seconds"]
-    return [
+def _prediction_line(predicted: RunPrediction, measured_seconds: float) -> str:
+    step, first = predicted.seconds_per_token, predicted.time_to_first_token_seconds
+    if not step:
+        return "plan     predicts nothing"
+    return (
         f"plan     predicted {1000 * first:.1f} ms to the first token and {1000 * step:.2f} ms/token for "
-        f"{predicted['prompt_tokens']} prompt tokens, batch size {predicted['batch_size']}: measured decode takes "
-        f"{document['median_seconds_per_token'] / step:.2f} x that"
-        if step
-        else "plan     predicts nothing"
-    ]
+        f"{predicted.prompt_tokens} prompt tokens, batch size {predicted.batch_size}: measured decode takes "
+        f"{measured_seconds / step:.2f} x that"
+    )

@@ -1,12 +1,13 @@
 """The numbers at the end of a run: what a person reads, and what `--json` writes for the planner to read back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
 from plans.errors import printable
 from plans.reading.sizes import format_bytes
-from plans.stages import StageRange, describe_stage
+from plans.run import Run, RunSequence, RunStage, TimedRun
+from plans.stages import describe_stage
 from runtime.generate.loop import Generation
 from runtime.session import AnySession
 from runtime.stage_time import StageTime, StepTrace
@@ -53,31 +54,31 @@ class Walk:
         return f"hidden {[trace.batch_size, trace.num_tokens, config.hidden_size]}"
 
 
-def run_document(session: AnySession, generation: Generation) -> dict[str, Any]:
-    """Return everything a run measured as plain data."""
-    return {
-        **identity(session, kind="run"),
-        "prompt_tokens": generation.num_prompt_tokens,
-        "new_tokens": generation.num_new_tokens,
-        "batch_size": len(generation.sequences),
-        "time_to_first_token_seconds": generation.time_to_first_token_seconds,
-        "tokens_per_second": generation.decode_tokens_per_second,
-        "median_seconds_per_token": median(generation.step_seconds) if generation.step_seconds else None,
-        "peak_memory_bytes": session.peak_memory_bytes,
-        "stages": stage_documents(session, generation),
-        "sequences": [
-            {"text": s.text, "token_ids": list(s.token_ids), "finish_reason": s.finish_reason}
+def run_document(session: AnySession, generation: Generation) -> Run:
+    """Return everything a run measured."""
+    return Run(
+        **identity(session),
+        kind="run",
+        prompt_tokens=generation.num_prompt_tokens,
+        new_tokens=generation.num_new_tokens,
+        batch_size=len(generation.sequences),
+        time_to_first_token_seconds=generation.time_to_first_token_seconds,
+        tokens_per_second=generation.decode_tokens_per_second,
+        median_seconds_per_token=median(generation.step_seconds) if generation.step_seconds else None,
+        peak_memory_bytes=session.peak_memory_bytes,
+        stages=stage_documents(session, generation),
+        sequences=tuple(
+            RunSequence(text=s.text, token_ids=tuple(s.token_ids), finish_reason=s.finish_reason)
             for s in generation.sequences
-        ],
-    }
+        ),
+    )
 
 
-def identity(session: AnySession, *, kind: str) -> dict[str, Any]:
-    """Return what says which model was measured, and how long it took to load."""
+def identity(session: AnySession) -> dict[str, Any]:
+    """Return what says in every document which model was measured, and how long it took to load."""
     source = session.source
     return {
         "schema_version": 1,
-        "kind": kind,
         "plan_sha256": source.plan.sha256 if source.plan else None,
         "export_id": source.export.export_id if source.export else None,
         "config_sha256": source.checkpoint.config.sha256,
@@ -86,80 +87,63 @@ def identity(session: AnySession, *, kind: str) -> dict[str, Any]:
     }
 
 
-def stage_documents(session: AnySession, generation: Generation) -> list[dict[str, Any]]:
+def stage_documents(session: AnySession, generation: Generation) -> tuple[RunStage, ...]:
     """Return, per stage, what it is and its seconds: totals of the run, and bytes read per decode step."""
     views = session.stage_views(batch_size=len(generation.sequences))
-    return [
-        {
-            "device": view.device,
-            "planned_device": view.spec.device,
-            "start_layer": view.spec.start_layer,
-            "end_layer": view.spec.end_layer,
-            "has_embedding": view.spec.has_embedding,
-            "has_head": view.spec.has_head,
-            "decode_steps": len(generation.step_seconds),
-            "decode_read_bytes": view.decode_read_bytes,
+    return tuple(
+        RunStage(
+            device=view.device,
+            planned_device=view.spec.device,
+            start_layer=view.spec.start_layer,
+            end_layer=view.spec.end_layer,
+            has_embedding=view.spec.has_embedding,
+            has_head=view.spec.has_head,
+            decode_steps=len(generation.step_seconds),
+            decode_read_bytes=view.decode_read_bytes,
             **_path(generation, index),
             **_seconds("prefill", generation.prefill_stages, index),
             **_seconds("decode", generation.decode_stages, index),
-        }
+        )
         for index, view in enumerate(views)
-    ]
+    )
 
 
-def _path(generation: Generation, index: int) -> dict[str, str]:
+def _path(generation: Generation, index: int) -> dict[str, Any]:
     """Return which path served: for decode steps if there were any."""
     times = generation.decode_stages if generation.step_seconds else generation.prefill_stages
     return {"path": times[index].path} if times else {}
 
 
-def _seconds(phase: str, times: Sequence[StageTime], index: int) -> dict[str, float]:
-    if not times:
-        return {}
-    return {
-        f"{phase}_compute_seconds": times[index].compute_seconds,
-        f"{phase}_hop_seconds": times[index].hop_seconds,
-        f"{phase}_cache_seconds": times[index].cache_seconds,
-    }
+def _seconds(phase: str, times: Sequence[StageTime], index: int) -> dict[str, Any]:
+    names = ("compute_seconds", "hop_seconds", "cache_seconds")
+    return {f"{phase}_{name}": getattr(times[index], name) for name in names} if times else {}
 
 
-def summary_lines(document: dict[str, Any]) -> list[str]:
+def summary_lines(run: Run) -> list[str]:
     """Return the lines a person sees after the text."""
-    first = document["time_to_first_token_seconds"]
-    tokens = f"{document['prompt_tokens']} prompt tokens, {document['new_tokens']} new tokens"
-    speed = f"time to first token {1000 * first:.0f} ms, then {document['tokens_per_second']:.1f} tokens/s"
-    rate = decode_rate(document)
-    speed += f" ({rate / 1e9:.1f} GB/s of weights)" if rate else ""
-    rest = f"loaded in {document['load_seconds']:.1f} s; peak memory {format_bytes(document['peak_memory_bytes'])}"
-    lines = [f"{tokens} ({document['sequences'][0]['finish_reason']})", f"{speed}; {rest}"]
-    return lines + [stage_line(number, stage) for number, stage in enumerate(document["stages"])]
+    tokens = f"{run.prompt_tokens} prompt tokens, {run.new_tokens} new tokens"
+    speed = f"time to first token {1000 * run.time_to_first_token_seconds:.0f} ms, then "
+    speed += f"{run.tokens_per_second:.1f} tokens/s"
+    speed += f" ({run.decode_rate / 1e9:.1f} GB/s of weights)" if run.decode_rate else ""
+    rest = f"loaded in {run.load_seconds:.1f} s; peak memory {format_bytes(run.peak_memory_bytes)}"
+    return [f"{tokens} ({run.sequences[0].finish_reason})", f"{speed}; {rest}", *stage_lines(run)]
 
 
-def decode_rate(document: dict[str, Any]) -> float:
-    """Return the weight bytes read per second of decoding; 0 when nothing was decoded."""
-    seconds = document["median_seconds_per_token"]
-    read: int = sum(stage["decode_read_bytes"] for stage in document["stages"])
-    return read / seconds if seconds else 0.0
-
-
-def stage_line(number: int, stage: dict[str, Any]) -> str:
-    """Return one stage's seconds in words."""
-    steps = max(1, stage["decode_steps"])
-    name = describe_stage(
-        StageRange(
-            stage["device"],
-            stage["start_layer"],
-            stage["end_layer"],
-            has_embedding=stage["has_embedding"],
-            has_head=stage["has_head"],
+def stage_lines(run: TimedRun) -> Iterator[str]:
+    """Yield every stage's seconds in words."""
+    for number, stage in enumerate(run.stages):
+        name = f"  stage {number} on {stage.device}: {describe_stage(stage)}"
+        if stage.path is None:
+            yield name
+            continue
+        steps = max(1, stage.decode_steps)
+        compute, hop, cache = (
+            seconds / steps
+            for seconds in (stage.decode_compute_seconds, stage.decode_hop_seconds, stage.decode_cache_seconds)
         )
-    )
-    if "decode_compute_seconds" not in stage:
-        return f"  stage {number} on {stage['device']}: {name}"
-    compute, hop, cache = (stage[f"decode_{part}_seconds"] / steps for part in ("compute", "hop", "cache"))
-    rate = stage["decode_read_bytes"] / compute / 1e9 if compute else 0.0
-    return (
-        f"  stage {number} on {stage['device']}: {name}: prefill {1000 * stage['prefill_compute_seconds']:.1f} ms, "
-        f"decode {1000 * compute:.2f} ms/token ({rate:.1f} GB/s; cache {1000 * cache:.2f} ms), "
-        f"hop {1000 * hop:.3f} ms/token ({stage['path']})"
-    )
+        rate = stage.decode_read_bytes / compute / 1e9 if compute else 0.0
+        yield (
+            f"{name}: prefill {1000 * stage.prefill_compute_seconds:.1f} ms, "
+            f"decode {1000 * compute:.2f} ms/token ({rate:.1f} GB/s; cache {1000 * cache:.2f} ms), "
+            f"hop {1000 * hop:.3f} ms/token ({stage.path})"
+        )

@@ -13,7 +13,7 @@ from plans.checkpoint.folder import open_checkpoint
 from plans.cluster import Timings
 from plans.errors import InputError
 from plans.plan import Plan
-from plans.run import RunFile, read_run
+from plans.run import Bench, read_run
 from tests.conftest import RunCommand
 from tests.planner.cases import cluster, device
 
@@ -22,16 +22,31 @@ DEVICES = ("--device", "cpu=800MiB", "--device", "cpu=800MiB")
 
 def document(profile: Any, **changes: Any) -> dict[str, Any]:
     """A bench of two stages that took 10 and 30 ms per token, and 5 ms beside them."""
-    stage = {"device": "cpu", "decode_steps": 10, "decode_hop_seconds": 0.0}
+    stage = {"device": "cpu", "decode_steps": 10, "decode_read_bytes": 1, "decode_hop_seconds": 0.0, "path": "fast"}
     layers = profile.model.num_hidden_layers
     return {
         "schema_version": 1,
         "kind": "bench",
+        "plan_sha256": None,
+        "export_id": None,
+        "load_seconds": 0.5,
+        "peak_memory_bytes": 1 << 28,
         "config_sha256": profile.model.config_sha256,
         "dtype": "bfloat16",
         "prompt_tokens": 64,
         "new_tokens": 32,
         "batch_size": 1,
+        "prefill_chunk_tokens": 2048,
+        "repeats": 3,
+        "time_to_first_token_seconds": 3.0,
+        "prefill_tokens_per_second": 64 / 3,
+        "tokens_per_second": 1 / 0.045,
+        "decode_read_bytes": 2,
+        "decode_read_bytes_per_second": 2 / 0.045,
+        "read_bandwidth_bytes_per_second": {"cpu": 1e9},
+        "in_flight": 1,
+        "pipelined_tokens_per_second": None,
+        "prediction": None,
         "median_seconds_per_token": 0.045,
         "stages": [
             stage | {"planned_device": "cpu#0", "start_layer": 0, "end_layer": 3, "has_embedding": True,
@@ -55,7 +70,7 @@ def test_the_corrected_cluster_predicts_the_run_itself(shipped: Path, has_curves
     )
     known = (curves,) if has_curves else ()
     parts = cluster(device("cpu#0", timings=known), device("cpu#1", timings=known))
-    run = RunFile.model_validate_json(json.dumps(document(profile)))
+    run = Bench.model_validate_json(json.dumps(document(profile)))
     found = calibrate(parts, profile, run, where="run.json")
     assert [drift.measured_decode_seconds for drift in found.stages] == [pytest.approx(0.015), pytest.approx(0.03)]
     model = CostModel(profile, workload=found.workload, cluster=found.cluster)
@@ -68,7 +83,7 @@ def test_the_corrected_cluster_predicts_the_run_itself(shipped: Path, has_curves
 def test_a_device_that_took_no_part_keeps_its_times(shipped: Path) -> None:
     profile = build_profile(open_checkpoint(shipped))
     parts = cluster(device("cpu#0"), device("cpu#1"), device("cuda:0", kind="cuda"))
-    run = RunFile.model_validate_json(json.dumps(document(profile)))
+    run = Bench.model_validate_json(json.dumps(document(profile)))
     assert calibrate(parts, profile, run, where="run.json").cluster.device("cuda:0") == parts.device("cuda:0")
 
 
@@ -135,6 +150,32 @@ def test_a_run_on_other_devices_or_with_a_gap_is_refused(
         path.write_text(json.dumps(broken))
         done = run_command("llamaplan", "solve", shipped, *DEVICES, "--calibrate", path)
         assert (done.code, says in done.err) == (code, True), done.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "pointer"),
+    [
+        ({"median_seconds_per_token": None}, "/median_seconds_per_token"),
+        ({"stages": {"decode_steps": 0}}, "/stages/0/decode_steps"),
+        ({"stages": {"decode_compute_seconds": 0.0}}, "/stages/0/decode_compute_seconds"),
+    ],
+)
+def test_a_run_that_decoded_nothing_teaches_nothing(
+    shipped: Path, tmp_path: Path, changes: dict[str, Any], pointer: str
+) -> None:
+    broken = document(build_profile(open_checkpoint(shipped)))
+    broken["stages"][0] |= changes.pop("stages", {})
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(broken | changes))
+    with pytest.raises(InputError, match=f"{pointer}: nothing was decoded"):
+        read_run(path)
+
+
+def test_keys_of_other_versions_are_left_alone(shipped: Path, tmp_path: Path) -> None:
+    profile = build_profile(open_checkpoint(shipped))
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(document(profile, weather="fine")))
+    assert read_run(path).as_json() == document(profile)
 
 
 def test_what_is_no_json_at_all_is_named(tmp_path: Path) -> None:

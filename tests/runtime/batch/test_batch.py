@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from plans.errors import IntegrityError, MachineError
+from plans.run import BatchRun
 from runtime.batch import output as batch_output
 from runtime.batch.output import ResultFile
 from tests.conftest import Finished, RunCommand
@@ -107,7 +108,9 @@ def test_a_line_has_its_own_settings_and_id(
 
 
 def test_the_numbers_come_as_json_on_request(prompts: Path, batch: Callable[..., Finished]) -> None:
-    document = json.loads(batch(prompts, "--json").out)
+    out = batch(prompts, "--json").out
+    document = json.loads(out)
+    assert BatchRun.from_json(out.encode(), where="stdout").as_json() == document
     assert document["lines"] == len(TEXTS)
     assert document["tokens_per_second"] > 0
     assert document["kind"] == "batch"

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exporter import export
+from plans.run import Run
 from runtime import session
 from runtime.generate import loop
 from runtime.reading import capacity
@@ -91,7 +92,9 @@ def test_quiet_prints_nothing_but_the_text(shards: dict[str, Path], run_command:
 
 def test_the_run_document_names_every_stage_with_its_seconds(shards: dict[str, Path], run_command: RunCommand) -> None:
     arguments = ["-p", "x", "-n", 3, "--ignore-eos", "--device-map", "cpu", "--json"]
-    document = json.loads(run_command("llamarun", "generate", shards["2-4-1"], *arguments).out)
+    out = run_command("llamarun", "generate", shards["2-4-1"], *arguments).out
+    document = json.loads(out)
+    assert Run.from_json(out.encode(), where="stdout").as_json() == document
     assert [(s["start_layer"], s["end_layer"]) for s in document["stages"]] == [(0, 2), (2, 6), (6, 7)]
     assert all(s["decode_compute_seconds"] > 0 for s in document["stages"])
     assert document["new_tokens"] == 3

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, MixtralConfig
 
 from exporter import export
+from plans.run import Bench
 from plans.stages import StageRange
 from runtime.generate.limits import Limits
 from runtime.generate.loop import generate
@@ -32,6 +33,7 @@ def test_bench_measures_every_stage_and_names_the_prediction(shards: Path, run_c
     done = run_command("llamarun", "bench", shards, *OPTIONS, "--batch-size", 2, "--json")
     assert done.code == 0, done.err
     document = json.loads(done.out)
+    assert Bench.from_json(done.out.encode(), where="stdout").as_json() == document
     for key in ("load_seconds", "time_to_first_token_seconds", "median_seconds_per_token", "peak_memory_bytes"):
         assert document[key] > 0
     assert document["tokens_per_second"] == pytest.approx(2 / document["median_seconds_per_token"])
