@@ -4,12 +4,14 @@ Nothing of torch or Python is compiled in, so the build takes seconds and one li
 A machine where it cannot be built or loaded gets `Unavailable` with the reason, never an exception.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -184,11 +186,10 @@ def load(*, on_build: Callable[[str], None] | None = None) -> Library | Unavaila
 def load_from(
     path: Path, *, compiler: Sequence[str], on_build: Callable[[str], None] | None = None
 ) -> Library | Unavailable:
-    """Load the library at `path`, building it there if it is missing or cannot be loaded."""
-    try:
-        return Library(path)
-    except OSError:
-        pass
+    """Load the library at `path`, building it there if it is missing, not this user's own, or cannot be loaded."""
+    if is_private_file(path):
+        with contextlib.suppress(OSError):
+            return Library(path)
     if on_build is not None:
         on_build(f"compiling the decode kernels with {compiler[0]} (once per machine)")
     failure = build(path, compiler=compiler)
@@ -200,6 +201,15 @@ def load_from(
         return Unavailable(f"the compiled kernels cannot be loaded: {error}")
 
 
+def is_private_file(path: Path) -> bool:
+    """Whether `path` is a file of this user that nobody else can change: what lies there gets executed."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
 def build(path: Path, *, compiler: Sequence[str]) -> Unavailable | None:
     """Compile `kernels.c` into `path`: complete or absent at any moment, whoever else builds it at the same time."""
     failures = []
@@ -209,6 +219,7 @@ def build(path: Path, *, compiler: Sequence[str]) -> Unavailable | None:
             command = [*compiler, *_OPTIONS, *machine_option.split(), str(_SOURCE), "-o", str(partial), "-lm"]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+                partial.chmod(0o700)
                 partial.replace(path)
                 return None
             except subprocess.CalledProcessError as error:

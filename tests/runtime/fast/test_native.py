@@ -61,6 +61,22 @@ def test_a_damaged_library_is_built_again(tmp_path: Path, quick_compiler: tuple[
     assert isinstance(native.load_from(path, compiler=quick_compiler), Library)
 
 
+@pytest.mark.parametrize("how", ["others can write it", "a link to another place"])
+def test_a_library_that_somebody_else_may_have_put_there_is_built_again(
+    how: str, tmp_path: Path, quick_compiler: tuple[str, ...], kernels: Library
+) -> None:
+    path, builds = tmp_path / "kernels.so", []
+    if how == "others can write it":
+        path.write_bytes(kernels.path.read_bytes())
+        path.chmod(0o777)
+    else:
+        path.symlink_to(kernels.path)
+    assert isinstance(native.load_from(path, compiler=quick_compiler, on_build=builds.append), Library)
+    assert len(builds) == 1
+    assert not path.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o700
+
+
 def test_cache_folder_is_private_and_named_after_everything_that_matters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compiler: tuple[str, ...]
 ) -> None:
