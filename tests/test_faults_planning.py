@@ -304,9 +304,9 @@ def test_a_solver_program_that_does_not_work_is_an_environment_error(tmp_path: P
 def solve_with(preparation: str, folder: Path, *options: str, **environment: str) -> Finished:
     """Run `llamaplan solve` in a process of its own whose solver process first runs `preparation`."""
     script = (
-        "import sys; from planner import solver_process, cli; "
+        "import sys; from planner import cli; from planner.program import session; "
         f"code = {preparation!r} + '; from planner.program.session import serve; serve()'; "
-        "start = solver_process._start; solver_process._start = lambda _: start([sys.executable, '-c', code]); "
+        "start = session._start; session._start = lambda _: start([sys.executable, '-c', code]); "
         "cli.main()"
     )
     command = [sys.executable, "-c", script, "solve", str(SHIPPED), "--device", "rtx3090=1GiB", *options]

@@ -77,7 +77,7 @@ def test_chain_of_a_plan_are_its_stages(profile: ModelProfile) -> None:
 
 
 def test_out_of_time_is_said(profile: ModelProfile, monkeypatch: pytest.MonkeyPatch) -> None:
-    from planner.problem.goal import capacity
+    from planner.answers import capacity
 
     plan = _solve(profile)
     monkeypatch.setattr(capacity, "has_plan", lambda _problem: None)

@@ -29,7 +29,7 @@ from tests.planner.cases import class_link, cluster, device, link, make_plan, ti
 from tests.planner.report.browser import CHROMIUM, open_page
 
 EXAMPLES = Path(__file__).parents[3] / "plans" / "examples"
-CSS = Path(__file__).parents[3] / "planner" / "templates" / "report.css.j2"
+CSS = Path(__file__).parents[3] / "planner" / "report" / "templates" / "report.css.j2"
 REFERENCES = {"src", "href", "xlink:href", "action", "data", "srcset", "poster"}
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 LEAST_CONTRAST = 4.5
