@@ -4,16 +4,17 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from plans.errors import ExitCode, LlamaplanError, MachineError, printable
 
 if TYPE_CHECKING:
     import typer
     from rich.console import Console as RichConsole
+    from rich.table import Table
 
 
 PIPE_WIDTH = 200
@@ -46,6 +47,41 @@ class Output:
     def progress_console(self) -> "RichConsole":
         """The stderr console, for progress bars; `is_terminal` says whether anybody sees it."""
         return self._console(to_stderr=True)
+
+    @contextlib.contextmanager
+    def spinner(self, text: str, *, style: str = "dots") -> Iterator[Callable[[str], None]]:
+        """Show that something is happening, on stderr, if somebody sees it; yield what changes the words."""
+        if self.quiet or not self.progress_console.is_terminal:
+            yield lambda _text: None
+            return
+        with self.progress_console.status(text, spinner=style) as status:
+            yield status.update
+
+    @contextlib.contextmanager
+    def progress(
+        self, what: str = "", *, done: int = 0, total: int | None = None, unit: Literal["bytes", "items"] | None = None
+    ) -> Iterator[Callable[..., None]]:
+        """Show a bar on stderr, if somebody sees it; yield what is told (done, total), and `what` where that changes.
+
+        Args:
+            what: what is being done.
+            done: how much was done before.
+            total: of how much; None until it is known.
+            unit: what to show beside the bar: bytes and their rate, or how many of how many.
+        """
+        if self.quiet or not self.progress_console.is_terminal:
+            yield lambda _done, _total, what="": None  # noqa: ARG005
+            return
+        from rich import progress as rich
+
+        beside = {
+            "bytes": (rich.DownloadColumn(binary_units=True), rich.TransferSpeedColumn()),
+            "items": (rich.MofNCompleteColumn(),),
+        }.get(unit or "", ())
+        columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *beside, rich.TimeRemainingColumn())
+        with rich.Progress(*columns, console=self.progress_console, transient=True) as bar:
+            task = bar.add_task(what, total=total, completed=done)
+            yield lambda done, total, what=what: bar.update(task, description=what, completed=done, total=total)
 
     def show(self, renderable: object) -> None:
         """Print a table or text for people on stdout; nothing with --json."""
@@ -93,6 +129,24 @@ class Output:
     def next_step(self, command: str) -> None:
         """End a command by naming the next one."""
         self.note(f"next: {command}")
+
+
+def table(*texts: str, numbers: Sequence[str] = (), folded: Sequence[str] = ()) -> "Table":
+    """Return an empty table: columns of text, then of numbers, to the right.
+
+    Long text is cut, except in the columns of `folded`; those that are not among `texts` come last.
+    """
+    from rich.table import Table
+
+    found = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    for name in (*texts, *numbers, *(name for name in folded if name not in texts)):
+        found.add_column(
+            name,
+            justify="right" if name in numbers else "left",
+            overflow="fold" if name in folded else "ellipsis",
+            no_wrap=name not in folded,
+        )
+    return found
 
 
 def run_command(app: "typer.Typer", *, name: str) -> int:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from planner.cli import options
-from planner.cli import solve as cli_solve
 from plans.console import Output
 from plans.errors import UsageError
 
@@ -90,7 +89,7 @@ def compare_command(
         screen.warn(warning)
     offered = load_cluster(cluster, devices=device, margins=margin)
     given = read_partitions(partition or (), cluster=offered, num_layers=profile.model.num_hidden_layers)
-    with cli_solve.spinner(screen, f"comparing on {len(offered.devices)} devices"):
+    with screen.spinner(f"comparing on {len(offered.devices)} devices"):
         found = compare(
             profile,
             cluster=offered,
@@ -158,7 +157,7 @@ def report_command(
     check_time_limit(time_limit)
     refuse_same_file(plan, output, trace)
     known = read_plan(plan)
-    with cli_solve.spinner(screen, "comparing with other strategies and engines"):
+    with screen.spinner("comparing with other strategies and engines"):
         found = alternatives_to(known, time_limit=time_limit) if compared else None
     write_text(output, render_report(known, alternatives=found))
     screen.note(f"wrote {output}")

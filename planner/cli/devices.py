@@ -1,8 +1,6 @@
 """`llamaplan devices`: what is there, and with --measure how fast it is."""
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +10,6 @@ from plans.console import Output
 from plans.errors import UsageError
 
 if TYPE_CHECKING:
-    from planner.measure.cluster import Progress
     from plans.cluster import Cluster
 
 ModelArgument = Annotated[
@@ -112,23 +109,16 @@ def measured(
 
     chosen = parse_dtype(dtype)
     checkpoint = open_checkpoint(find_model(model)) if model is not None else None
-    with progress_bar(screen) as progress:
+    with screen.progress() as bar:
         found = measure_cluster(
-            cluster, checkpoint=checkpoint, dtype=chosen, host=host, threads=threads, progress=progress
+            cluster,
+            checkpoint=checkpoint,
+            dtype=chosen,
+            host=host,
+            threads=threads,
+            progress=lambda what, done, total: bar(done, total, what=what),
         )
     for warning in found.warnings:
         screen.warn(warning)
     screen.note(f"timed {', '.join(found.measured)}")
     return found.cluster
-
-
-@contextmanager
-def progress_bar(screen: Output) -> "Iterator[Progress]":
-    """Show how far measuring is, on stderr, if somebody sees it."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = screen.progress_console
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=screen.quiet or not console.is_terminal) as bar:
-        task = bar.add_task("")
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

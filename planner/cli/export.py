@@ -1,8 +1,7 @@
 """`llamaplan export`, `verify` and `emit`: they parse, call the exporter, and print."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,7 +64,7 @@ def export_command(
     source = find_model(model)
     if check_values:
         warn_about_values(source, screen)
-    with progress_bar(screen, "export") as progress:
+    with screen.progress("export", unit="bytes") as progress:
         manifest = export(
             checked,
             model=source,
@@ -128,7 +127,7 @@ def verify_command(
 
     screen = Output(json=as_json, quiet=quiet)
     source = find_model(model) if model is not None else None
-    with progress_bar(screen, "verify") as progress:
+    with screen.progress("verify", unit="bytes") as progress:
         found = verify(directory, model=source, stage=stage, expect_id=expect_id, progress=progress)
     for text in found.warnings:
         screen.warn(text)
@@ -239,24 +238,3 @@ def shown(path: Path) -> str:
     import shlex
 
     return shlex.quote(str(path))
-
-
-@contextmanager
-def progress_bar(screen: Output, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr if somebody sees it, and yield what is to be called with (done, total)."""
-    terminal = screen.progress_console
-    if screen.quiet or not terminal.is_terminal:
-        yield lambda _done, _total: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=terminal, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,19 +1,15 @@
 """`llamaplan frontier`: it parses, calls the planner, and prints."""
 
 import shlex
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from planner.cli import ask, options
-from planner.cli import solve as cli_solve
 from plans.console import Output
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from planner.answers.frontier import FrontierPoint
-    from planner.problem.problem import Problem
 
 AgainstOption = Annotated[
     Literal["share", "devices", "both"], typer.Option("--against", help="What time is weighed against.")
@@ -60,6 +56,7 @@ def frontier_command(
     from planner.problem.build import build_problem
     from planner.problem.demands import read_demands
     from planner.program.session import SolverSession
+    from planner.show import frontier as show
     from plans.checkpoint.folder import open_checkpoint
 
     screen = Output(json=as_json, quiet=quiet)
@@ -79,7 +76,7 @@ def frontier_command(
     offered = load_cluster(cluster, devices=device, margins=margin)
     names = [entry.name for entry in offered.devices]
     demands = read_demands(names, profile.model.num_hidden_layers, pins=pin or (), bans=ban or ())
-    with cli_solve.spinner(screen, "solving for every point"), SolverSession(time_limit=time_limit) as session:
+    with screen.spinner("solving for every point"), SolverSession(time_limit=time_limit) as session:
         problem = build_problem(
             profile,
             workload=workload,
@@ -97,41 +94,9 @@ def frontier_command(
         if not (shares or counts):
             raise explain_infeasible(Case(problem, profile, workload, offered, "compute"))
     tables = {"time against memory share": shares, "time against number of devices": counts}
-    screen.data({title.replace(" ", "_"): [_as_json(problem, p) for p in found] for title, found in tables.items()})
+    screen.data({title.replace(" ", "_"): [show.as_json(problem, p) for p in found] for title, found in tables.items()})
     for title, found in tables.items():
         if found:
             screen.show(f"{title} ({objective}):")
-            screen.show(_table(problem, found))
+            screen.show(show.frontier_table(problem, found))
     screen.next_step(f"llamaplan solve {shlex.quote(model)} --strategy mixed --weight 0.5 -o plan.json")
-
-
-def _table(problem: "Problem", points: "list[FrontierPoint]") -> "Table":
-    from rich.table import Table
-
-    from planner.show.plan import duration
-
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("time", "slower by", "share", "devices"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("layers per device", overflow="fold")
-    best = min(point.seconds for point in points)
-    for point in points:
-        slower = f"{point.seconds / best - 1:.1%}" if best else ""
-        cut = ", ".join(f"{problem.devices[s.device].name} {s.end - s.start}" for s in point.assignment)
-        proof = "" if point.status == "optimal" else " (not proved)"
-        table.add_row(duration(point.seconds), slower, f"{point.memory_share:.1%}", str(point.num_devices), cut + proof)
-    return table
-
-
-def _as_json(problem: "Problem", point: "FrontierPoint") -> dict[str, Any]:
-    return {
-        "seconds": point.seconds,
-        "memory_share": point.memory_share,
-        "num_devices": point.num_devices,
-        "status": point.status,
-        "certified_by": point.certified_by,
-        "stages": [
-            {"device": problem.devices[s.device].name, "start_layer": s.start, "end_layer": s.end}
-            for s in point.assignment
-        ],
-    }

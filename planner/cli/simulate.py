@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from planner.cli import options
-from planner.cli import solve as cli_solve
 from plans.console import Output
 from plans.errors import UsageError
 
@@ -94,7 +93,7 @@ def simulate_command(
         new_tokens=new_tokens,
         seed=seed,
     )
-    with cli_solve.spinner(screen, f"simulating {len(coming)} requests"):
+    with screen.spinner(f"simulating {len(coming)} requests"):
         served = simulate_requests(
             known, requests=coming, in_flight=in_flight, most_events=MAX_EVENTS if trace is not None else 0
         )

@@ -1,8 +1,7 @@
 """`llamaplan solve`, `show` and `check`: they parse, call the planner, and print."""
 
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,7 +117,7 @@ def solve_command(
             mip_gap=mip_gap,
         )
 
-    with spinner(screen, f"solving for {len(offered.devices)} devices"):
+    with screen.spinner(f"solving for {len(offered.devices)} devices"):
         plan = solve_with_best_chunk(workload, solved) if prefill_chunk == ask.AUTO else solved(workload)
         capacities = capacities_of(
             plan,
@@ -256,14 +255,3 @@ def print_plan(plan: "Plan", screen: Output) -> None:
     screen.show(show.legend())
     for line in show.summary_lines(plan):
         screen.show(line)
-
-
-@contextmanager
-def spinner(screen: Output, text: str) -> Iterator[None]:
-    """Show that something is happening, on stderr, if somebody sees it."""
-    console = screen.progress_console
-    if screen.quiet or not console.is_terminal:
-        yield
-        return
-    with console.status(text):
-        yield

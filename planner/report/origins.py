@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from planner.show.plan import duration, proof_line
+from planner.show.plan import proof_line
+from planner.show.words import duration
 from planner.timing.costs import CostModel
 from planner.timing.topology import Topology
 from plans.checkpoint.config import DTYPE_SIZES

@@ -13,7 +13,8 @@ from planner.report.tradeoff import Point, tradeoff_drawing
 from planner.rivals.alternatives import Alternatives, Option
 from planner.rivals.compare import Comparison, Row
 from planner.show import compare as show_compare
-from planner.show.plan import duration, objective_text, proof_line, unused_devices
+from planner.show.plan import objective_text, proof_line, unused_devices
+from planner.show.words import duration
 from planner.simulate.one_plan import Simulation, simulate_plan
 from planner.simulate.trace import trace
 from planner.timing.costs import CostModel

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from planner.report.drawing import Drawing, Path, Rect, Shape, Text, clipped, nice_ticks
-from planner.show.plan import duration
+from planner.show.words import duration
 from planner.simulate.one_plan import Event, Simulation
 from plans.plan import Plan
 

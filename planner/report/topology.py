@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from planner.report.drawing import Dot, Drawing, Path, Rect, Shape, Text, clipped
 from planner.report.memory import stage_words
-from planner.show.plan import duration
+from planner.show.words import duration
 from plans.cluster import Cluster, Host
 from plans.plan import Plan
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from planner.report.drawing import CHARACTER_WIDTH, Dot, Drawing, Path, Shape, Text, clipped, log_ticks, nice_ticks
 from planner.rivals.compare import Comparison, Row
 from planner.show.compare import TIME_NAMES
-from planner.show.plan import duration
+from planner.show.words import duration
 
 WIDTH, HEIGHT = 960, 400
 LEFT, RIGHT, TOP, BOTTOM = 52, 150, 36, 44

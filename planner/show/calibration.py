@@ -5,7 +5,7 @@ from typing import Any
 
 from planner.answers.solve import objective_seconds
 from planner.measure.calibrate import Calibration, StageDrift
-from planner.show.plan import duration
+from planner.show.words import duration
 from plans.plan import Plan
 
 

@@ -1,14 +1,15 @@
 """The tables of `llamaplan devices`."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from planner.devices.catalogue import CATALOGUE
 from planner.devices.machine import Machine
-from planner.show.profile import count_text
+from planner.show.words import count_text
 from planner.timing.topology import Topology
 from plans.cluster import Cluster, Device
+from plans.console import table
 from plans.reading.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -20,10 +21,10 @@ MESSAGE_BYTES = 1 << 20
 
 def device_table(cluster: Cluster) -> "Table":
     """Return one row per device, with what a plan may use of it."""
-    table = _table("device", "host", "kind", numbers=("memory", "budget", "reads", "fp32", "bf16"))
+    rows = table("device", "host", "kind", numbers=("memory", "budget", "reads", "fp32", "bf16"))
     for device in cluster.devices:
-        table.add_row(*_device_cells(device))
-    return table
+        rows.add_row(*_device_cells(device))
+    return rows
 
 
 def machine_lines(machine: Machine) -> Iterator[str]:
@@ -54,26 +55,26 @@ def link_table(cluster: Cluster) -> "Table | None":
     if not 2 <= len(cluster.devices) <= MAX_LINKED_DEVICES:
         return None
     topology = Topology(cluster)
-    table = _table("1 MiB from, to", numbers=[device.name for device in cluster.devices])
+    rows = table("1 MiB from, to", numbers=[device.name for device in cluster.devices])
     for a in cluster.devices:
         cells = [_hop_text(topology.seconds(a.name, b.name, MESSAGE_BYTES)) for b in cluster.devices]
-        table.add_row(a.name, *cells)
-    return table
+        rows.add_row(a.name, *cells)
+    return rows
 
 
 def catalogue_table() -> "Table":
     """Return the catalogue of accelerators."""
-    table = _table("name", "product", numbers=("GiB", "GB/s", "fp32", "fp16", "bf16 TFLOP/s"))
+    rows = table("name", "product", numbers=("GiB", "GB/s", "fp32", "fp16", "bf16 TFLOP/s"))
     for entry in CATALOGUE:
         rates = (entry.fp32_tflops, entry.fp16_tflops, entry.bf16_tflops)
-        table.add_row(
+        rows.add_row(
             entry.name,
             entry.title,
             f"{entry.memory_gib:g}",
             f"{entry.bandwidth_gb:g}",
             *("-" if rate is None else f"{rate:g}" for rate in rates),
         )
-    return table
+    return rows
 
 
 def catalogue_json() -> list[dict[str, object]]:
@@ -89,17 +90,6 @@ def catalogue_json() -> list[dict[str, object]]:
         }
         for entry in CATALOGUE
     ]
-
-
-def _table(*texts: str, numbers: Sequence[str]) -> "Table":
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    for column in texts:
-        table.add_column(column, no_wrap=True)
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
 
 
 def _device_cells(device: Device) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from planner.rivals.compare import Comparison, Row
-from planner.show.plan import duration
+from planner.show.words import duration
 from planner.timing.costs import StageRange
+from plans.console import table
 from plans.reading.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -20,27 +21,21 @@ TIME_NAMES = {"latency": "time per token", "request": "time of a whole request",
 
 def comparison_table(found: Comparison) -> "Table":
     """Return one row per strategy, rule and partition; the fastest that fits is bold."""
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("layers", overflow="fold", ratio=1)
-    for column in ("per token", "first token", "tokens/s", "fullest", "vs best"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("fits", overflow="fold", ratio=1)
+    numbers = ("per token", "first token", "tokens/s", "fullest", "vs best")
+    rows = table("", "layers", numbers=numbers, folded=("layers", "fits"))
     previous, said = "strategy", ""
     for row in found.rows:
         if row.kind != previous:
-            table.add_row()
+            rows.add_row()
             previous = row.kind
         words = verdict(row)
         is_said = words == said and len(words) > LONG_REASON
         said = words
         style = "bold" if row is found.best else "" if row.fits else "dim"
-        table.add_row(
+        rows.add_row(
             row.name, layers_text(row.stages), *_numbers(found, row), "as above" if is_said else words, style=style
         )
-    return table
+    return rows
 
 
 def _numbers(found: Comparison, row: Row) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from planner.show.words import duration
+from plans.console import table
 from plans.plan import Plan, Stage
 from plans.reading.sizes import format_bytes
 
@@ -39,15 +41,9 @@ def headline(plan: Plan) -> str:
 
 def stage_table(plan: Plan) -> "Table":
     """Return one row per stage with a stacked memory bar."""
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("device", "holds", "memory"):
-        table.add_column(column, no_wrap=True)
-    for column in ("used", "budget", "share", "per token"):
-        table.add_column(column, justify="right", no_wrap=True)
+    found = table("device", "holds", "memory", numbers=("used", "budget", "share", "per token"))
     for stage in plan.stages:
-        table.add_row(
+        found.add_row(
             stage.device,
             held_units(stage),
             memory_bar(stage),
@@ -56,7 +52,7 @@ def stage_table(plan: Plan) -> "Table":
             f"{stage.total_bytes / stage.budget_bytes:.1%}",
             duration(stage.decode_seconds),
         )
-    return table
+    return found
 
 
 def held_units(stage: Stage) -> str:
@@ -165,14 +161,6 @@ def unused_devices(plan: Plan) -> list[str]:
     """Return the devices of the cluster that hold nothing."""
     used = {stage.device for stage in plan.stages}
     return [device.name for device in plan.cluster.devices if device.name not in used]
-
-
-def duration(seconds: float) -> str:
-    """Return a time with four significant digits, in the unit that suits it."""
-    for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
-        if seconds < limit:
-            return f"{seconds * factor:.4g} {unit}"
-    return f"{seconds:.4g} s"
 
 
 def capacity_line(capacity: "Capacity") -> str:

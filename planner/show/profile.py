@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from planner.show.words import count_text
+from plans.console import table
 from plans.memory import layer_activation_bytes, layer_kv_bytes, tied_table_bytes
 from plans.profile import ModelProfile, UnitProfile
 from plans.reading.sizes import format_bytes
@@ -32,23 +34,19 @@ def headline(profile: ModelProfile) -> str:
 
 def unit_table(profile: ModelProfile, workload: Workload) -> "Table":
     """Return the per-unit table; identical layers share a row that counts one of them."""
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("unit", no_wrap=True)
-    for column in (
+    numbers = (
         "parameters",
         f"weights\n{profile.dtype}",
         "read\n/token",
         f"KV {profile.kv_cache_dtype}\n/token",
         f"KV cache\n{_context(workload)}",
         "FLOPs\n/token",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
+    )
+    found = table("unit", numbers=numbers)
     for label, unit in _rows(profile):
-        table.add_row(label, *_cells(unit, workload))
-    table.add_row("total", *_total_cells(profile, workload), style="bold")
-    return table
+        found.add_row(label, *_cells(unit, workload))
+    found.add_row("total", *_total_cells(profile, workload), style="bold")
+    return found
 
 
 def summary_lines(profile: ModelProfile, workload: Workload) -> Iterator[str]:
@@ -65,8 +63,8 @@ def summary_lines(profile: ModelProfile, workload: Workload) -> Iterator[str]:
         f"({_context(workload)}) + workspace {format_bytes(needed['activation_bytes'])}, and the framework"
     )
     if profile.tied:
-        table = format_bytes(tied_table_bytes(profile))
-        yield f"embedding and head share one table of {table}: it counts twice when they are on different devices"
+        shared = format_bytes(tied_table_bytes(profile))
+        yield f"embedding and head share one table of {shared}: it counts twice when they are on different devices"
     for difference in profile.differences[:MAX_DIFFERENCES]:
         size = f" ({format_bytes(difference.size_bytes)})" if difference.size_bytes else ""
         yield f"difference: {difference.name}{size}: {difference.note}"
@@ -95,14 +93,6 @@ def as_json(profile: ModelProfile, workload: Workload, warnings: Sequence[str]) 
         "memory": memory_summary(profile, workload),
         "warnings": list(warnings),
     }
-
-
-def count_text(value: float) -> str:
-    """Return a count with a decimal prefix, as ``218.1 M``."""
-    for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= factor:
-            return f"{value / factor:.{2 if value / factor < 9.995 else 1}f}{prefix}"
-    return f"{value:.0f}"
 
 
 def _rows(profile: ModelProfile) -> Iterator[tuple[str, UnitProfile]]:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from planner.show.plan import duration
+from planner.show.words import duration
 from planner.simulate.numbers import ServingNumbers, Spread
+from plans.console import table
 from plans.plan import Plan
 
 if TYPE_CHECKING:
@@ -26,15 +27,10 @@ def headline(plan: Plan, numbers: ServingNumbers, *, arrivals: str) -> str:
 
 def spread_table(numbers: ServingNumbers) -> "Table":
     """Return one row per quantity with its mean and percentiles."""
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for column in _COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = table("", numbers=_COLUMNS)
     for name, found in _spreads(numbers):
-        table.add_row(name, *(duration(getattr(found, column)) for column in _COLUMNS))
-    return table
+        rows.add_row(name, *(duration(getattr(found, column)) for column in _COLUMNS))
+    return rows
 
 
 def _spreads(numbers: ServingNumbers) -> Iterator[tuple[str, Spread]]:

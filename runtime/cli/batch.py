@@ -1,7 +1,5 @@
 """`llamarun batch`: many prompts from a file."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,25 +69,20 @@ def batch(
         try:
             with (
                 run.session(cache_tokens=longest, batch_size=min(batch_size * groups, len(jobs))) as session,
-                _progress(output, total=len(jobs), done=len(file.done)) as advance,
+                output.progress("lines", done=len(file.done), total=len(jobs), unit="items") as bar,
             ):
-                numbers = run_jobs(session, jobs, file, batch_size=batch_size, in_flight=groups, on_batch=advance)
+                numbers = run_jobs(
+                    session,
+                    jobs,
+                    file,
+                    batch_size=batch_size,
+                    in_flight=groups,
+                    on_batch=lambda _lines: bar(len(file.done), len(jobs)),
+                )
                 _finish(output, session, numbers, results)
         except BaseException:
             output.note(f"{len(file.done)} of {len(jobs)} lines are done; the same command goes on from there")
             raise
-
-
-@contextmanager
-def _progress(output: Output, *, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal; yield what is told how many lines were finished."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    is_hidden = output.quiet or not output.progress_console.is_terminal
-    with Progress(*columns, console=output.progress_console, transient=True, disable=is_hidden) as bar:
-        task = bar.add_task("lines", total=total, completed=done)
-        yield lambda lines: bar.advance(task, lines)
 
 
 def _finish(output: Output, session: "AnySession", numbers: "BatchNumbers", results: Path) -> None:

@@ -62,7 +62,7 @@ def bench(
     with run.session(
         cache_tokens=prompt_tokens + new_tokens, batch_size=batch_size * settings.in_flight, traces=trace is not None
     ) as session:
-        with output.progress_console.status("measuring", spinner="line"):
+        with output.spinner("measuring", style="line"):
             document = bench_document(session, settings)
         if trace is not None:
             several.write_trace(session, trace)

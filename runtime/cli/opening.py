@@ -28,7 +28,7 @@ def prepare(
     With `only_stage`, the bundles of the other stages may be on other machines. `workers` are started as soon as the
     number of stages is known.
     """
-    with output.progress_console.status("opening", spinner="line"):
+    with output.spinner("opening", style="line"):
         from plans.stages import stage_names
         from runtime.reading.opening import open_source, parse_device_map
 
@@ -73,14 +73,14 @@ def load(
     """Load the weights of a prepared model; why it cannot be as fast as wanted is said here, once."""
     from runtime.session import load_session
 
-    with output.progress_console.status("loading", spinner="line") as status:
+    with output.spinner("loading", style="line") as say:
         session = load_session(
             prepared,
             cache_tokens=cache_tokens,
             batch_size=batch_size,
             verifies=verify,
             speed=speed,
-            progress=status.update,
+            progress=say,
         )
     if session.chain.reason is not None:
         output.note(f"reference path: {session.chain.reason}")

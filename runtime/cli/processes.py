@@ -195,14 +195,14 @@ class Run:
         check_world_size(self.prepared, self.team)
         from runtime.distributed.opening import open_processes
 
-        with self.output.progress_console.status("starting", spinner="line") as status:
+        with self.output.spinner("starting", style="line") as say:
             opened = open_processes(
                 self.prepared,
                 self._settings(traces=traces),
                 cache_tokens=cache_tokens,
                 batch_size=batch_size,
                 verifies=self.loading.verify,
-                progress=status.update,
+                progress=say,
             )
         with opened as session:
             yield session

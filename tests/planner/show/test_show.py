@@ -4,6 +4,7 @@ import pytest
 from rich.console import Console
 
 from planner.show import plan as show
+from planner.show.words import duration
 from plans.plan import Plan, Proof, Stage, TradeOff
 from tests.planner.cases import make_plan
 
@@ -88,7 +89,7 @@ def test_trade_off_and_unused_devices_are_named() -> None:
     ("seconds", "text"), [(0.0, "0 us"), (1.5e-5, "15 us"), (0.0123456, "12.35 ms"), (2.5, "2.5 s"), (1234.5, "1234 s")]
 )
 def test_times_are_printed_in_the_unit_that_suits_them(seconds: float, text: str) -> None:
-    assert show.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_json_holds_the_plan_and_what_only_this_run_knows() -> None:
