@@ -1,5 +1,6 @@
 """How much fits: the largest context, and the most requests in flight, for a given cut and for any cut at all."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -93,11 +94,8 @@ def _largest(is_allowed: Callable[[int], bool], *, least: int, most: int) -> int
     low, step = least, 1
     while low + step <= most and is_allowed(low + step):
         low, step = low + step, step * 2
-    high = min(low + step, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if is_allowed(middle) else (low, middle)
-    return low
+    undecided = range(low + 1, min(low + step, most + 1))
+    return low + bisect_left(undecided, x=True, key=lambda n: not is_allowed(n))
 
 
 def _has_plan(problem: Problem, session: SolverSession) -> bool:

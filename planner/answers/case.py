@@ -1,6 +1,7 @@
 """A question that has no plan, and the ways to ask it again with one thing changed."""
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -87,24 +88,14 @@ def smallest(is_enough: Callable[[int], bool], *, most: int) -> int | None:
     """Return the smallest n from 1 to `most` that is enough, None if not even `most` is; more is never worse."""
     if most < 1 or not is_enough(most):
         return None
-    low, high = 0, 1
-    while high < most and not is_enough(high):
-        low, high = high, min(high * 2, most)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(middle) else (middle, high)
-    return high
+    return 1 + bisect_left(range(1, most), x=True, key=is_enough)
 
 
 def largest(is_allowed: Callable[[int], bool], *, least: int, most: int) -> int | None:
     """Return the largest n from `least` to `most` that is allowed; more is never better."""
     if most < least or not is_allowed(least):
         return None
-    low, high = least, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if is_allowed(middle) else (low, middle)
-    return low
+    return least + bisect_left(range(least + 1, most + 1), x=True, key=lambda n: not is_allowed(n))
 
 
 def all_connected(problem: Problem) -> Problem:

@@ -9,6 +9,7 @@ does not follow it, so its error reaches 4 %.
 """
 
 import json
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,12 @@ def calibrated(series: dict[str, Any], point: StageMemory) -> Device:
 
 def largest_context(profile: ModelProfile, gpu: Device, num_layers: int) -> int:
     """The longest context with which the planner lets a stage of so many layers onto the device."""
-    low, high = 256, 1 << 24
-    while high - low > 1:
-        middle = (low + high) // 2
-        problem = build_problem(profile, workload=serving(middle), cluster=cluster(gpu))
-        low, high = (middle, high) if problem.allows(0, 0, num_layers, embedding=False, head=False) else (low, middle)
-    return low
+
+    def is_too_long(context: int) -> bool:
+        problem = build_problem(profile, workload=serving(context), cluster=cluster(gpu))
+        return not problem.allows(0, 0, num_layers, embedding=False, head=False)
+
+    return 256 + bisect_left(range(257, 1 << 24), x=True, key=is_too_long)
 
 
 @pytest.mark.parametrize("name", SERIES)
