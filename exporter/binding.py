@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Mapping
 
-from exporter.layout import CONVERTIBLE_DTYPES
 from plans.check import check_plan
-from plans.checkpoint.config import DTYPE_NAMES, DTYPE_SIZES, ModelConfig
+from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import Checkpoint, UnitTable, check_same_shapes, unit_tables
-from plans.checkpoint.header import DTYPE_BYTES
+from plans.dtypes import DTYPE_NAMES, DTYPES, STORED_DTYPES
 from plans.errors import IntegrityError, UsageError, printable
 from plans.plan import Plan
 from plans.profile import ModelProfile, ShardIdentity, UnitProfile
@@ -51,7 +50,7 @@ def _check_unit(unit: UnitProfile, table: UnitTable, *, profile: ModelProfile, c
     _compare(f"{where}/stored_weight_bytes", unit.stored_weight_bytes, table.size_bytes)
     _compare(f"{where}/weight_bytes", unit.weight_bytes, _bytes_at(table, profile.dtype, config))
     if unit.kind == "layer":
-        width = 2 * config.num_key_value_heads * config.head_dim * DTYPE_SIZES[profile.kv_cache_dtype]
+        width = 2 * config.num_key_value_heads * config.head_dim * DTYPES[profile.kv_cache_dtype].size_bytes
         _compare(f"{where}/kv_bytes_per_token", unit.kv_bytes_per_token, width)
         _compare(f"{where}/kv_window_tokens", unit.kv_window_tokens, config.sliding_windows[unit.index])
 
@@ -59,9 +58,9 @@ def _check_unit(unit: UnitProfile, table: UnitTable, *, profile: ModelProfile, c
 def _bytes_at(table: UnitTable, dtype: str, config: ModelConfig) -> int:
     total = 0
     for stored in table.tensors.values():
-        is_resized = config.quantization is None and stored.entry.dtype in CONVERTIBLE_DTYPES
-        width = DTYPE_SIZES[dtype] if is_resized else DTYPE_BYTES[stored.entry.dtype]
-        total += stored.entry.num_elements * width
+        own = STORED_DTYPES[stored.entry.dtype]
+        kept = DTYPES[dtype] if config.quantization is None and own.is_float else own
+        total += stored.entry.num_elements * kept.size_bytes
     return total
 
 
@@ -113,7 +112,7 @@ def choose_dtype(requested: str | None, *, plan: Plan, checkpoint: Checkpoint, w
     profile = plan.profile
     stored = profile.model.stored_dtype
     if requested is None:
-        usual = stored if stored in DTYPE_SIZES else checkpoint.config.dtype
+        usual = stored if stored in DTYPES else checkpoint.config.dtype
         is_same = profile.dtype == usual or checkpoint.config.quantization is not None
         return None if is_same else profile.dtype
     target = DTYPE_NAMES.get(requested)
@@ -126,7 +125,7 @@ def choose_dtype(requested: str | None, *, plan: Plan, checkpoint: Checkpoint, w
         )
     if target != profile.dtype:
         planned = profile.total_weight_bytes
-        actual = planned * DTYPE_SIZES[target] // DTYPE_SIZES[profile.dtype]
+        actual = planned * DTYPES[target].size_bytes // DTYPES[profile.dtype].size_bytes
         warn(
             f"the plan counts {profile.dtype} weights ({format_bytes(planned)}); the export holds {target} "
             f"({format_bytes(actual)})"

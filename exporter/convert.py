@@ -4,13 +4,10 @@ from collections.abc import Mapping
 
 import torch
 
+from plans.dtypes import STORED_DTYPES
+
 _TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    name: getattr(torch, dtype.torch) for name, dtype in STORED_DTYPES.items() if dtype.is_float
 }
 
 

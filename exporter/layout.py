@@ -10,16 +10,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from plans.checkpoint.folder import HEAD, Checkpoint, StoredTensor, UnitKey, unexpected_tensors, unit_tables
-from plans.checkpoint.header import DTYPE_BYTES
+from plans.dtypes import DTYPES, STORED_DTYPES
 from plans.export.manifest import weights_name
 from plans.export.opening import metadata_of
 from plans.plan import Plan, Stage
-
-STORED_DTYPES: Mapping[str, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-"""Our short dtype names to those in safetensors headers."""
-
-CONVERTIBLE_DTYPES = frozenset({*STORED_DTYPES.values(), "F64", "F8_E4M3", "F8_E5M2"})
-"""Stored floating-point dtypes; a plan counts their bytes at its own dtype."""
 
 DATA_ALIGNMENT = 64
 """The data of a stage file starts on a multiple of this, so that mapped weights lie on cache lines ..."""
@@ -45,7 +39,7 @@ class Piece:
     @property
     def size_bytes(self) -> int:
         """Bytes in the stage file."""
-        return self.source.entry.num_elements * DTYPE_BYTES[self.dtype]
+        return self.source.entry.num_elements * STORED_DTYPES[self.dtype].size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +117,16 @@ def _tensors_of(
 
 
 def _pieces(tensors: Mapping[str, StoredTensor], dtype: str | None) -> list[Piece]:
-    target = STORED_DTYPES[dtype] if dtype else None
+    target = DTYPES[dtype].stored if dtype else None
     return [
-        Piece(name, target if target and stored.entry.dtype in CONVERTIBLE_DTYPES else stored.entry.dtype, stored)
+        Piece(name, target if target and STORED_DTYPES[stored.entry.dtype].is_float else stored.entry.dtype, stored)
         for name, stored in tensors.items()
     ]
 
 
 def _in_file_order(pieces: list[Piece]) -> list[Piece]:
-    return sorted(pieces, key=lambda piece: -DTYPE_BYTES[piece.dtype])  # stable: chain order within one size
+    # Stable: chain order within one size.
+    return sorted(pieces, key=lambda piece: -STORED_DTYPES[piece.dtype].size_bytes)
 
 
 def encode_header(pieces: Collection[Piece], *, metadata: Mapping[str, str]) -> bytes:
@@ -168,6 +163,5 @@ def _data_offset(pieces: Collection[Piece]) -> int:
 
 def dtype_of(stored: Iterable[str]) -> str:
     """Return the short name of the one floating-point dtype among `stored`, or "mixed"."""
-    names = {label: short for short, label in STORED_DTYPES.items()}
-    floats = set(stored) & CONVERTIBLE_DTYPES
-    return names.get(floats.pop(), "mixed") if len(floats) == 1 else "mixed"
+    floats = {dtype for dtype in map(STORED_DTYPES.__getitem__, stored) if dtype.is_float}
+    return floats.pop().name or "mixed" if len(floats) == 1 else "mixed"

@@ -9,6 +9,7 @@ from typing import Any
 
 from exporter.layout import Layout
 from plans.checkpoint.folder import CONFIG_NAME, INDEX_NAME, Checkpoint, link_home
+from plans.dtypes import DTYPES
 from plans.errors import InputError, IntegrityError
 from plans.export.manifest import PLAN_NAME, SourceFile
 from plans.plan import Plan
@@ -43,7 +44,6 @@ COPIED_NAMES = (
 """What an engine, a tokenizer or a licence asks for; nothing else is copied, and never code."""
 
 TEMPLATE_FOLDER = "additional_chat_templates"
-_CONFIG_DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def config_with_dtype(raw: Mapping[str, Any], dtype: str) -> bytes:
     changed = dict(raw)
     keys = [key for key in ("dtype", "torch_dtype") if key in raw] or ["dtype"]
     for key in keys:
-        changed[key] = _CONFIG_DTYPES[dtype]
+        changed[key] = DTYPES[dtype].torch
     return (json.dumps(changed, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from exporter.disk.syscalls import start_writeback, write_all
 from exporter.layout import Piece, StageLayout
 from exporter.sources import Sources
-from plans.checkpoint.header import DTYPE_BYTES
+from plans.dtypes import STORED_DTYPES
 from plans.reading.digest import BUFFER_BYTES, FileDigest, RunningDigest
 
 NUM_BUFFERS = 8
@@ -126,7 +126,7 @@ def _convert(piece: Piece, *, sources: Sources, sink: Sink, advance: Advance) ->
     from exporter.convert import convert_chunk, count_overflows  # imports torch
 
     entry = piece.source.entry
-    width = DTYPE_BYTES[entry.dtype]
+    width = STORED_DTYPES[entry.dtype].size_bytes
     scratch = memoryview(bytearray(min(BUFFER_BYTES, max(entry.size_bytes, 1))))
     offset = entry.begin
     while offset < entry.end:

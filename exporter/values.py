@@ -5,15 +5,10 @@ from pathlib import Path
 
 from exporter.sources import Sources
 from plans.checkpoint.folder import StoredTensor, open_checkpoint, require_full
-from plans.checkpoint.header import DTYPE_BYTES
+from plans.dtypes import STORED_DTYPES
 from plans.reading.digest import BUFFER_BYTES
 
-_EXPONENTS: Mapping[str, tuple[str, int]] = {
-    "F64": ("<u8", 0x7FF0_0000_0000_0000),
-    "F32": ("<u4", 0x7F80_0000),
-    "F16": ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80),
-}
+_EXPONENTS: Mapping[str, int] = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
 """Bits of the exponent; NaN and infinity are the values that have all of them set."""
 
 
@@ -39,16 +34,16 @@ def find_bad_values(model: Path) -> dict[str, str]:
 def _check(stored: StoredTensor, sources: Sources) -> str | None:
     import numpy as np
 
-    kind, mask = _EXPONENTS[stored.entry.dtype]
     entry = stored.entry
+    mask, width = _EXPONENTS[entry.dtype], STORED_DTYPES[entry.dtype].size_bytes
     num_bad, is_zero = 0, True
     buffer = memoryview(bytearray(min(BUFFER_BYTES, entry.size_bytes)))
     for offset in range(entry.begin, entry.end, BUFFER_BYTES):
         data = buffer[: min(BUFFER_BYTES, entry.end - offset)]
         sources.read(stored.file, buffer=data, offset=offset)
-        bits = np.frombuffer(data, dtype=kind)
+        bits = np.frombuffer(data, dtype=f"<u{width}")
         num_bad += int(np.count_nonzero((bits & mask) == mask))
         is_zero = is_zero and not bits.any()
     if num_bad:
-        return f"holds {num_bad} NaN or infinite values of {entry.size_bytes // DTYPE_BYTES[entry.dtype]}"
+        return f"holds {num_bad} NaN or infinite values of {entry.num_elements}"
     return "holds nothing but zeros" if is_zero and entry.size_bytes else None

@@ -14,7 +14,8 @@ from plans.checkpoint.folder import (
     open_checkpoint,
     require_full,
 )
-from plans.checkpoint.header import DTYPE_BYTES, TensorEntry
+from plans.checkpoint.header import TensorEntry
+from plans.dtypes import STORED_DTYPES
 from plans.errors import IntegrityError
 from plans.export.manifest import ExportedFile
 from plans.export.opening import Bundle, Export, check_unchanged, open_export
@@ -163,7 +164,7 @@ def _compare_tensor(
             where=where,
             code="E-MODEL",
         )
-    width, source_width = DTYPE_BYTES[entry.dtype], DTYPE_BYTES[source.entry.dtype]
+    width, source_width = STORED_DTYPES[entry.dtype].size_bytes, STORED_DTYPES[source.entry.dtype].size_bytes
     step = BUFFER_BYTES // 8
     ours, theirs = memoryview(bytearray(step * width)), memoryview(bytearray(step * source_width))
     for start in range(0, entry.num_elements, step):

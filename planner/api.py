@@ -10,8 +10,9 @@ from planner.model.profile import build_profile
 from planner.model.workloads import make_workload
 from plans.checkpoint.folder import open_checkpoint
 from plans.cluster import Cluster
+from plans.dtypes import DtypeName
 from plans.plan import Objective, Plan, Strategy
-from plans.profile import DtypeName, ModelProfile
+from plans.profile import ModelProfile
 
 
 def analyze_model(

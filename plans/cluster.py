@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from plans.profile import Count, DtypeName
+from plans.dtypes import DtypeName
+from plans.profile import Count
 from plans.reading.sizes import ByteSize
 from plans.reading.strict import SchemaVersion, StrictModel
 

@@ -7,8 +7,8 @@ The planner plans with these numbers and `plans.check` recomputes every plan wit
 
 from dataclasses import dataclass
 
-from plans.checkpoint.config import DTYPE_SIZES
 from plans.cluster import Cluster, Device
+from plans.dtypes import DTYPES
 from plans.profile import ModelProfile, UnitProfile
 from plans.workload import Workload
 
@@ -46,7 +46,7 @@ def layer_activation_bytes(profile: ModelProfile, workload: Workload) -> int:
     gate, up and their product. Attention holds less: q, k, v and the output.
     """
     model = profile.model
-    width = DTYPE_SIZES[workload.dtype]
+    width = DTYPES[workload.dtype].size_bytes
     rows = workload.batch_size * min(workload.prefill_chunk_tokens, workload.prompt_tokens)
     mlp = 2 * model.hidden_size + 3 * model.intermediate_size
     heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
@@ -56,7 +56,7 @@ def layer_activation_bytes(profile: ModelProfile, workload: Workload) -> int:
 
 def end_activation_bytes(profile: ModelProfile, workload: Workload, *, has_head: bool) -> int:
     """Return the workspace of the embedding (hidden states) or the head (logits of the last position in fp32)."""
-    width = DTYPE_SIZES[workload.dtype]
+    width = DTYPES[workload.dtype].size_bytes
     rows = workload.batch_size * min(workload.prefill_chunk_tokens, workload.prompt_tokens)
     hidden = rows * profile.model.hidden_size * width
     logits = workload.batch_size * profile.model.vocab_size * (width + 4)

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from plans.dtypes import DtypeName
 from plans.reading.strict import SchemaVersion, StrictModel
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-DtypeName = Literal["fp32", "fp16", "bf16"]
 UnitKind = Literal["embedding", "layer", "head"]
 
 

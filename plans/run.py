@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from plans.checkpoint.config import DTYPE_NAMES
 from plans.cluster import Name, Seconds
+from plans.dtypes import DTYPE_NAMES
 from plans.errors import InputError
 from plans.plan import Share
 from plans.profile import Count, ModelProfile, Sha256

@@ -6,8 +6,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from plans.cluster import Seconds
+from plans.dtypes import DtypeName
 from plans.errors import InputError
-from plans.profile import DtypeName
 from plans.reading.files import read_limited
 from plans.reading.strict import StrictModel
 

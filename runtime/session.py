@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from plans.checkpoint.config import DTYPE_NAMES
 from plans.checkpoint.folder import require_full
+from plans.dtypes import DTYPE_NAMES
 from plans.errors import UsageError
 from runtime.generate.kept_cache import KeptCache
 from runtime.generate.loop import Generation, Request, generate_requests

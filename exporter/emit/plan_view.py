@@ -1,16 +1,14 @@
 """A plan as other engines see it: hosts with their GPUs in chain order, dtypes and numbers in their spelling."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from plans.cluster import Device
+from plans.dtypes import DTYPES
 from plans.plan import Plan, Stage
 
 _INDEX = re.compile(r"cuda:(\d{1,4})")
 _PORT = re.compile(r"(?<=[^:]):\d{1,5}$|(?<=\]):\d{1,5}$")
-_DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_GGML_TYPES: Mapping[str, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +44,17 @@ class PlanView:
     @property
     def dtype(self) -> str:
         """The weights' dtype as torch spells it."""
-        return _DTYPES[self.plan.workload.dtype]
+        return DTYPES[self.plan.workload.dtype].torch
 
     @property
     def ggml_kv_type(self) -> str:
         """The KV cache's dtype as llama.cpp spells it."""
-        return _GGML_TYPES[self.plan.workload.kv_cache_dtype]
+        return DTYPES[self.plan.workload.kv_cache_dtype].ggml
 
     @property
     def ggml_type(self) -> str:
         """The weights' dtype as llama.cpp spells it."""
-        return _GGML_TYPES[self.plan.workload.dtype]
+        return DTYPES[self.plan.workload.dtype].ggml
 
     @property
     def num_sequences(self) -> int:

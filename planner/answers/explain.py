@@ -12,9 +12,9 @@ from planner.answers.case import MOST_BYTES, Case, Shortage, all_connected, larg
 from planner.problem.build import unit_bytes
 from planner.problem.problem import Assignment, Matrix, Problem, ProblemDevice, Rule, StageChoice, UnitTicks
 from planner.problem.uniform import nearest_split, uniform_counts
-from plans.checkpoint.config import DTYPE_SIZES
+from plans.dtypes import DTYPES, DtypeName
 from plans.errors import InfeasibleError
-from plans.profile import DtypeName, ModelProfile
+from plans.profile import ModelProfile
 from plans.reading.sizes import format_bytes
 
 MOST_MARGIN_PERCENT = 30
@@ -61,7 +61,7 @@ def _fits_workload(case: Case, key: str, value: int) -> bool:
 def _other_dtypes(case: Case) -> Iterator[str]:
     """Dtypes the runtime computes in; its KV cache has the dtype of the weights."""
     work, profile = case.workload, case.profile
-    if DTYPE_SIZES[work.kv_cache_dtype] > DTYPE_SIZES[work.dtype]:
+    if DTYPES[work.kv_cache_dtype].size_bytes > DTYPES[work.dtype].size_bytes:
         smaller = _with_kv_dtype(profile, work.dtype)
         workload = work.model_copy(update={"kv_cache_dtype": work.dtype})
         if case.fits(replace(case.problem, units=unit_bytes(smaller, workload))):
@@ -74,7 +74,7 @@ def _other_dtypes(case: Case) -> Iterator[str]:
 
 
 def _is_plain(profile: ModelProfile) -> bool:
-    return all(unit.weight_bytes == unit.parameters * DTYPE_SIZES[profile.dtype] for unit in profile.units)
+    return all(unit.weight_bytes == unit.parameters * DTYPES[profile.dtype].size_bytes for unit in profile.units)
 
 
 def _halved(profile: ModelProfile) -> ModelProfile:
@@ -83,7 +83,7 @@ def _halved(profile: ModelProfile) -> ModelProfile:
 
 
 def _with_kv_dtype(profile: ModelProfile, dtype: DtypeName) -> ModelProfile:
-    old, new = DTYPE_SIZES[profile.kv_cache_dtype], DTYPE_SIZES[dtype]
+    old, new = DTYPES[profile.kv_cache_dtype].size_bytes, DTYPES[dtype].size_bytes
     units = tuple(
         unit.model_copy(update={"kv_bytes_per_token": unit.kv_bytes_per_token * new // old}) for unit in profile.units
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from plans.cluster import Device, DeviceKind
-from plans.profile import DtypeName
+from plans.dtypes import DtypeName
 
 GIB = 1 << 30
 ACHIEVED_BANDWIDTH = 0.8

@@ -23,8 +23,8 @@ from planner.devices.catalogue import (
 )
 from planner.devices.nvml import CudaDevice, cuda_devices
 from plans.cluster import Cluster, Device, Host
+from plans.dtypes import DtypeName
 from plans.errors import UsageError, printable
-from plans.profile import DtypeName
 from plans.reading.sizes import parse_bytes
 
 HOST = "local"

@@ -12,7 +12,7 @@ from planner.measure.points import default_checkpoint
 from planner.model import formula
 from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import EMBEDDING, HEAD, Checkpoint, open_checkpoint, unit_of
-from plans.profile import DtypeName
+from plans.dtypes import DtypeName
 from plans.stages import StageRange
 from runtime.reading.capacity import memory_faults
 from runtime.reading.families import PER_LAYER_KEYS, parse_model_config

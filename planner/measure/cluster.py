@@ -11,8 +11,9 @@ from planner.measure.process import Footprint, Request, measure_footprint
 from planner.model.profile import build_profile
 from plans.checkpoint.folder import Checkpoint
 from plans.cluster import Cluster, Device, Host, Link, Timings
+from plans.dtypes import DtypeName
 from plans.errors import UsageError
-from plans.profile import DtypeName, ModelProfile
+from plans.profile import ModelProfile
 
 if TYPE_CHECKING:
     from planner.measure.layers import Measured

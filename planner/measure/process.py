@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from plans.children import python_command
+from plans.dtypes import DtypeName
 from plans.errors import MachineError, printable
 from plans.memory import stage_memory
-from plans.profile import DtypeName, ModelProfile
+from plans.profile import ModelProfile
 from plans.workload import Workload
 
 PathName = Literal["reference", "fast"]

@@ -5,7 +5,6 @@ configuration, and every difference is named. A bare configuration is sized by t
 """
 
 from collections.abc import Iterator, Mapping
-from typing import cast
 
 from pydantic import ValidationError
 
@@ -15,11 +14,9 @@ from planner.model.find import find_model, model_name
 from planner.model.units import Rows, Sizing, profile_unit
 from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import Checkpoint, UnitKey, local_name, unit_keys, unit_tables
+from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName
 from plans.errors import InputError
-from plans.profile import Difference, DtypeName, ModelIdentity, ModelProfile, ShardIdentity, UnitProfile
-
-STORED_DTYPES: Mapping[str, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-"""Our dtype names, to those of safetensors."""
+from plans.profile import Difference, ModelIdentity, ModelProfile, ShardIdentity, UnitProfile
 
 
 def build_profile(
@@ -68,7 +65,7 @@ def _header_rows(checkpoint: Checkpoint) -> dict[UnitKey, Rows]:
 def _formula_rows(checkpoint: Checkpoint) -> dict[UnitKey, Rows]:
     config = checkpoint.config
     formula.require_known(config, where=checkpoint.path)
-    stored = STORED_DTYPES[config.dtype]
+    stored = DTYPES[config.dtype].stored
     shapes = {
         "embedding": formula.embedding_shapes(config),
         "layer": formula.layer_shapes(config),
@@ -79,8 +76,8 @@ def _formula_rows(checkpoint: Checkpoint) -> dict[UnitKey, Rows]:
 
 
 def _default_dtype(config: ModelConfig, stored: set[str]) -> DtypeName:
-    known = [name for name, label in STORED_DTYPES.items() if stored == {label}]
-    return cast("DtypeName", known[0] if known else config.dtype)
+    names = {STORED_DTYPES[dtype].name for dtype in stored}
+    return (names.pop() if len(names) == 1 else None) or config.dtype
 
 
 def _assemble(checkpoint: Checkpoint, rows: Mapping[UnitKey, Rows], stored: set[str], sizing: Sizing) -> ModelProfile:
@@ -121,8 +118,7 @@ def _named_differences(checkpoint: Checkpoint) -> tuple[Difference, ...]:
 
 def _identity(checkpoint: Checkpoint, stored: set[str]) -> ModelIdentity:
     config = checkpoint.config
-    ours = {label: name for name, label in STORED_DTYPES.items()}
-    names = sorted(ours.get(dtype, dtype) for dtype in stored)
+    names = [STORED_DTYPES[dtype].name or dtype for dtype in stored]
     return ModelIdentity(
         name=model_name(checkpoint.path),
         model_type=config.model_type,
@@ -148,4 +144,4 @@ def _identity(checkpoint: Checkpoint, stored: set[str]) -> ModelIdentity:
     )
 
 
-__all__ = ["STORED_DTYPES", "build_profile", "find_model"]
+__all__ = ["build_profile", "find_model"]

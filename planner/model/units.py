@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from planner.model import formula
-from plans.checkpoint.config import DTYPE_SIZES, ModelConfig
+from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import UnitKey, hash_shapes
-from plans.checkpoint.header import DTYPE_BYTES
-from plans.profile import DtypeName, UnitProfile
+from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName
+from plans.profile import UnitProfile
 
 Rows = Mapping[str, tuple[str, formula.Shape]]
 """Local tensor name -> (stored dtype, shape)."""
 
 _EXPERTS = ".experts."
-_FLOATS = {"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"}
 KV_TENSORS = 2
 FLOPS_PER_WEIGHT = 2
 FLOPS_PER_SCORE = 4
@@ -47,7 +46,7 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
     weight_bytes = {name: _bytes_at_dtype(row, sizing) for name, row in rows.items()}
     total_bytes = sum(weight_bytes.values())
     kv_width = KV_TENSORS * config.num_key_value_heads * config.head_dim
-    row_bytes = config.hidden_size * DTYPE_SIZES[sizing.dtype]
+    row_bytes = config.hidden_size * DTYPES[sizing.dtype].size_bytes
     return UnitProfile(
         kind="layer" if is_layer else "embedding" if is_embedding else "head",
         index=key[1],
@@ -55,7 +54,7 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
         stored_weight_bytes=sum(_stored_bytes(row) for row in rows.values()),
         weight_bytes=total_bytes,
         decode_read_bytes=row_bytes if is_embedding else total_bytes - _idle_expert_bytes(weight_bytes, config),
-        kv_bytes_per_token=kv_width * DTYPE_SIZES[sizing.kv_cache_dtype] if is_layer else 0,
+        kv_bytes_per_token=kv_width * DTYPES[sizing.kv_cache_dtype].size_bytes if is_layer else 0,
         kv_window_tokens=config.sliding_windows[key[1]] if is_layer else None,
         flops_per_token=0 if is_embedding else _flops_per_token(shapes, config),
         attention_flops_per_token_per_context=(
@@ -75,14 +74,14 @@ def _logical_shapes(key: UnitKey, rows: Rows, sizing: Sizing) -> formula.Shapes:
 
 def _stored_bytes(row: tuple[str, formula.Shape]) -> int:
     dtype, shape = row
-    return math.prod(shape) * DTYPE_BYTES[dtype]
+    return math.prod(shape) * STORED_DTYPES[dtype].size_bytes
 
 
 def _bytes_at_dtype(row: tuple[str, formula.Shape], sizing: Sizing) -> int:
     dtype, shape = row
-    if sizing.config.quantization is not None or dtype not in _FLOATS:
+    if sizing.config.quantization is not None or not STORED_DTYPES[dtype].is_float:
         return _stored_bytes(row)
-    return math.prod(shape) * DTYPE_SIZES[sizing.dtype]
+    return math.prod(shape) * DTYPES[sizing.dtype].size_bytes
 
 
 def _idle_expert_bytes(weight_bytes: Mapping[str, int], config: ModelConfig) -> int:

@@ -1,8 +1,8 @@
 """Options of a command -> a workload, with defaults that fit the model."""
 
-from plans.checkpoint.config import DTYPE_NAMES
+from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import UsageError, printable
-from plans.profile import DtypeName, ModelProfile
+from plans.profile import ModelProfile
 from plans.workload import Workload
 
 DEFAULT_PROMPT_TOKENS = 128
@@ -19,10 +19,9 @@ def parse_dtype(text: str | None, *, option: str = "--dtype") -> DtypeName | Non
     """
     if text is None:
         return None
-    short = DTYPE_NAMES.get(text)
-    if short is None:
+    if text not in DTYPE_NAMES:
         raise UsageError(f"{option} '{printable(text, limit=40)}' is not known", expected=" or ".join(DTYPE_NAMES))
-    return "fp32" if short == "fp32" else "fp16" if short == "fp16" else "bf16"
+    return DTYPE_NAMES[text]
 
 
 def make_workload(

@@ -9,8 +9,8 @@ from planner.show.plan import proof_line
 from planner.show.words import duration
 from planner.timing.costs import CostModel
 from planner.timing.topology import Topology
-from plans.checkpoint.config import DTYPE_SIZES
 from plans.cluster import Cluster, Device, Link
+from plans.dtypes import DTYPES
 from plans.plan import Execution, Plan, Stage
 from plans.profile import UnitProfile
 from plans.reading.sizes import format_bytes
@@ -84,7 +84,7 @@ def _weights(plan: Plan) -> Source:
 
 def _kv_cache(plan: Plan) -> Source:
     model, work = plan.profile.model, plan.workload
-    width = DTYPE_SIZES[work.kv_cache_dtype]
+    width = DTYPES[work.kv_cache_dtype].size_bytes
     per_token = 2 * model.num_key_value_heads * model.head_dim * width
     how = (
         f"2 (key, value) x {model.num_key_value_heads} heads x {model.head_dim} x {width} bytes = {per_token} bytes "

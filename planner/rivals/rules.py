@@ -12,8 +12,8 @@ from itertools import groupby
 from planner.rivals import accelerate as rules_accelerate
 from planner.rivals.accelerate import DISK, Room, Sizes
 from planner.timing.costs import StageRange
-from plans.checkpoint.config import DTYPE_SIZES
 from plans.cluster import Cluster, Device
+from plans.dtypes import DTYPES
 from plans.engines import rules as rules_counts
 from plans.errors import UsageError
 from plans.profile import ModelProfile
@@ -215,7 +215,7 @@ def _accelerate(engine: str, profile: ModelProfile, cluster: Cluster, *, is_bala
 def module_sizes(profile: ModelProfile) -> Sizes:
     """Return the sizes accelerate would measure, from the profile."""
     model = profile.model
-    norm = model.hidden_size * DTYPE_SIZES[profile.dtype]
+    norm = model.hidden_size * DTYPES[profile.dtype].size_bytes
     return Sizes(
         embedding=profile.embedding.weight_bytes,
         layers=tuple(layer.weight_bytes for layer in profile.layers),

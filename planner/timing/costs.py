@@ -17,8 +17,8 @@ from itertools import pairwise
 
 from planner.timing.topology import Topology
 from planner.timing.unit_times import UnitTimes
-from plans.checkpoint.config import DTYPE_SIZES
 from plans.cluster import Cluster
+from plans.dtypes import DTYPES
 from plans.errors import InfeasibleError, InputError
 from plans.memory import device_overhead_bytes, stage_memory
 from plans.plan import Execution, Prediction
@@ -95,7 +95,7 @@ class CostModel:
 
     def hidden_bytes(self, num_tokens: int) -> int:
         """Return the bytes of hidden states of B sequences of `num_tokens` each."""
-        width = DTYPE_SIZES[self.workload.dtype]
+        width = DTYPES[self.workload.dtype].size_bytes
         return self.workload.batch_size * num_tokens * self.profile.model.hidden_size * width
 
     def decode_hop_seconds(self, from_device: str, to_device: str) -> float:

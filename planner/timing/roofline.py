@@ -7,7 +7,8 @@ prefill by FLOPs.
 from dataclasses import dataclass
 
 from plans.cluster import Device
-from plans.profile import DtypeName, ModelProfile, UnitProfile
+from plans.dtypes import DtypeName
+from plans.profile import ModelProfile, UnitProfile
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import InputError, printable
 from plans.reading.files import read_limited, sha256_hex
 from plans.reading.strict import parse_json
@@ -29,14 +30,6 @@ ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"),
 }
 """Known rope types and the numbers each cannot do without."""
-
-DTYPE_NAMES: Mapping[str, str] = {
-    "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16",
-}  # fmt: skip
-"""Spellings of a weight dtype, to our short ones."""
-
-DTYPE_SIZES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
-"""Bytes per element of the dtypes the runtime computes in."""
 
 FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gemma": {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
@@ -80,7 +73,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    dtype: str
+    dtype: DtypeName
     rope_type: str
     sliding_windows: tuple[int | None, ...]
     """Per layer: how many past tokens its attention sees, None for all."""
@@ -216,7 +209,7 @@ def _head_dim(fields: _Fields, hidden: int, heads: int) -> int:
     return fields.count("head_dim", default=max(1, hidden // heads))
 
 
-def _dtype(fields: _Fields) -> str:
+def _dtype(fields: _Fields) -> DtypeName:
     value = fields.raw.get("dtype", fields.raw.get("torch_dtype")) or "float32"
     if not isinstance(value, str) or value not in DTYPE_NAMES:
         raise fields.error("dtype", f"is {printable(value, limit=40)}", expected="float32, float16 or bfloat16")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plans.checkpoint.config import ModelConfig, read_config
-from plans.checkpoint.header import DTYPE_BYTES, SafetensorsHeader, TensorEntry, read_header
+from plans.checkpoint.header import SafetensorsHeader, TensorEntry, read_header
 from plans.errors import InputError, IntegrityError, printable
 from plans.reading.files import check_basename, explain_os_error, read_limited
 from plans.reading.strict import parse_json
@@ -402,7 +402,6 @@ def check_same_shapes(expected: Mapping[UnitKey, str], checkpoint: Checkpoint) -
 
 
 __all__ = [
-    "DTYPE_BYTES",
     "Checkpoint",
     "Shard",
     "StoredTensor",

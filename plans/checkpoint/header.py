@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError, IntegrityError, printable
 from plans.reading.files import open_regular, read_exactly, sha256_hex
 from plans.reading.strict import parse_json
@@ -19,13 +20,6 @@ from plans.reading.strict import parse_json
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS_PER_FILE = 100_000
 MAX_DIMENSIONS = 8
-
-DTYPE_BYTES: Mapping[str, int] = {
-    "BF16": 2, "F16": 2, "F32": 4, "F64": 8,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "BOOL": 1, "I8": 1, "U8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8,
-}  # fmt: skip
-"""Bytes per element of every stored dtype we size."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,254}")
 
@@ -47,7 +41,7 @@ class TensorEntry:
     @property
     def num_elements(self) -> int:
         """Number of elements."""
-        return self.size_bytes // DTYPE_BYTES[self.dtype]
+        return self.size_bytes // STORED_DTYPES[self.dtype].size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +142,16 @@ def _check_entry(name: str, value: Any, data_start: int, path: Path) -> TensorEn
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise InputError("malformed entry", where=where, expected="dtype, shape and data_offsets", code="E-HEADER")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
         raise InputError(
             f"dtype {printable(dtype, limit=30)} is not supported",
             where=where,
-            expected="one of " + ", ".join(DTYPE_BYTES),
+            expected="one of " + ", ".join(STORED_DTYPES),
             code="E-DTYPE",
         )
     if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS or not _is_sizes(offsets) or len(offsets) != 2:
         raise InputError("shape and data_offsets must be lists of non-negative integers", where=where, code="E-HEADER")
-    num_bytes = DTYPE_BYTES[dtype]
+    num_bytes = STORED_DTYPES[dtype].size_bytes
     for size in shape:
         num_bytes *= size
     if num_bytes != offsets[1] - offsets[0]:

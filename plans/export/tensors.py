@@ -5,6 +5,7 @@ from pathlib import Path
 
 from plans.checkpoint.folder import EMBEDDING, HEAD, UnitKey, hash_shapes, local_name, unit_of
 from plans.checkpoint.header import SafetensorsHeader
+from plans.dtypes import DTYPES
 from plans.errors import IntegrityError, printable
 from plans.export.manifest import Manifest, ManifestStage
 from plans.plan import Plan
@@ -13,8 +14,7 @@ METADATA_STAGE = "llamaplan_stage"
 METADATA_NUM_STAGES = "llamaplan_num_stages"
 METADATA_PLAN = "llamaplan_plan_sha256"
 
-_STORED_DTYPES: Mapping[str, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-_FLOAT_DTYPES = frozenset(_STORED_DTYPES.values())
+_FLOATS = frozenset(dtype.stored for dtype in DTYPES.values())
 
 
 def metadata_of(stage: int, *, num_stages: int, plan_sha256: str) -> dict[str, str]:
@@ -58,7 +58,7 @@ def check_tensors(path: Path, header: SafetensorsHeader, *, index: int, manifest
         if key not in owned:
             raise IntegrityError(f"holds {printable(name)}, which is not of stage {index}", where=path, code="E-STAGE")
         owned[key][local_name(name)] = (entry.dtype, entry.shape)
-        if manifest.dtype in _STORED_DTYPES and entry.dtype in _FLOAT_DTYPES - {_STORED_DTYPES[manifest.dtype]}:
+        if manifest.dtype in DTYPES and entry.dtype in _FLOATS - {DTYPES[manifest.dtype].stored}:
             raise IntegrityError(
                 f"{name} is {entry.dtype}, the manifest says {manifest.dtype}", where=path, code="E-STAGE"
             )
@@ -81,11 +81,11 @@ def _check_shapes(
 ) -> None:
     stored = plan.profile.model.stored_dtype
     recorded: dict[UnitKey, str] = {(unit.kind, unit.index): unit.shapes_sha256 for unit in plan.profile.units}
-    if manifest.dtype != stored and not {manifest.dtype, stored} <= set(_STORED_DTYPES):
+    if manifest.dtype != stored and not {manifest.dtype, stored} <= set(DTYPES):
         return  # converted from mixed dtypes: the plan's hashes are of dtypes that are no longer there
     for key, tensors in owned.items():
         original = {
-            name: (_STORED_DTYPES.get(stored, dtype) if dtype in _FLOAT_DTYPES else dtype, shape)
+            name: (DTYPES[stored].stored if stored in DTYPES and dtype in _FLOATS else dtype, shape)
             for name, (dtype, shape) in tensors.items()
         }
         if hash_shapes(original) != recorded[key]:

@@ -1,26 +1,17 @@
 """Command-line options that several commands share, so that they are spelled and explained once."""
 
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from plans.console import Output
+from plans.dtypes import DtypeName
 from plans.errors import UsageError
 from runtime.fast.speed import Speed
 
 MAX_TOKENS_LIMIT = 1_000_000
-
-
-class Dtype(StrEnum):
-    """Dtypes to compute in."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
 
 Target = Annotated[Path, typer.Argument(help="An export, a plan file (with --model), or a checkpoint folder.")]
 ModelOption = Annotated[Path | None, typer.Option("--model", help="The checkpoint a plan file is for.")]
@@ -28,9 +19,11 @@ DeviceMapOption = Annotated[
     list[str] | None,
     typer.Option("--device-map", help="STAGE=DEVICE (stages count from 0), or one DEVICE for all; repeatable."),
 ]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Compute in this dtype instead of the stored one.")]
+DtypeOption = Annotated[
+    DtypeName | None, typer.Option("--dtype", help="Compute in this dtype instead of the stored one.")
+]
 KvDtypeOption = Annotated[
-    Dtype | None,
+    DtypeName | None,
     typer.Option("--kv-cache-dtype", help="Keep keys and values in this dtype; the plan's, else as --dtype."),
 ]
 ContextOption = Annotated[

@@ -7,6 +7,7 @@ announced by a header of fixed size, checked in full, and then received into a b
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
+from plans.dtypes import STORED_DTYPES
 from plans.errors import PeerError
 from runtime.distributed.control.messages import PROTOCOL
 
@@ -19,7 +20,7 @@ has no payload and comes after everything that was sent for it."""
 
 MAX_PAYLOAD_BYTES = 1 << 36
 DTYPE_CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "int64": 4}
-_ITEM_BYTES = {1: 4, 2: 2, 3: 2, 4: 8}
+_ITEM_BYTES = {DTYPE_CODES[d.torch]: d.size_bytes for d in STORED_DTYPES.values() if d.torch in DTYPE_CODES}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from plans.errors import LlamaplanError
 from runtime.distributed.control.store import SharedStore
-from runtime.distributed.header import NUM_WORDS, Header, Stamp, pack, unpack
+from runtime.distributed.header import DTYPE_CODES, NUM_WORDS, Header, Stamp, pack, unpack
 
 FOREVER = timedelta(days=365)
 """Liveness is the control connection's business: an idle chat is no fault."""
@@ -171,7 +171,7 @@ class Links:
         return payload.to(self._place.device) if dtype.is_floating_point else payload
 
 
-TORCH_DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.int64}
+TORCH_DTYPES: dict[int, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPE_CODES.items()}
 
 
 def _gloo(place: Place, store: c10d.Store) -> Any:

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from plans.checkpoint.config import DTYPE_SIZES
 from plans.checkpoint.folder import Checkpoint, unit_tables
+from plans.dtypes import DTYPES
 from plans.errors import MachineError
 from plans.reading.sizes import format_bytes
 from plans.stages import StageSpec, describe_stage, owns_unit
@@ -56,8 +56,8 @@ def stage_need(
     owned = [table for table in unit_tables(checkpoint) if owns_unit(spec, table.key)]
     tensors = {name: stored for table in owned for name, stored in table.tensors.items()}
     places = {(stored.file, stored.entry.begin): stored.entry for stored in tensors.values()}  # a tied table once
-    weights = sum(entry.num_elements * DTYPE_SIZES[dtype] for entry in places.values())
-    per_token = 2 * config.num_key_value_heads * config.head_dim * DTYPE_SIZES[kv_cache_dtype]
+    weights = sum(entry.num_elements * DTYPES[dtype].size_bytes for entry in places.values())
+    per_token = 2 * config.num_key_value_heads * config.head_dim * DTYPES[kv_cache_dtype].size_bytes
     windows = config.sliding_windows[spec.start_layer : spec.end_layer]
     tokens = sum(min(context_tokens, window or context_tokens) for window in windows)
     return Need(weights, per_token * tokens * batch_size)

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 
-from plans.checkpoint.config import DTYPE_NAMES
 from plans.checkpoint.folder import Checkpoint, open_checkpoint, require_full
+from plans.dtypes import DTYPE_NAMES, DTYPES, STORED_DTYPES
 from plans.errors import UsageError
 from plans.stages import StageRange, StageSpec
 from runtime.fast.native import Unavailable
@@ -19,11 +19,6 @@ from runtime.reading.devices import planned_device, torch_device
 from runtime.reading.families import parse_model_config
 from runtime.reading.weights import TensorSource
 from runtime.stages.chain import Chain, build_chain
-
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
-}  # fmt: skip
-STORED_DTYPES: Mapping[str, str] = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
@@ -168,7 +163,8 @@ def torch_dtype(name: str) -> torch.dtype:
     """Return the torch dtype of `fp32`, `bf16`, `fp16` or their long names."""
     if name not in DTYPE_NAMES:
         raise UsageError(f"dtype {name} is not known", expected="fp32, bf16 or fp16", code="E-DTYPE")
-    return TORCH_DTYPES[DTYPE_NAMES[name]]
+    dtype: torch.dtype = getattr(torch, DTYPES[DTYPE_NAMES[name]].torch)
+    return dtype
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
@@ -176,7 +172,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
     if checkpoint.config.raw.get("dtype") or checkpoint.config.raw.get("torch_dtype"):
         return checkpoint.config.dtype
     first = next(iter(checkpoint.tensors.values()))
-    return STORED_DTYPES.get(first.entry.dtype, checkpoint.config.dtype)
+    return STORED_DTYPES[first.entry.dtype].name or checkpoint.config.dtype
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:

@@ -11,8 +11,8 @@ from planner.model.profile import build_profile
 from planner.timing.costs import StageRange, predict
 from plans.checkpoint.config import parse_config
 from plans.checkpoint.folder import Checkpoint
-from plans.checkpoint.header import DTYPE_BYTES
 from plans.cluster import Cluster, Device, Link
+from plans.dtypes import STORED_DTYPES
 from plans.memory import StageMemory, device_overhead_bytes, stage_memory
 from plans.plan import Execution, Plan, Proof, Stage
 from plans.profile import ModelProfile
@@ -86,7 +86,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ..
     header: dict[str, Any] = {}
     position = 0
     for name, (dtype, shape) in tensors.items():
-        size = DTYPE_BYTES[dtype]
+        size = STORED_DTYPES[dtype].size_bytes
         for dimension in shape:
             size *= dimension
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
