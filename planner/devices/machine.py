@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
@@ -25,6 +24,7 @@ from planner.devices.nvml import CudaDevice, cuda_devices
 from plans.cluster import Cluster, Device, Host
 from plans.dtypes import DtypeName
 from plans.errors import UsageError, printable
+from plans.machine_memory import memory_bytes
 from plans.reading.sizes import parse_bytes
 
 HOST = "local"
@@ -121,22 +121,6 @@ def usable_cores() -> int:
     """Return the physical cores this process may run on (affinity and hyper-threading considered)."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
-
-
-def memory_bytes() -> tuple[int, int]:
-    """Return (total, available) memory, bounded by the container's limit where there is one."""
-    memory = psutil.virtual_memory()
-    limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
-    if limit is None or used is None:
-        return memory.total, memory.available
-    return min(memory.total, limit), min(memory.available, max(0, limit - used))
-
-
-def _cgroup_bytes(name: str) -> int | None:
-    try:
-        return int((Path("/sys/fs/cgroup") / name).read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None  # no limit ("max"), another cgroup version, or another system
 
 
 def _cpu_device(name: str, cores: int, memory: int, budget: int | None = None) -> Device:

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from plans.checkpoint.folder import Checkpoint, unit_tables
 from plans.dtypes import DTYPES
 from plans.errors import MachineError
+from plans.machine_memory import memory_bytes
 from plans.reading.sizes import format_bytes
 from plans.stages import StageSpec, describe_stage, owns_unit
 
@@ -68,20 +68,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
         return int(free)
-    available = int(psutil.virtual_memory().available)
-    limit = _container_free_bytes()
-    return available if limit is None else min(available, limit)
-
-
-def _container_free_bytes() -> int | None:
-    """Return what a control group leaves; file pages it counts as used can be dropped again."""
-    try:
-        folder = Path("/sys/fs/cgroup")
-        limit, used = (int((folder / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)
-    except (OSError, ValueError):
-        return None  # no limit ("max"), another version of control groups, or another system
-    return max(0, limit - used + (int(cached[1]) if cached else 0))
+    return memory_bytes()[1]
 
 
 @contextmanager

@@ -66,12 +66,6 @@ def test_an_unknown_gpu_gets_the_bandwidth_its_driver_tells(monkeypatch: pytest.
     assert inspect_machine().cluster.device("cuda:0").memory_bandwidth_bytes_per_second == 7e11
 
 
-def test_the_memory_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {"memory.max": 2 * GIB, "memory.current": GIB}
-    monkeypatch.setattr(machine, "_cgroup_bytes", limits.get)
-    assert machine.memory_bytes() == (2 * GIB, GIB)
-
-
 # --- NVML ---------------------------------------------------------------------------------------------------------
 
 
