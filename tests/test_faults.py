@@ -827,7 +827,9 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-@pytest.mark.parametrize("case", ROWS, ids=lambda case: f"{case.id}: {case.what}")
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.row(case.id), id=f"{case.id}: {case.what}") for case in ROWS]
+)
 def test_a_fault_ends_in_one_clear_sentence_and_leaves_nothing_behind(
     case: Row, workplace: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -848,9 +850,9 @@ def as_a_user_without_privileges(*command: object) -> list[str]:
     return [*drop, sys.executable, "-m", *map(str, command)]
 
 
+@pytest.mark.row("C2")
 @pytest.mark.parametrize("name", ["config.json", "model-00001-of-00004.safetensors", "."])
 def test_an_unreadable_file_or_folder_is_named_with_its_errno(workplace: Path, name: str) -> None:
-    """Row C2."""
     target = workplace / "model" / name
     mode = target.stat().st_mode
     target.chmod(0)
@@ -862,8 +864,8 @@ def test_an_unreadable_file_or_folder_is_named_with_its_errno(workplace: Path, n
     assert str(target) in done.stderr
 
 
+@pytest.mark.row("C9")
 def test_python_code_in_a_checkpoint_is_warned_of_and_never_run(workplace: Path, run_command: RunCommand) -> None:
-    """Row C9."""
     marker = workplace / "ran"
     model = model_in(workplace)
     (model / "modeling_evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
@@ -875,9 +877,9 @@ def test_python_code_in_a_checkpoint_is_warned_of_and_never_run(workplace: Path,
     assert not marker.exists()
 
 
+@pytest.mark.row("X5")
 @pytest.mark.parametrize("name", ["with space", "new\nline", "-dash", "übung", "quote'\"", "$HOME", "caf\udce9"])
 def test_odd_paths_work(workplace: Path, run_command: RunCommand, name: str) -> None:
-    """Row X5."""
     odd = workplace / name
     model_in(workplace).rename(odd)
     done = run_command("llamaplan", "analyze", f"{odd}/", "-o", f"{odd}.json")
@@ -885,10 +887,10 @@ def test_odd_paths_work(workplace: Path, run_command: RunCommand, name: str) -> 
     assert json.loads(Path(f"{odd}.json").read_text())["total_parameters"] > 0
 
 
+@pytest.mark.row("X5")
 def test_a_relative_path_and_a_trailing_slash_work(
     workplace: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row X5."""
     monkeypatch.chdir(workplace)
     for path in ("model", "./model/", "model/config.json"):
         assert run_command("llamaplan", "analyze", path).code == 0

@@ -85,7 +85,7 @@ for bad in ("box:0", "box:70000", "bo x", "::1", "-box", "box:http", "", 7, "x" 
     ROWS[f"D9 address {str(bad)[:12]!r}"] = (address(bad), "/hosts/0/address")
 
 
-@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.row(case.split()[0])) for case in ROWS])
 def test_a_broken_cluster_file_ends_in_one_clear_sentence(case: str, run_command: RunCommand, tmp_path: Path) -> None:
     data, says = ROWS[case]
     path, plan = tmp_path / "cluster.json", tmp_path / "plan.json"
@@ -105,17 +105,18 @@ def assert_one_error(done: Finished, *says: str) -> None:
         assert words in errors[0]
 
 
+@pytest.mark.row("D1")
 def test_a_missing_cluster_file_and_a_folder_are_named(run_command: RunCommand, tmp_path: Path) -> None:
-    """Row D1."""
     for path in (tmp_path / "nowhere.json", tmp_path):
         done = run_command("llamaplan", "devices", "--cluster", path)
         assert done.code == INPUT
         assert_one_error(done, str(path))
 
 
+@pytest.mark.row("D3")
 @given(st.one_of(st.floats(), st.integers(max_value=0), st.booleans(), st.text(max_size=12), st.none()))
 def test_a_memory_that_is_no_size_is_refused(value: Any) -> None:
-    """Row D3: only whole numbers above 0 and the documented sizes are accepted."""
+    """Only whole numbers above 0 and the documented sizes are accepted."""
     from plans.errors import LlamaplanError
     from plans.reading.sizes import parse_bytes
 
@@ -134,9 +135,9 @@ def test_a_memory_that_is_no_size_is_refused(value: Any) -> None:
         Cluster.from_json(data, where="c")
 
 
+@pytest.mark.row("D5")
 @given(st.sampled_from(["bandwidth_bytes_per_second", "latency_seconds"]), st.floats())
 def test_a_link_takes_speeds_that_make_sense_and_no_others(key: str, value: float) -> None:
-    """Row D5."""
     is_good = 0 < value <= 1e18 if key.startswith("bandwidth") else 0 <= value <= 1e6
     data = link(**{key: value})
     if is_good:
@@ -146,8 +147,9 @@ def test_a_link_takes_speeds_that_make_sense_and_no_others(key: str, value: floa
         Cluster.from_json(data, where="c")
 
 
+@pytest.mark.row("D2")
 def test_names_that_only_look_alike_stay_apart(run_command: RunCommand, tmp_path: Path) -> None:
-    """Row D2: `a-b` and `a_b` are two devices."""
+    """`a-b` and `a_b` are two devices."""
 
     def rename(cluster: dict[str, Any]) -> None:
         cluster["devices"][0]["name"], cluster["devices"][1]["name"] = "a-b", "a_b"
@@ -157,19 +159,20 @@ def test_names_that_only_look_alike_stay_apart(run_command: RunCommand, tmp_path
     assert [entry["name"] for entry in json.loads(done.out)["devices"]] == ["a-b", "a_b", "cpu"]
 
 
+@pytest.mark.row("D4")
 @pytest.mark.parametrize(("size", "num_bytes"), [("20GB", 20 * 10**9), ("20GiB", 20 << 30), ("20 GiB", 20 << 30)])
 def test_sizes_are_echoed_in_bytes_by_the_plan(
     run_command: RunCommand, tmp_path: Path, size: str, num_bytes: int
 ) -> None:
-    """Row D4: 20GB is not 20GiB, and the plan says which it was."""
+    """20GB is not 20GiB, and the plan says which it was."""
     (tmp_path / "cluster.json").write_bytes(device(memory_bytes=size, budget_bytes=size))
     done = run_command("llamaplan", "solve", SHIPPED, "--cluster", tmp_path / "cluster.json", "--json")
     assert json.loads(done.out)["cluster"]["devices"][0]["budget_bytes"] == num_bytes
 
 
+@pytest.mark.row("D9")
 @pytest.mark.parametrize("text", ["box", "box:8080", "10.0.0.7", "[::1]", "[fe80::1%eth0]:443", "a.b-c.example:1"])
 def test_addresses_that_hosts_may_have(text: str) -> None:
-    """Row D9."""
     assert Cluster.from_json(address(text), where="c").hosts[0].address == text
 
 
@@ -182,28 +185,29 @@ def plan_for(*devices: str) -> str:
     return solve_model(SHIPPED, devices=devices, layers=[4, 3][: len(devices)]).to_json()
 
 
+@pytest.mark.row("D7")
 @pytest.mark.parametrize("name", ["cuda:7", "rtx3090"])
 def test_a_device_that_is_not_here_is_named_with_those_that_are(
     run_command: RunCommand, tmp_path: Path, name: str
 ) -> None:
-    """Row D7."""
     (tmp_path / "plan.json").write_text(plan_for(f"{name}=1GiB", "cpu=1GiB"))
     done = run_command("llamarun", "generate", tmp_path / "plan.json", "--model", SHIPPED, "-p", "x", "-n", "1")
     assert done.code == MACHINE, done.err
     assert_one_error(done, name, "cpu", "--device-map")
 
 
+@pytest.mark.row("D7")
 def test_a_gpu_that_is_named_twice_is_refused(run_command: RunCommand) -> None:
-    """Row D7."""
     done = run_command("llamaplan", "solve", SHIPPED, "--device", "cuda:0=1GiB", "--device", "cuda:0=1GiB")
     assert done.code == USAGE
     assert_one_error(done, "cuda:0", "2 times")
 
 
+@pytest.mark.row("D8")
 def test_more_memory_planned_for_than_is_free_is_refused_at_load_with_both_numbers(
     run_command: RunCommand, tmp_path: Path
 ) -> None:
-    """Row D8: a cache of terabytes, on a processor that is said to have them."""
+    """A cache of terabytes, on a processor that is said to have them."""
     model, plan, context = tmp_path / "model", tmp_path / "plan.json", 10**9
     shutil.copytree(SHIPPED, model)
     config = json.loads((model / "config.json").read_text())
@@ -218,8 +222,8 @@ def test_more_memory_planned_for_than_is_free_is_refused_at_load_with_both_numbe
 # --- plans and the solver -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("L7")
 def test_a_plan_on_a_device_that_its_cluster_lacks_is_refused(run_command: RunCommand, tmp_path: Path) -> None:
-    """Row L7."""
     plan = json.loads(plan_for("cpu=1GiB", "cpu=1GiB"))
     plan["stages"][1]["device"] = "tpu:0"
     (tmp_path / "plan.json").write_text(dump_json(plan))
@@ -228,8 +232,8 @@ def test_a_plan_on_a_device_that_its_cluster_lacks_is_refused(run_command: RunCo
     assert_one_error(done, "tpu:0", "/stages/1/device")
 
 
+@pytest.mark.row("L9")
 def test_one_byte_decides_between_a_plan_and_a_shortage(run_command: RunCommand) -> None:
-    """Row L9."""
     load = ("-c", "256", "--prompt-tokens", "64", "--new-tokens", "64", "--json")
     roomy = json.loads(run_command("llamaplan", "solve", SHIPPED, "--device", "rtx3090=1GiB", *load).out)
     needed = sum(roomy["stages"][0][f"{part}_bytes"] for part in ("weight", "kv_cache", "activation", "overhead"))
@@ -262,10 +266,11 @@ def wide_cluster(tmp_path: Path, *, num_devices: int) -> Path:
     return path
 
 
+@pytest.mark.row("L10")
 def test_a_time_limit_that_is_too_short_gives_a_plan_with_its_bound_or_says_so(
     run_command: RunCommand, tmp_path: Path
 ) -> None:
-    """Row L10: the plan is checked, and says that it is not proved and how far it may be off."""
+    """The plan is checked, and says that it is not proved and how far it may be off."""
     cluster = wide_cluster(tmp_path, num_devices=24)
     done = run_command("llamaplan", "solve", SHIPPED, "--cluster", cluster, "--time-limit", "0.05", "--json")
     if done.code == INFEASIBLE:
@@ -287,9 +292,10 @@ FAKE_SOLVERS = {
 }
 
 
+@pytest.mark.row("L11")
 @pytest.mark.parametrize("how", FAKE_SOLVERS)
 def test_a_solver_program_that_does_not_work_is_an_environment_error(tmp_path: Path, how: str) -> None:
-    """Row L11, by CBC, which is a program of its own; HiGHS is a library in the solver process."""
+    """By CBC, which is a program of its own; HiGHS is a library in the solver process."""
     body = FAKE_SOLVERS[how]
     program = tmp_path / "cbc"
     program.write_bytes(body or b"#!/bin/sh\n")
@@ -321,9 +327,10 @@ def solve_with(preparation: str, folder: Path, *options: str, **environment: str
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.row("L15")
 @pytest.mark.parametrize("solver", ["highs", "cbc"])
 def test_a_temporary_folder_that_cannot_be_written(tmp_path: Path, solver: str) -> None:
-    """Row L15: HiGHS needs none; CBC says so. Nothing is written next to the plan."""
+    """HiGHS needs none; CBC says so. Nothing is written next to the plan."""
     done = solve_with("pass", tmp_path, "--solver", solver, TMPDIR="/proc/nowhere")
     work = [path for path in tmp_path.iterdir() if path.suffix in (".mps", ".sol", ".lp")]
     assert work == []
@@ -334,8 +341,8 @@ def test_a_temporary_folder_that_cannot_be_written(tmp_path: Path, solver: str) 
     assert_one_error(done, "CBC")
 
 
+@pytest.mark.row("L16")
 def test_two_planners_at_once_in_one_folder_do_not_meet(tmp_path: Path) -> None:
-    """Row L16."""
     with ThreadPoolExecutor(4) as pool:
         runs = [
             pool.submit(solve_with, "pass", tmp_path, "--solver", solver, "--strategy", "memory", "-o", f"{i}.json")

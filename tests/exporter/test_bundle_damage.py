@@ -314,9 +314,9 @@ def test_a_stage_that_does_not_exist_is_a_usage_error(shards: Path) -> None:
         open_export(shards, stage=3)
 
 
+@pytest.mark.row("B9")
 @pytest.mark.parametrize("name", FILES)
 def test_an_unreadable_file_is_the_machines_fault(fixed: Path, name: str) -> None:
-    """Row B9."""
     # pytest's own folders are closed to other users, so the copy lies beside them.
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "shards"
@@ -327,18 +327,18 @@ def test_an_unreadable_file_is_the_machines_fault(fixed: Path, name: str) -> Non
             load(folder)
 
 
+@pytest.mark.row("B9")
 @pytest.mark.parametrize(("mode", "says"), [(0o755, "is executable"), (0o666, "can be written by everybody")])
 @pytest.mark.parametrize("name", [WEIGHTS.format(1), "config.json"])
 def test_an_unusual_mode_warns(shards: Path, name: str, mode: int, says: str) -> None:
-    """Row B9."""
     (shards / name).chmod(mode)
     assert [text for text in open_export(shards).warnings if says in text and name in text]
 
 
+@pytest.mark.row("B13")
 def test_an_export_behind_a_link_and_on_read_only_storage_is_opened_and_left_alone(
     shards: Path, tmp_path: Path
 ) -> None:
-    """Row B13."""
     for path in shards.iterdir():
         path.chmod(0o444)
     shards.chmod(0o555)
@@ -352,8 +352,8 @@ def test_an_export_behind_a_link_and_on_read_only_storage_is_opened_and_left_alo
     assert all(before[name].st_mtime_ns == after[name].st_mtime_ns for name in before)
 
 
+@pytest.mark.row("B10")
 def test_a_bundle_changed_while_running_is_noticed_at_the_end(shards: Path) -> None:
-    """Row B10."""
     opened = open_export(shards)
     check_unchanged(opened, stage=0)
     os.truncate(shards / WEIGHTS.format(1), 4096)
@@ -364,8 +364,8 @@ def test_a_bundle_changed_while_running_is_noticed_at_the_end(shards: Path) -> N
         check_unchanged(opened, stage=1)
 
 
+@pytest.mark.row("B11")
 def test_a_failing_disk_is_named_with_the_offset(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row B11."""
     opened = open_export(shards)
     real = os.preadv
 

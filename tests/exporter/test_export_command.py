@@ -192,8 +192,8 @@ def test_verify_tells_which_tensor_differs_from_the_model(
     assert "another model" in other.err
 
 
+@pytest.mark.row("C25")
 def test_bad_values_are_named_on_request(run_command: Run, models: Callable[..., Path], tmp_path: Path) -> None:
-    """Row C25."""
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from breaking import Collection
 from hostile_bundles import BUNDLES
 from hostile_checkpoints import CHECKPOINTS
 
@@ -46,11 +48,15 @@ def refused(code: int, *, leaving: Path) -> Iterator[None]:
     assert names_of(leaving) == before
 
 
+def with_rows(cases: Collection) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.row(case.row)) for name, case in cases.items()]
+
+
 def names_of(folder: Path) -> list[str]:
     return sorted(os.fspath(path) for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", with_rows(CHECKPOINTS))
 def test_a_hostile_checkpoint_is_refused(good: Path, tmp_path: Path, name: str) -> None:
     plan = make_plan(good / "model", [2, 1, 2])
     shutil.copytree(good / "model", tmp_path / "model")
@@ -59,7 +65,7 @@ def test_a_hostile_checkpoint_is_refused(good: Path, tmp_path: Path, name: str) 
         export(plan, model=tmp_path / "model", output=tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize("name", with_rows(BUNDLES))
 def test_a_hostile_bundle_is_refused(good: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(good / "shards", tmp_path / "shards")
     BUNDLES[name].break_folder(tmp_path / "shards")

@@ -88,14 +88,15 @@ def test_a_trap_works_for_who_starts_python_carelessly(trapped: Path, tmp_path: 
     assert (tmp_path / "json").exists()
 
 
+@pytest.mark.row("P10")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_command_imports_nothing_from_the_current_folder(trapped: Path, name: str) -> None:
-    """Row P10."""
     run(trapped, *RUNS[name])
 
 
+@pytest.mark.row("P10")
 def test_emitted_scripts_keep_python_from_the_current_folder(trapped: Path) -> None:
-    """Row P10: scripts of sh by PYTHONSAFEPATH, which every Python below them obeys; one of Python by itself."""
+    """Scripts of sh by PYTHONSAFEPATH, which every Python below them obeys; one of Python by itself."""
     plan = read_plan(trapped / "plan.json")
     for engine in ("vllm", "sglang", "tensorrt-llm", "torchrun"):
         for text in emit(plan, engine=engine, directory="shards").files.values():

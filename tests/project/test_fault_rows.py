@@ -1,29 +1,43 @@
-"""The contract of `docs/faults.md`: every row is tested somewhere, by a test that carries the row's id."""
+"""The contract of `docs/faults.md`: every row is tested somewhere, by a test that is marked with the row's id."""
 
+import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests import test_faults, test_faults_planning
 
 ROOT = Path(__file__).parents[2]
 
 
 def documented() -> list[str]:
-    ranges = re.findall(r"^\| ([A-Z])1-\1(\d+) \|", (ROOT / "docs" / "faults.md").read_text(), flags=re.MULTILINE)
-    return [f"{letter}{number}" for letter, last in ranges for number in range(1, int(last) + 1)]
+    """Lines of the page's table begin with `| E1-E17 |` or `| P10 |`."""
+    rows: list[str] = []
+    page = (ROOT / "docs" / "faults.md").read_text()
+    for letter, first, last in re.findall(r"^\| ([A-Z])(\d+)(?:-\1(\d+))? \|", page, flags=re.MULTILINE):
+        rows += [f"{letter}{number}" for number in range(int(first), int(last or first) + 1)]
+    return rows
 
 
-def named_rows() -> set[str]:
-    """Ids in the tables of faults and hostile files, and those that a docstring names as `Row E3` or `Rows E3, E4`."""
-    found: set[str] = set()
-    for path in (ROOT / "tests").rglob("*.py"):
-        text = path.read_text()
-        if path.name.startswith(("test_faults", "hostile_")):
-            found |= set(re.findall(r'"([A-Z]\d+)[" ]', text))
-        if path != Path(__file__):
-            for ids in re.findall(r"Rows? ((?:[A-Z]\d+(?:, | and )?)+)", text):
-                found |= set(re.findall(r"[A-Z]\d+", ids))
-    return found
+@cache
+def marked() -> set[str]:
+    """Ids in the markers `pytest.mark.row("E3", "E4")` of tests and of whole files of tests."""
+    nodes = [node for path in (ROOT / "tests").rglob("test_*.py") for node in ast.walk(ast.parse(path.read_bytes()))]
+    marks = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.row"]
+    return {argument.value for mark in marks for argument in mark.args if isinstance(argument, ast.Constant)}
+
+
+@pytest.fixture
+def tabled(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Ids in the tables, each line of which is marked with its own."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "hostile")
+    from hostile_bundles import BUNDLES
+    from hostile_checkpoints import CHECKPOINTS
+
+    clusters = {name.split()[0] for name in test_faults_planning.ROWS}
+    return clusters | {row.id for row in test_faults.ROWS} | {case.row for case in (CHECKPOINTS | BUNDLES).values()}
 
 
 def test_the_page_lists_every_kind_of_row() -> None:
@@ -31,5 +45,9 @@ def test_the_page_lists_every_kind_of_row() -> None:
 
 
 @pytest.mark.parametrize("row", documented())
-def test_a_row_of_the_contract_is_tested_by_name(row: str) -> None:
-    assert row in named_rows()
+def test_a_row_of_the_contract_is_tested_by_name(row: str, tabled: set[str]) -> None:
+    assert row in marked() | tabled
+
+
+def test_a_marker_names_a_row_of_the_contract(tabled: set[str]) -> None:
+    assert marked() | tabled <= set(documented())

@@ -1,4 +1,4 @@
-"""Row X6: commands behind pipes, without a terminal, without colours, in the C locale."""
+"""Commands behind pipes, without a terminal, without colours, in the C locale."""
 
 import os
 import re
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.row("X6")
 
 EXAMPLE = Path(__file__).parents[2] / "plans" / "examples" / "demo.plan.json"
 MODULES = {"llamaplan": "planner.cli", "llamarun": "runtime.cli"}
@@ -98,9 +100,10 @@ leave(run_command(app, name="wait"))
 """
 
 
+@pytest.mark.row("R13")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_a_command_that_is_slow_to_leave(number: signal.Signals) -> None:
-    """Row R13: twice."""
+    """Twice."""
     line = [sys.executable, "-c", LEAVING_SLOWLY]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=PLAIN) as process:
         assert process.stdout is not None

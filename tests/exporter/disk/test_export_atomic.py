@@ -107,10 +107,10 @@ def count_calls(run: Callable[[], object]) -> int:
     return counter.count
 
 
+@pytest.mark.row("E3")
 def test_killed_at_any_write_call_the_target_is_absent_or_complete_and_a_rerun_works(
     prepared: Prepared, tmp_path: Path
 ) -> None:
-    """Row E3."""
     model, plan, expected = prepared
     total = count_calls(lambda: export(plan, model=model, output=tmp_path / "count"))
     assert total > 50
@@ -168,9 +168,9 @@ def test_killed_while_replacing_the_old_export_or_the_new_one_is_there(
         assert names(folder) == ["out"], at
 
 
+@pytest.mark.row("E2")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)
 def test_an_error_of_any_write_call_leaves_nothing_behind(prepared: Prepared, tmp_path: Path, number: int) -> None:
-    """Row E2."""
     model, plan, expected = prepared
     total = count_calls(lambda: export(plan, model=model, output=tmp_path / "count"))
 
@@ -316,8 +316,8 @@ def dead_pid() -> int:
     return pid
 
 
+@pytest.mark.row("E17")
 def test_staging_of_a_dead_process_is_reclaimed_even_if_its_pid_lives_again(prepared: Prepared, tmp_path: Path) -> None:
-    """Row E17."""
     model, plan, _ = prepared
     for name in (staging_name("out", pid=dead_pid()), staging_name("out", mark="0" * 12)):
         (tmp_path / name / "files").mkdir(parents=True)
@@ -326,11 +326,11 @@ def test_staging_of_a_dead_process_is_reclaimed_even_if_its_pid_lives_again(prep
     assert names(tmp_path) == ["out"]
 
 
+@pytest.mark.row("E17")
 @pytest.mark.parametrize("changes", [{}, {"host": "0" * 8}], ids=["a live process", "another host"])
 def test_staging_that_may_be_in_use_is_left_alone_and_named(
     prepared: Prepared, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Row E17."""
     model, plan, _ = prepared
     name = staging_name("out", **changes)
     (tmp_path / name).mkdir()
@@ -348,9 +348,9 @@ def test_staging_of_another_target_is_not_touched(prepared: Prepared, tmp_path: 
     assert names(tmp_path) == [name, "out"]
 
 
+@pytest.mark.row("E8")
 @pytest.mark.parametrize("force", [False, True])
 def test_of_two_exports_to_one_target_exactly_one_wins(prepared: Prepared, tmp_path: Path, force: bool) -> None:
-    """Row E8."""
     model, plan, expected = prepared
     started = tmp_path / "started"
     folder = tmp_path / "made"
@@ -406,13 +406,13 @@ def flip_last_bit(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("when", [0.01, 0.99], ids=["early", "late"])
 @pytest.mark.parametrize("shard", [0, -1], ids=["first shard", "last shard"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_source_changed_during_the_export_is_refused(
     prepared: Prepared, tmp_path: Path, change: str, shard: int, when: float
 ) -> None:
-    """Row E9."""
     import shutil
 
     source, plan, _ = prepared
@@ -432,10 +432,10 @@ def test_a_source_changed_during_the_export_is_refused(
     assert names(made) == []
 
 
+@pytest.mark.row("E10")
 def test_a_read_error_of_the_source_names_file_and_offset(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row E10."""
     model, plan, _ = prepared
 
     def fail(fd: int, buffers: Any, offset: int) -> int:
@@ -447,10 +447,10 @@ def test_a_read_error_of_the_source_names_file_and_offset(
     assert names(tmp_path) == []
 
 
+@pytest.mark.row("E12")
 def test_a_filesystem_that_cannot_flush_folders_is_fine(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row E12."""
     model, plan, expected = prepared
     real = os.fsync
 

@@ -81,10 +81,10 @@ def calls(work: tuple[Path, Path, dict[str, str]], tmp_path_factory: pytest.Temp
     return {name: max(counter.values()) for name, counter in counts.items()}
 
 
+@pytest.mark.row("E3")
 def test_killed_by_the_kernel_the_target_is_absent_or_complete(
     work: tuple[Path, Path, dict[str, str]], calls: dict[str, int], tmp_path: Path
 ) -> None:
-    """Row E3."""
     model, plan, expected = work
     points = [(name, at) for name, count in sorted(calls.items()) for at in range(1, count + 1)]
     killed = 0
@@ -107,12 +107,12 @@ def export_again(model: Path, plan: Path, output: Path) -> None:
     export(read_plan(plan), model=model, output=output, force=True)
 
 
+@pytest.mark.row("E2")
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC", "EDQUOT"])
 @pytest.mark.parametrize("call", ["write", "fsync", "mkdir", "rename"])
 def test_an_error_from_the_kernel_ends_in_one_sentence_and_leaves_nothing(
     work: tuple[Path, Path, dict[str, str]], calls: dict[str, int], tmp_path: Path, call: str, error: str
 ) -> None:
-    """Row E2."""
     model, plan, _ = work
     family = [name for name in (call, call + "at", call + "at2") if name in calls]
     for at in {1, max(1, calls[family[0]] // 2)}:
@@ -124,10 +124,10 @@ def test_an_error_from_the_kernel_ends_in_one_sentence_and_leaves_nothing(
         assert names(tmp_path) == []
 
 
+@pytest.mark.row("E10")
 def test_a_read_error_from_the_kernel_names_file_and_offset(
     work: tuple[Path, Path, dict[str, str]], tmp_path: Path
 ) -> None:
-    """Row E10."""
     model, plan, _ = work
     inject = "inject=preadv,preadv2:error=EIO:when=4"
     done = traced(["-o", os.devnull, "-e", inject], model, plan, tmp_path / "out")
@@ -136,10 +136,10 @@ def test_a_read_error_from_the_kernel_names_file_and_offset(
     assert names(tmp_path) == []
 
 
+@pytest.mark.row("C9")
 def test_exporting_never_opens_python_code_of_the_checkpoint(
     work: tuple[Path, Path, dict[str, str]], tmp_path: Path
 ) -> None:
-    """Row C9."""
     source, plan, _ = work
     model = tmp_path / "model"
     shutil.copytree(source, model)

@@ -165,9 +165,9 @@ def test_a_parent_that_cannot_be_written_is_named(plan: Plan, models: Callable[.
             export(plan, model=base / "model", output=base / "closed" / "out")
 
 
+@pytest.mark.row("C2")
 @pytest.mark.parametrize("unreadable", ["config.json", "model.safetensors", "."])
 def test_an_unreadable_model_is_the_machines_fault(plan: Plan, models: Callable[..., Path], unreadable: str) -> None:
-    """Row C2."""
     with tempfile.TemporaryDirectory() as place:
         base = Path(place)
         base.chmod(0o777)
@@ -209,9 +209,9 @@ def test_a_relative_output_and_a_parent_behind_a_link_work(
     assert tree(tmp_path / "real" / "out") == tree(tmp_path / "out")
 
 
+@pytest.mark.row("E7")
 @pytest.mark.parametrize("swap_for", ["a link", "another folder", "nothing"])
 def test_a_parent_swapped_during_the_export_is_refused(model: Path, plan: Plan, tmp_path: Path, swap_for: str) -> None:
-    """Row E7."""
     place, aside, elsewhere = tmp_path / "place", tmp_path / "aside", tmp_path / "elsewhere"
     place.mkdir()
     elsewhere.mkdir()
@@ -231,9 +231,9 @@ def test_a_parent_swapped_during_the_export_is_refused(model: Path, plan: Plan, 
     assert not (place / "out").exists()
 
 
+@pytest.mark.row("E11")
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077], ids=oct)
 def test_modes_follow_the_umask_and_nothing_is_executable(model: Path, plan: Plan, tmp_path: Path, umask: int) -> None:
-    """Row E11."""
     before = os.umask(umask)
     try:
         export(plan, model=model, output=tmp_path / "out")
@@ -243,8 +243,8 @@ def test_modes_follow_the_umask_and_nothing_is_executable(model: Path, plan: Pla
     assert {path.stat().st_mode & 0o7777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
 
 
+@pytest.mark.row("E13")
 def test_file_names_are_plain_and_unique_on_any_filesystem(model: Path, plan: Plan, tmp_path: Path) -> None:
-    """Row E13."""
     export(plan, model=model, output=tmp_path / "out")
     found = names(tmp_path / "out")
     assert len({name.lower() for name in found}) == len(found)
@@ -275,10 +275,10 @@ def run_export(*arguments: object, environment: dict[str, str] | None = None, **
     return done.returncode, done.stderr
 
 
+@pytest.mark.row("E15")
 def test_the_same_bytes_come_out_under_another_umask_hash_seed_locale_and_time_zone(
     model: Path, plan_file: Path, tmp_path: Path
 ) -> None:
-    """Row E15."""
     settings = [
         {"PYTHONHASHSEED": "0", "TZ": "UTC", "LC_ALL": "C", "PYTHONUTF8": "0"},
         {"PYTHONHASHSEED": "4242", "TZ": "Asia/Kathmandu", "LC_ALL": "C.UTF-8", "COLUMNS": "33"},
@@ -296,8 +296,8 @@ def limit(kind: int, value: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(kind, (value, value))
 
 
+@pytest.mark.row("E2")
 def test_a_file_size_limit_is_an_error_and_leaves_nothing(model: Path, plan_file: Path, tmp_path: Path) -> None:
-    """Row E2."""
     size = limit(resource.RLIMIT_FSIZE, 20_000)
     code, said = run_export(plan_file, model, tmp_path / "out", preexec_fn=size)
     assert code == 1
@@ -306,8 +306,8 @@ def test_a_file_size_limit_is_an_error_and_leaves_nothing(model: Path, plan_file
     assert names(tmp_path) == []
 
 
+@pytest.mark.row("E16")
 def test_a_thousand_shards_are_read_with_64_descriptors(tmp_path: Path, models: Callable[..., Path]) -> None:
-    """Row E16."""
     model = models(
         num_hidden_layers=112,
         hidden_size=8,
@@ -355,8 +355,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) << 10)
 """
 
 
+@pytest.mark.row("E14")
 def test_memory_stays_bounded_whatever_the_size_of_the_tensors(tmp_path: Path, models: Callable[..., Path]) -> None:
-    """Row E14."""
     # 600 MB of holes: the head alone is larger than what the export may use. Only the small first stage is written.
     from plans.checkpoint.folder import open_checkpoint
 
@@ -440,21 +440,21 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.row("E1")
 def test_too_small_a_disk_is_refused_before_anything_is_written(
     shipped: Path, small_disk: Callable[[int], Path]
 ) -> None:
-    """Row E1."""
     place = small_disk(4 << 20)
     with pytest.raises(MachineError, match=r"need \d+ bytes .* free 4\d+"):
         export(make_plan(shipped, [3, 4]), model=shipped, output=place / "out")
     assert names(place) == []
 
 
+@pytest.mark.row("E1")
 @pytest.mark.parametrize("size", range(64 << 10, 7 << 20, 1 << 20))
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing_and_the_old_export_as_it_was(
     shipped: Path, small_disk: Callable[[int], Path], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row E1."""
     place = small_disk(size + (60 << 10))
     (place / "out").mkdir()
     (place / "out" / "precious.txt").write_text("mine")
@@ -497,11 +497,11 @@ main()
 """
 
 
+@pytest.mark.row("E4")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_command_and_removes_the_staging_folder(
     model: Path, plan_file: Path, tmp_path: Path, number: int, code: int
 ) -> None:
-    """Row E4."""
     arguments = ["export", str(plan_file), "--model", str(model), "-o", str(tmp_path / "out")]
     process = run_python(f"import sys; sys.argv = ['llamaplan', *{arguments!r}]\n{COMMAND}")
     assert process.stdout is not None

@@ -83,6 +83,7 @@ def test_infeasible_leaves_with_four_and_writes_nothing(run_command: RunCommand,
     assert not path.exists()
 
 
+@pytest.mark.row("X7")
 @pytest.mark.parametrize(
     "options",
     [
@@ -116,7 +117,6 @@ def test_infeasible_leaves_with_four_and_writes_nothing(run_command: RunCommand,
     ],
 )
 def test_bad_options_are_usage_errors(run_command: RunCommand, shipped: Path, options: tuple[str, ...]) -> None:
-    """Row X7, and the other options of `solve`."""
     done = run_command("llamaplan", "solve", shipped, *DEVICES, *options)
     assert done.code == 2
     assert done.err.startswith("error[E-USAGE]: ")
@@ -151,8 +151,8 @@ def test_edited_plan_does_not_pass_the_check(run_command: RunCommand, shipped: P
     assert (done.code, "/prediction/seconds_per_token" in done.err) == (5, True)
 
 
+@pytest.mark.row("L16")
 def test_two_planners_in_one_folder_do_not_meet(shipped: Path, tmp_path: Path) -> None:
-    """Row L16."""
     program = "from planner.cli import main; main()"
     command = [sys.executable, "-c", program, "solve", str(shipped), *DEVICES, "--solver", "cbc", "-q", "-o"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "TMPDIR": str(tmp_path)}

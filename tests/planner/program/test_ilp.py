@@ -95,8 +95,8 @@ def test_sizes_of_any_magnitude_give_exact_answers(bytes_per_layer: int, ticks_p
     assert answer.value == ticks_per_layer * (room_on_fast + 2 * (5 - room_on_fast)) + pause
 
 
+@pytest.mark.row("L13")
 def test_times_of_any_scale_reach_the_solver_as_ordinary_numbers() -> None:
-    """Row L13."""
     rng = random.Random(2)
     for _ in range(20):
         problem = random_problem(rng)
@@ -139,8 +139,8 @@ def test_answers_that_break_the_problem_are_not_accepted(monkeypatch: pytest.Mon
         ilp.solve_ilp(problem, Goal("time", "latency"))
 
 
+@pytest.mark.row("L14")
 def test_unbounded_and_undefined_are_faults_and_never_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row L14."""
     import highspy
 
     monkeypatch.setattr(highspy.Highs, "getModelStatus", lambda _self: highspy.HighsModelStatus.kUnboundedOrInfeasible)

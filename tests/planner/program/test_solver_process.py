@@ -69,8 +69,8 @@ def test_session_leaves_no_process_behind(problem: Problem) -> None:
     assert child.returncode is not None
 
 
+@pytest.mark.row("L12")
 def test_solver_that_ignores_its_limit_is_stopped(problem: Problem) -> None:
-    """Row L12."""
     started = time.monotonic()
     with SolverSession(time_limit=0.3, command=child(SLEEPS)) as session:
         answer, other = session.ask(problem, GOAL, lambda: "meanwhile")
@@ -87,8 +87,8 @@ def test_plan_is_still_proved_when_the_solver_hangs(problem: Problem) -> None:
     assert settled.certified_by == certificate.method
 
 
+@pytest.mark.row("L10")
 def test_out_of_time_without_a_proof_gives_a_feasible_plan() -> None:
-    """Row L10."""
     wide = _wide(20)
     started = time.monotonic()
     with SolverSession(time_limit=0.2, command=child(SLEEPS)) as session:
@@ -99,8 +99,8 @@ def test_out_of_time_without_a_proof_gives_a_feasible_plan() -> None:
     assert settled.bound is None
 
 
+@pytest.mark.row("L10")
 def test_out_of_time_with_nothing_found_says_so() -> None:
-    """Row L10."""
     wide = _wide(20)
     no_way_back = tuple((None,) * 20 for _ in range(20))
     with SolverSession(time_limit=0.2, command=child(SLEEPS)) as session:
@@ -108,9 +108,9 @@ def test_out_of_time_with_nothing_found_says_so() -> None:
     assert (settled.status, settled.assignment) == ("time_limit", None)
 
 
+@pytest.mark.row("L11")
 @pytest.mark.parametrize("code", [DIES, CHATTERS])
 def test_solver_that_dies_is_named(problem: Problem, code: str) -> None:
-    """Row L11."""
     with SolverSession(("highs", "cbc"), command=child(code)) as session, pytest.raises(MachineError) as caught:
         session.ask(problem, GOAL, lambda: None)
     assert "solver process" in caught.value.what
@@ -118,8 +118,8 @@ def test_solver_that_dies_is_named(problem: Problem, code: str) -> None:
     assert caught.value.exit_code == 6
 
 
+@pytest.mark.row("L11")
 def test_missing_highs_falls_back_to_cbc(problem: Problem) -> None:
-    """Row L11."""
     code = "import sys; sys.modules['highspy'] = None; " + SERVES
     with SolverSession(command=child(code)) as session:
         answer, _ = session.ask(problem, GOAL, lambda: None)
@@ -135,10 +135,10 @@ def test_no_solver_at_all_is_an_environment_error(problem: Problem) -> None:
         session.ask(problem, GOAL, lambda: None)
 
 
+@pytest.mark.row("L15")
 def test_unwritable_temporary_folder_stops_cbc_with_an_environment_error(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row L15."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     code = "import tempfile; tempfile._get_default_tempdir = lambda: (_ for _ in ()).throw(OSError(30, 'read-only')); "
     code += SERVES
@@ -146,8 +146,8 @@ def test_unwritable_temporary_folder_stops_cbc_with_an_environment_error(
         session.ask(problem, GOAL, lambda: None)
 
 
+@pytest.mark.row("L15")
 def test_cbc_leaves_no_files_behind(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row L15."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with SolverSession(("cbc",)) as session:
@@ -156,8 +156,8 @@ def test_cbc_leaves_no_files_behind(problem: Problem, tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.row("L11")
 def test_wrong_certificate_and_wrong_solver_are_both_caught(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row L11."""
     from planner.answers import settle
 
     honest = settle.certify

@@ -266,9 +266,9 @@ def test_an_index_and_shards_that_disagree_are_refused(change: Change, message: 
     assert message in str(caught.value)
 
 
+@pytest.mark.row("C16")
 @pytest.mark.parametrize("stated", [1, -1, "many", None, 1.5])
 def test_a_wrong_total_size_is_a_warning_because_the_headers_count(stated: Any, sharded: Path) -> None:
-    """Row C16."""
     index = read_index(sharded)
     index["metadata"]["total_size"] = stated
     write_index(sharded, index)
@@ -276,16 +276,16 @@ def test_a_wrong_total_size_is_a_warning_because_the_headers_count(stated: Any, 
     assert "total_size" in warning
 
 
+@pytest.mark.row("C16")
 def test_a_missing_total_size_is_fine(sharded: Path) -> None:
-    """Row C16."""
     index = read_index(sharded)
     del index["metadata"]
     write_index(sharded, index)
     assert open_checkpoint(sharded).warnings == ()
 
 
+@pytest.mark.row("C12")
 def test_with_an_index_and_a_single_file_the_index_is_used_and_said(sharded: Path) -> None:
-    """Row C12."""
     write_safetensors(sharded / "model.safetensors", tensors_of())
     checkpoint = open_checkpoint(sharded)
     assert len(checkpoint.shards) == 2

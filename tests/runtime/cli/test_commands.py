@@ -112,10 +112,10 @@ def test_the_prompt_may_come_from_stdin_or_a_file(
     assert generate(run_command, shipped, "-p", "-", *options) == given
 
 
+@pytest.mark.row("R4")
 def test_a_prompt_that_just_fits_the_context_runs_and_one_token_more_does_not(
     shipped: Path, run_command: RunCommand
 ) -> None:
-    """Row R4."""
     prompt_tokens = len(AutoTokenizer.from_pretrained(shipped)(PROMPT).input_ids)
     codes = [
         run_command("llamarun", "generate", shipped, "-p", PROMPT, "-n", 5, "-c", context).code
@@ -188,8 +188,8 @@ def test_ctrl_c_keeps_the_text_so_far_and_leaves_with_130(shipped: Path) -> None
     assert b"Traceback" not in errors
 
 
+@pytest.mark.row("R14")
 def test_a_reader_that_goes_away_stops_the_run(shipped: Path) -> None:
-    """Row R14."""
     command = [sys.executable, "-m", "runtime.cli", "generate", str(shipped), "-p", PROMPT, "-n", "900", "--ignore-eos"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
@@ -212,6 +212,7 @@ def own_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.mark.row("R13")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(("module", "name"), [(session, "_load"), (loop, "prefill"), (loop, "decode_one_token")])
 def test_a_signal_in_any_phase_ends_the_run_and_keeps_the_text_so_far(
@@ -223,7 +224,6 @@ def test_a_signal_in_any_phase_ends_the_run_and_keeps_the_text_so_far(
     name: str,
     number: signal.Signals,
 ) -> None:
-    """Row R13."""
     options = ["-p", PROMPT, "-n", 20, "--temp", 0, "--device-map", "cpu"]
     whole = run_command("llamarun", "generate", shards["2-4-1"], *options, "-q").out
     real, calls = getattr(module, name), []
@@ -249,18 +249,18 @@ def test_token_ids_are_a_prompt_too(shipped: Path, run_command: RunCommand) -> N
     assert given == generate(run_command, shipped, "-p", PROMPT, *options)
 
 
+@pytest.mark.row("R6")
 def test_a_prompt_file_with_crlf_is_kept_as_it_is(shipped: Path, run_command: RunCommand, tmp_path: Path) -> None:
-    """Row R6."""
     (tmp_path / "prompt.txt").write_bytes(b"a\r\nb")
     arguments = ["-n", 1, "--json"]
     found = json.loads(run_command("llamarun", "generate", shipped, "-f", tmp_path / "prompt.txt", *arguments).out)
     assert found["prompt_tokens"] == len(AutoTokenizer.from_pretrained(shipped)("a\r\nb").input_ids)
 
 
+@pytest.mark.row("K3", "R12")
 def test_an_end_of_sequence_list_and_one_that_comes_first_are_answers(
     shipped: Path, run_command: RunCommand, tmp_path: Path
 ) -> None:
-    """Rows K3 and R12."""
     first = generate(run_command, shipped, "-p", PROMPT, "-n", 1, "--temp", 0)["token_ids"][0]
     model = tmp_path / "model"
     shutil.copytree(shipped, model)
@@ -270,8 +270,8 @@ def test_an_end_of_sequence_list_and_one_that_comes_first_are_answers(
     assert (ended["token_ids"], ended["text"], ended["finish_reason"]) == ([first], "", "eos")
 
 
+@pytest.mark.row("R16")
 def test_two_runs_on_one_bundle_at_once_are_both_right(shards: dict[str, Path], run_command: RunCommand) -> None:
-    """Row R16."""
     options = ["-p", PROMPT, "-n", "8", "--temp", "0", "--device-map", "cpu", "-q"]
     expected = run_command("llamarun", "generate", shards["2-4-1"], *options).out
     command = [sys.executable, "-m", "runtime.cli", "generate", str(shards["2-4-1"]), *options]
@@ -280,10 +280,10 @@ def test_two_runs_on_one_bundle_at_once_are_both_right(shards: dict[str, Path], 
     assert [process.communicate(timeout=120)[0] for process in both] == [expected, expected]
 
 
+@pytest.mark.row("R2")
 def test_memory_that_runs_out_while_loading_or_generating_is_said(
     shipped: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row R2."""
 
     def fails(*_arguments: Any, **_settings: Any) -> Any:
         return torch.empty(1 << 60)
@@ -296,10 +296,11 @@ def test_memory_that_runs_out_while_loading_or_generating_is_said(
         assert f"memory ran out while {doing}" in done.err
 
 
+@pytest.mark.row("R2")
 def test_only_the_cache_that_is_asked_for_has_to_fit(
     shipped: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row R2: a long context is no reason to refuse a short text."""
+    """A long context is no reason to refuse a short text."""
     weights = sum(path.stat().st_size for path in shipped.glob("*.safetensors"))
     monkeypatch.setattr(capacity, "free_bytes", lambda _device: weights + 200_000)
     short = run_command("llamarun", "generate", shipped, "-p", "x", "-n", 20)

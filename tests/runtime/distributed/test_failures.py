@@ -40,11 +40,11 @@ def reach(job, phase: str) -> bytes:
     return job.first_text() if phase == WRITING else b""
 
 
+@pytest.mark.row("N5", "N14")
 @pytest.mark.parametrize(("rank", "phase"), [(1, AT_THE_START), (2, LOADING), (1, READING), (2, WRITING)])
 def test_when_a_worker_is_killed_everybody_leaves_in_two_seconds_naming_it(
     exports: Exports, rank: int, phase: str
 ) -> None:
-    """Rows N5 and N14."""
     with started(*arguments(exports(3), phase)) as job:
         victim, others = job.rank(rank), [job.rank(other) for other in (1, 2) if other != rank]
         text = reach(job, phase)
@@ -60,9 +60,9 @@ def test_when_a_worker_is_killed_everybody_leaves_in_two_seconds_naming_it(
         assert not any(map(is_alive, others))
 
 
+@pytest.mark.row("N9")
 @pytest.mark.parametrize("phase", PHASES)
 def test_when_the_driver_is_killed_its_workers_leave(exports: Exports, phase: str) -> None:
-    """Row N9."""
     num_stages = 3 if phase == WRITING else 2
     with started(*arguments(exports(num_stages), phase)) as job:
         workers = [job.rank(number) for number in range(1, num_stages)]
@@ -96,11 +96,12 @@ def test_ctrl_c_at_a_worker_ends_everybody_too(exports: Exports) -> None:
         assert "stage 1 (" in said
 
 
+@pytest.mark.row("N6")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_stands_still_for_a_while_costs_nothing_but_time(
     exports: Exports, greedy_text: Callable[[int], bytes], rank: int
 ) -> None:
-    """Row N6: before the timeout."""
+    """Before the timeout."""
     options = ["-c", 1024, "--temp", 0, "--heartbeat-timeout", 20]
     with started(*generate(exports(2), *options, tokens=100)) as job:
         victim = job.rank(rank)
@@ -115,8 +116,9 @@ def test_a_process_that_stands_still_for_a_while_costs_nothing_but_time(
     assert first + rest == greedy_text(100)
 
 
+@pytest.mark.row("N6")
 def test_a_worker_that_stands_still_for_too_long_is_lost(exports: Exports) -> None:
-    """Row N6: after the timeout. A stopped process keeps its connections open."""
+    """After the timeout. A stopped process keeps its connections open."""
     with started(*generate(exports(3), "-c", 1024, "--heartbeat-timeout", 5)) as job:
         victim, other = job.rank(1), job.rank(2)
         job.first_text()
@@ -131,8 +133,8 @@ def test_a_worker_that_stands_still_for_too_long_is_lost(exports: Exports) -> No
         assert not is_alive(other)
 
 
+@pytest.mark.row("N14")
 def test_a_worker_without_memory_ends_the_run_with_its_last_error(exports: Exports) -> None:
-    """Row N14."""
     with started(*generate(exports(2), "-c", 1024)) as job:
         worker = psutil.Process(job.rank(1))
         job.first_text()
@@ -143,8 +145,9 @@ def test_a_worker_without_memory_ends_the_run_with_its_last_error(exports: Expor
     assert "memory" in said
 
 
+@pytest.mark.row("N13")
 def test_a_local_job_listens_on_nothing_but_loopback_and_leaves_nothing_behind(exports: Exports) -> None:
-    """Row N13: no store, no control port; only gloo's own sockets, bound to 127.0.0.1."""
+    """No store, no control port; only gloo's own sockets, bound to 127.0.0.1."""
     before = set(Path("/tmp").iterdir())
     with started(*generate(exports(2), "-c", 1024)) as job:
         pids = [job.pid, job.rank(1)]
@@ -159,8 +162,9 @@ def test_a_local_job_listens_on_nothing_but_loopback_and_leaves_nothing_behind(e
     assert not {path for path in set(Path("/tmp").iterdir()) - before if "llama" in path.name}
 
 
+@pytest.mark.row("N15", "N17")
 def test_short_jobs_end_in_order_one_right_after_the_other(exports: Exports) -> None:
-    """Rows N15 and N17: every token arrives, every worker leaves by itself."""
+    """Every token arrives, every worker leaves by itself."""
     texts = set()
     for _ in range(2):
         with started(*generate(exports(2), "--temp", 0, tokens=2)) as job:
@@ -173,8 +177,8 @@ def test_short_jobs_end_in_order_one_right_after_the_other(exports: Exports) -> 
     assert len(texts.pop()) > 1
 
 
+@pytest.mark.row("R14")
 def test_a_reader_that_goes_away_ends_the_job(exports: Exports) -> None:
-    """Row R14."""
     with started(*generate(exports(2), "-c", 1024)) as job:
         worker = job.rank(1)
         job.first_text()

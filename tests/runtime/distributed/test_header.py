@@ -1,4 +1,4 @@
-"""Nothing reaches a buffer that was not announced, checked and expected. Row N10."""
+"""Nothing reaches a buffer that was not announced, checked and expected."""
 
 import queue
 import threading
@@ -16,6 +16,8 @@ from runtime.distributed.control.messages import Beat, Open, decode, encode
 from runtime.distributed.control.store import SharedStore
 from runtime.distributed.header import NUM_WORDS, STEP, TOKENS, Header, Stamp, check_against, pack, unpack
 from runtime.distributed.links import Links, Place, _gloo
+
+pytestmark = pytest.mark.row("N10")
 
 STAMP = Stamp.of("ab" * 32, epoch=3)
 HEADER = Header(STEP, 0, 5, 2, 7, 2, 3, 8, 1, 1)

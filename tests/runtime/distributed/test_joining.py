@@ -58,20 +58,20 @@ def text(greedy_text: Callable[[int], bytes]) -> bytes:
     return greedy_text(6)
 
 
+@pytest.mark.row("N16")
 def test_workers_from_elsewhere_join_over_the_other_internet_protocol_too(
     exports: Exports, key: Path, text: bytes
 ) -> None:
-    """Row N16."""
     with driver(exports(2), key, listen="[::1]:0") as job, worker(exports(2), address_of(job), key, 1) as member:
         code, out, said = job.end(within=90)
         assert (code, out) == (0, text), said
         assert member.end(within=20)[0] == 0
 
 
+@pytest.mark.row("N2", "N11", "N12")
 def test_workers_from_elsewhere_join_and_strangers_do_no_harm(
     exports: Exports, key: Path, text: bytes, tmp_path: Path
 ) -> None:
-    """Rows N2, N11, N12."""
     folder = exports(3)
     wrong = make_key(tmp_path / "wrong", "quite another secret")
     with driver(folder, key) as job, ExitStack() as stack:
@@ -116,8 +116,8 @@ def reflect(address: str) -> None:
         assert receive_frame(connection, max_bytes=4096) is None
 
 
+@pytest.mark.row("N3")
 def test_a_worker_of_another_export_is_refused_and_ends_the_job_with_both_ids(exports: Exports, key: Path) -> None:
-    """Row N3."""
     ids = [re.search(r'"export_id": "(\w+)"', (exports(n) / "manifest.json").read_text())[1] for n in (2, 3)]
     with driver(exports(3), key) as job, worker(exports(2), address_of(job), key, 1) as other:
         for member in (job, other):
@@ -126,8 +126,8 @@ def test_a_worker_of_another_export_is_refused_and_ends_the_job_with_both_ids(ex
             assert all(id_ in said for id_ in ids), said
 
 
+@pytest.mark.row("N1")
 def test_a_worker_that_never_joins_is_named_on_every_rank(exports: Exports, key: Path) -> None:
-    """Row N1."""
     with driver(exports(3), key, "--join-timeout", 6) as job, worker(exports(3), address_of(job), key, 1) as member:
         for process in (job, member):
             code, _, said = process.end(within=40)
@@ -141,10 +141,10 @@ def refuse(exports: Exports, run: RunCommand, *options: object) -> tuple[int, st
     return done.code, done.err
 
 
+@pytest.mark.row("N4")
 def test_a_port_that_is_taken_or_an_address_of_another_machine_is_named(
     exports: Exports, run_command: RunCommand, key: Path
 ) -> None:
-    """Row N4."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         code, said = refuse(exports, run_command, "--listen", address, "--key-file", key)
@@ -153,12 +153,13 @@ def test_a_port_that_is_taken_or_an_address_of_another_machine_is_named(
     assert (code, "192.0.2.1" in said) == (MACHINE, True)
 
 
+@pytest.mark.row("N13")
 def test_a_network_must_be_called_trusted(exports: Exports, run_command: RunCommand, key: Path) -> None:
-    """Row N13."""
     code, said = refuse(exports, run_command, "--listen", "0.0.0.0:0", "--key-file", key)
     assert (code, "--trusted-network" in said, "encrypts" in said) == (MACHINE, True, True)
 
 
+@pytest.mark.row("N12")
 @pytest.mark.parametrize(
     ("text_of_key", "mode", "says"),
     [("correct horse battery", 0o644, "0644"), ("", 0o600, "0 bytes"), ("short", 0o600, "5 bytes")],
@@ -166,7 +167,6 @@ def test_a_network_must_be_called_trusted(exports: Exports, run_command: RunComm
 def test_a_key_that_is_none_is_refused(
     exports: Exports, run_command: RunCommand, tmp_path: Path, text_of_key: str, mode: int, says: str
 ) -> None:
-    """Row N12."""
     bad = make_key(tmp_path / "bad", text_of_key, mode)
     code, said = refuse(exports, run_command, "--listen", "127.0.0.1:0", "--key-file", bad)
     assert (code, says in said) == (MACHINE, True), said
@@ -187,8 +187,9 @@ def test_options_that_do_not_fit_are_usage_errors(
     assert (code, says in said) == (USAGE, True), said
 
 
+@pytest.mark.row("N12")
 def test_a_proof_that_was_recorded_does_not_work_again() -> None:
-    """Row N12: every challenge is fresh."""
+    """Every challenge is fresh."""
     key, said = b"k" * 16, []
     ours, theirs = socket.socketpair()
     with ours, theirs:

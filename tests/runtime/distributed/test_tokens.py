@@ -97,8 +97,8 @@ def test_stage_times_come_from_every_process(in_one_process: Start, in_processes
     assert len(generation.step_seconds) == 13
 
 
+@pytest.mark.row("N18")
 def test_a_prompt_that_is_too_long_leaves_the_session_usable(in_one_process: Start, in_processes: Start) -> None:
-    """Row N18."""
     requests = requests_of(in_one_process(2), sampling=GREEDY)
     with pytest.raises(UsageError, match="more than the context holds"):
         in_processes(2).generate_requests([replace(requests[0], prompt_ids=[5] * 250)])

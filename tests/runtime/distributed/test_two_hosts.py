@@ -29,11 +29,12 @@ def arguments(folder: Path, key: Path, cable: Cable, *options: object, tokens: i
     return [word for word in generate(folder, *network, *options, tokens=tokens) if word != "--processes"]
 
 
+@pytest.mark.row("N8", "N16")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_chain_over_two_hosts_writes_the_text_of_one_process(
     exports: Exports, greedy_text: Callable[[int], bytes], cable: Cable, tmp_path: Path, shape: str
 ) -> None:
-    """Rows N8 and N16: a slow link takes long and is not taken for a lost one."""
+    """A slow link takes long and is not taken for a lost one."""
     cable.shape(SHAPES[shape])
     folder, key = exports(2), make_key(tmp_path / "key", "correct horse battery")
     with started(*arguments(folder, key, cable, "--heartbeat-timeout", 20, tokens=8), host=cable.hosts[0]) as job:
@@ -44,10 +45,10 @@ def test_a_chain_over_two_hosts_writes_the_text_of_one_process(
             assert worker.end(within=20)[0] == 0
 
 
+@pytest.mark.row("N7")
 def test_a_cut_cable_ends_both_hosts_within_the_heartbeat_timeout(
     exports: Exports, cable: Cable, tmp_path: Path
 ) -> None:
-    """Row N7."""
     folder, key = exports(2), make_key(tmp_path / "key", "correct horse battery")
     with started(*arguments(folder, key, cable, "--heartbeat-timeout", 5, tokens=900), host=cable.hosts[0]) as job:
         join = [folder, "--rank", 1, "--join", cable.address, "--key-file", key]

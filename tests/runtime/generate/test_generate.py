@@ -72,8 +72,8 @@ def test_a_left_padded_greedy_batch_gives_the_tokens_of_generate(chain: Chain, u
     assert [list(s.token_ids) for s in found.sequences] == expected
 
 
+@pytest.mark.row("R9")
 def test_the_same_seed_gives_the_same_tokens_for_every_cut(tiny: Path, chain: Chain) -> None:
-    """Row R9."""
     sampling = SAMPLINGS["everything"]
     expected = run(chain, SHORT, PROMPT, SHORT, sampling=sampling)
     assert run(chain, SHORT, PROMPT, SHORT, sampling=sampling).sequences == expected.sequences
@@ -154,8 +154,8 @@ def test_without_a_limit_generation_ends_with_the_context(length: int, expected:
     assert (len(found.token_ids), found.finish_reason) == (expected, "length")
 
 
+@pytest.mark.row("R4")
 def test_exactly_filling_the_context_is_allowed_and_one_more_is_refused(chain: Chain) -> None:
-    """Row R4."""
     assert run(chain, PROMPT, limits={"context_tokens": 12, "max_tokens": 3}).num_new_tokens == 3
     with pytest.raises(UsageError, match=r"9 prompt tokens and 4 new ones are 1 more than the context holds \(12\)"):
         run(chain, PROMPT, limits={"context_tokens": 12, "max_tokens": 4})

@@ -1,4 +1,4 @@
-"""Row R15: decoding with a KV cache against computing everything again for every token."""
+"""Decoding with a KV cache against computing everything again for every token."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from plans.stages import StageRange
 from runtime.stages.loading import load
+
+pytestmark = pytest.mark.row("R15")
 
 CUT = (
     StageRange("cpu", 0, 3, has_embedding=True, has_head=False),

@@ -49,8 +49,8 @@ def test_the_first_sequence_uses_the_seed_itself_and_the_others_their_own() -> N
     assert sequence_seed(6, 1) != seeds[1]
 
 
+@pytest.mark.row("R9")
 def test_a_sequences_draws_do_not_depend_on_what_else_is_drawn() -> None:
-    """Row R9."""
     sampling, logits, ids = Sampling(temperature=1.0, seed=9), torch.randn(97), torch.tensor([1])
     alone = TokenChooser(sampling, sequence_index=2)
     expected = [alone.choose(logits, token_ids=ids) for _ in range(20)]

@@ -35,9 +35,9 @@ def test_the_pieces_add_up_to_the_text(text: str) -> None:
     assert "".join(pieces) == text.encode(errors="replace").decode()
 
 
+@pytest.mark.row("R8")
 @given(st.lists(st.integers(0, 255), max_size=200))
 def test_any_bytes_stream_to_what_they_decode_to(token_ids: list[int]) -> None:
-    """Row R8."""
     assert "".join(stream(token_ids)) == decode_bytes(token_ids)
 
 
