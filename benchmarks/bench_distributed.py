@@ -126,6 +126,7 @@ def _open(model: Path, output: Path, *, speed: str) -> Any:
     from planner import analyze_model
     from planner.answers.solve import solve
     from planner.api import load_cluster, make_workload
+    from planner.problem.question import Question
     from runtime.distributed.control.launch import LocalWorkers
     from runtime.distributed.opening import open_processes
     from runtime.distributed.session import ProcessSettings
@@ -137,13 +138,13 @@ def _open(model: Path, output: Path, *, speed: str) -> Any:
         import torch
 
         profile = analyze_model(model)
-        plan = solve(
+        question = Question(
             profile,
             cluster=load_cluster(devices=["cpu=8GiB"] * 2),
             workload=make_workload(profile, requests_in_flight=IN_FLIGHT),
-            strategy="compute",
             objective="throughput",
         )
+        plan = solve(question)
         print("layers per stage:", *plan.boundaries)
         export(plan, model=model, output=output)
         prepared = prepare_session(open_source(output, model=None), device_map={})

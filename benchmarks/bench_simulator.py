@@ -187,6 +187,8 @@ def _simulate(
 def _plan(profile: ModelProfile, case: Case, times: Sequence[StageSeconds], hops: Sequence[StageSeconds]) -> Plan:
     """The same cut on devices that take the measured times."""
     from planner.answers.solve import solve
+    from planner.problem.question import Question
+    from plans.plan import Demands
 
     workload = Workload(
         prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, context_tokens=CONTEXT, prefill_chunk_tokens=case.chunk,
@@ -202,10 +204,8 @@ def _plan(profile: ModelProfile, case: Case, times: Sequence[StageSeconds], hops
         for i in range(2)
     )
     cluster = Cluster(devices=devices, links=links)
-    layers = ",".join(map(str, case.layers))
-    return solve(
-        profile, cluster=cluster, workload=workload, strategy="custom", layers=layers, execution="process_per_stage"
-    )
+    demands = Demands(layers=",".join(map(str, case.layers)))
+    return solve(Question(profile, cluster, workload, "custom", execution="process_per_stage", demands=demands))
 
 
 def _device(name: str, stage: StageSeconds, layers: int, chunk: int) -> Device:

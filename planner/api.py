@@ -8,10 +8,11 @@ from planner.devices.clusters import load_cluster
 from planner.model.find import find_model
 from planner.model.profile import build_profile
 from planner.model.workloads import make_workload
+from planner.problem.question import Question
 from plans.checkpoint.folder import open_checkpoint
 from plans.cluster import Cluster
 from plans.dtypes import DtypeName
-from plans.plan import Objective, Plan, Strategy
+from plans.plan import NO_DEMANDS, Demands, Objective, Plan, Strategy
 from plans.profile import ModelProfile
 
 
@@ -46,7 +47,7 @@ def solve_model(
     ctx_size: int | None = None,
     batch_size: int = 1,
 ) -> Plan:
-    """Return the best plan for a model; `planner.answers.solve.solve` takes everything else there is to set.
+    """Return the best plan for a model; a `planner.problem.question.Question` holds all there is to ask.
 
     Args:
         model: as `analyze_model`.
@@ -66,11 +67,12 @@ def solve_model(
         (28, 4)
     """
     profile = analyze_model(model)
-    return solve(
+    question = Question(
         profile,
         cluster=cluster or load_cluster(devices=devices),
         workload=make_workload(profile, ctx_size=ctx_size, batch_size=batch_size),
         strategy=strategy if layers is None else "custom",
         objective=objective,
-        layers=None if layers is None else ",".join(map(str, layers)),
+        demands=NO_DEMANDS if layers is None else Demands(layers=",".join(map(str, layers))),
     )
+    return solve(question)

@@ -82,6 +82,22 @@ class Proof(StrictModel):
     """The independent method that proved the optimum again, or null."""
 
 
+class Demands(StrictModel):
+    """What the user fixed by hand, as it was written: the options of the same names, see `planner.problem.demands`."""
+
+    pins: tuple[str, ...] = ()
+    bans: tuple[str, ...] = ()
+    layers: str | None = None
+    """The cut of the strategy custom."""
+    keep_order: bool = False
+    """Stages follow the order in which the devices are listed."""
+    use_all: bool = False
+    """Every device gets a stage."""
+
+
+NO_DEMANDS = Demands()
+
+
 class Plan(StrictModel):
     """What `llamaplan solve` writes; it holds everything needed to recompute its own numbers."""
 

@@ -1,16 +1,16 @@
 """How much fits: the largest context, and the most requests in flight, for a given cut and for any cut at all."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from planner.answers.settle import minimise
-from planner.problem.build import build_problem, unit_bytes
-from planner.problem.demands import read_demands
+from planner.problem.build import unit_bytes
 from planner.problem.evaluate import violations
 from planner.problem.goal import Goal
 from planner.problem.problem import Assignment, Problem, StageChoice
+from planner.problem.question import Question
 from planner.problem.uniform import uniform_problem
 from planner.program.session import SolverSession
 from planner.proof.feasible import has_plan
@@ -37,37 +37,20 @@ class Capacity:
 
 
 def measure_capacity(
-    plan: Plan,
-    key: CapacityKey,
-    *,
-    session: SolverSession,
-    keep_order: bool = False,
-    use_all: bool = False,
-    layers: str | None = None,
-    pins: Iterable[str] = (),
-    bans: Iterable[str] = (),
+    plan: Plan, key: CapacityKey, *, session: SolverSession, question: Question | None = None
 ) -> Capacity:
     """Find by bisection how far a number of the workload may rise; memory grows with it, nothing else matters.
 
     Args:
         plan: the cut to ask about.
         key: which number.
-        keep_order, use_all, layers, pins, bans: the demands the plan was made under.
+        question: what the plan answers.
 
     Raises:
         InfeasibleError: the session's time was up before an answer was proved.
     """
-    names = [device.name for device in plan.cluster.devices]
-    demands = read_demands(names, plan.profile.model.num_hidden_layers, layers=layers, pins=pins, bans=bans)
-    problem = build_problem(
-        plan.profile,
-        workload=plan.workload,
-        cluster=plan.cluster,
-        execution=plan.execution,
-        rules=demands.rules,
-        keep_order=keep_order or demands.keep_order,
-        use_all=use_all,
-    )
+    question = question or Question.of(plan)
+    problem = question.problem()
     problem = uniform_problem(problem) if plan.strategy == "uniform" else problem
     chain = chain_of(plan)
 
@@ -77,7 +60,7 @@ def measure_capacity(
 
     now, most = getattr(plan.workload, key), CEILINGS[key]
     this_cut = _largest(lambda n: not violations(changed(n), chain), least=now, most=most)
-    if demands.given is not None:
+    if question.terms.given is not None:
         return Capacity(key, now, this_cut, this_cut, () if this_cut == most else ("the exact check of the cut",))
     any_cut = _largest(lambda n: _has_plan(changed(n), session), least=this_cut, most=most)
     return Capacity(key, now, this_cut, any_cut, () if any_cut == most else _refute(changed(any_cut + 1), session))

@@ -4,17 +4,14 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 from planner.problem.build import unit_bytes
 from planner.problem.evaluate import violations
 from planner.problem.problem import Assignment, Matrix, Problem, ProblemDevice
+from planner.problem.question import Question
 from planner.problem.uniform import uniform_problem
 from planner.proof.feasible import has_plan
-from plans.cluster import Cluster
-from plans.plan import Strategy
-from plans.profile import ModelProfile
-from plans.workload import Workload
 
 MOST_BYTES = 1 << 60
 _SECONDS = 5.0
@@ -23,27 +20,32 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Case:
-    """A problem that has no plan, and what it was built from."""
+    """A question that has no plan, and how long to look for advice."""
 
-    problem: Problem
-    profile: ModelProfile
-    workload: Workload
-    cluster: Cluster
-    strategy: Strategy
-    given: Assignment | None = None
+    question: Question
     deadline: float = field(default_factory=lambda: time.monotonic() + _SECONDS)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The question in integers."""
+        return self.question.problem()
+
+    @cached_property
+    def given(self) -> Assignment | None:
+        """The complete chain that was demanded, if any."""
+        return self.question.terms.given
 
     def fits(self, problem: Problem) -> bool:
         """Return whether a changed problem is known to have a plan by this strategy."""
         if self.given is not None:
             return not violations(problem, self.given)
-        changed = uniform_problem(problem) if self.strategy == "uniform" else problem
+        changed = uniform_problem(problem) if self.question.strategy == "uniform" else problem
         return has_plan(changed) is True
 
     def fits_workload(self, **changes: object) -> bool:
         """Return whether another workload has a plan on the same devices."""
-        workload = self.workload.model_copy(update=changes)
-        return self.fits(replace(self.problem, units=unit_bytes(self.profile, workload)))
+        workload = self.question.workload.model_copy(update=changes)
+        return self.fits(replace(self.problem, units=unit_bytes(self.question.profile, workload)))
 
     @property
     def is_over(self) -> bool:

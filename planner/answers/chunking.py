@@ -5,14 +5,15 @@ latency; one large chunk does the opposite, and needs the largest workspace. Wha
 cut on the workspace: so solve, choose for that cut, and solve again until the choice stays.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 
-from planner.answers.solve import objective_seconds
+from planner.answers.solve import objective_seconds, solve
+from planner.problem.question import Question
+from planner.program.effort import USUAL, Effort
 from planner.rivals.compare import stages_of
 from planner.timing.costs import CostModel, predict_chain
 from plans.errors import InfeasibleError
 from plans.plan import Plan
-from plans.workload import Workload
 
 LEAST_CHUNK_TOKENS = 16
 MOST_ROUNDS = 3
@@ -44,20 +45,18 @@ def _has_room(plan: Plan, chunk: int) -> bool:
     if chunk <= plan.workload.prefill_chunk_tokens:
         return True
     from planner.answers.capacity import chain_of
-    from planner.problem.build import build_problem
     from planner.problem.evaluate import violations
 
     load = plan.workload.model_copy(update={"prefill_chunk_tokens": chunk})
-    problem = build_problem(plan.profile, workload=load, cluster=plan.cluster, execution=plan.execution)
-    return not violations(problem, chain_of(plan))
+    return not violations(replace(Question.of(plan), workload=load).problem(), chain_of(plan))
 
 
-def solve_with_best_chunk(workload: Workload, ask: Callable[[Workload], Plan]) -> Plan:
+def solve_with_best_chunk(question: Question, effort: Effort = USUAL) -> Plan:
     """Solve, choosing the prefill chunk as well.
 
     Args:
-        workload: the question; its chunk size does not matter.
-        ask: solves for one workload.
+        question: the chunk size of its workload does not matter.
+        effort: for each chunk size that is tried.
 
     Returns:
         The best plan seen by its objective; of equally good ones that with the earliest first token.
@@ -65,10 +64,11 @@ def solve_with_best_chunk(workload: Workload, ask: Callable[[Workload], Plan]) -
     Raises:
         InfeasibleError: there is no plan even with the smallest chunks, or none was found in time.
     """
-    sizes = candidate_chunks(workload.prompt_tokens)
+    sizes = candidate_chunks(question.workload.prompt_tokens)
 
     def with_chunk(size: int) -> Plan:
-        return ask(workload.model_copy(update={"prefill_chunk_tokens": size}))
+        load = question.workload.model_copy(update={"prefill_chunk_tokens": size})
+        return solve(replace(question, workload=load), effort)
 
     try:
         seen = [with_chunk(sizes[0])]

@@ -6,12 +6,14 @@ Every number here was found by asking again whether a plan exists, with just tha
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, combinations, pairwise
+from itertools import combinations
 
 from planner.answers.case import MOST_BYTES, Case, Shortage, all_connected, largest, least_shortage, smallest
 from planner.problem.build import unit_bytes
 from planner.problem.problem import Assignment, Matrix, Problem, ProblemDevice, Rule, StageChoice, UnitTicks
+from planner.problem.question import Question
 from planner.problem.uniform import nearest_split, uniform_counts
+from plans.cuts import layer_ranges
 from plans.dtypes import DTYPES, DtypeName
 from plans.errors import InfeasibleError
 from plans.profile import ModelProfile
@@ -23,7 +25,7 @@ MOST_MARGIN_PERCENT = 30
 
 def advice_for(case: Case, shortage: Shortage | None) -> Iterator[str]:
     """Yield the changes that would do, those that cost nothing first."""
-    if case.strategy == "uniform":
+    if case.question.strategy == "uniform":
         yield from _nearest_split(case)
     for find in (
         _one_more_link, _smaller_workload, _other_dtypes, _smaller_margin, lambda c: _more_memory(c, shortage),
@@ -40,7 +42,7 @@ def _nearest_split(case: Case) -> Iterator[str]:
 
 
 def _smaller_workload(case: Case) -> Iterator[str]:
-    work = case.workload
+    work = case.question.workload
     asked = work.prompt_tokens + work.new_tokens
     for option, key, least in (
         ("--ctx-size", "context_tokens", asked),
@@ -60,7 +62,7 @@ def _fits_workload(case: Case, key: str, value: int) -> bool:
 
 def _other_dtypes(case: Case) -> Iterator[str]:
     """Dtypes the runtime computes in; its KV cache has the dtype of the weights."""
-    work, profile = case.workload, case.profile
+    work, profile = case.question.workload, case.question.profile
     if DTYPES[work.kv_cache_dtype].size_bytes > DTYPES[work.dtype].size_bytes:
         smaller = _with_kv_dtype(profile, work.dtype)
         workload = work.model_copy(update={"kv_cache_dtype": work.dtype})
@@ -100,7 +102,7 @@ def _smaller_margin(case: Case) -> Iterator[str]:
 
 def _with_margin(case: Case, percent: int) -> Problem:
     def grown(index: int) -> ProblemDevice:
-        device, memory = case.problem.devices[index], case.cluster.devices[index].memory_bytes
+        device, memory = case.problem.devices[index], case.question.cluster.devices[index].memory_bytes
         if _margin_percent(case, index) <= percent:
             return device
         budget = _less_margin(memory, percent)
@@ -111,7 +113,7 @@ def _with_margin(case: Case, percent: int) -> Problem:
 
 def _margin_percent(case: Case, index: int) -> int:
     """The margin that a device's budget was made with; 0 where the budget is stated or follows from what is free."""
-    device, budget = case.cluster.devices[index], case.problem.devices[index].limit_bytes
+    device, budget = case.question.cluster.devices[index], case.problem.devices[index].limit_bytes
     percent = 100 * (device.memory_bytes - budget) // device.memory_bytes
     is_made = percent <= MOST_MARGIN_PERCENT and budget == _less_margin(device.memory_bytes, percent)
     return percent if device.kind != "cpu" and is_made else 0
@@ -124,10 +126,11 @@ def _less_margin(memory: int, percent: int) -> int:
 def _more_memory(case: Case, shortage: Shortage | None) -> Iterator[str]:
     if shortage is None:
         return
-    device = case.cluster.devices[shortage.device]
+    cluster = case.question.cluster
+    device = cluster.devices[shortage.device]
     wanted = case.problem.devices[shortage.device].limit_bytes + shortage.num_bytes
-    host = case.cluster.host_of(device)
-    others = [d for d in case.cluster.devices if d.kind == "cpu" and d.host == device.host and d.name != device.name]
+    host = cluster.host_of(device)
+    others = [d for d in cluster.devices if d.kind == "cpu" and d.host == device.host and d.name != device.name]
     in_host = wanted + sum(other.budget_bytes or 0 for other in others)
     if device.kind == "cpu" and host.memory_bytes is not None and in_host > host.memory_bytes:
         more = f"{format_bytes(in_host)} of memory in host {host.name}, which has {format_bytes(host.memory_bytes)}"
@@ -146,7 +149,7 @@ def _one_more_link(case: Case) -> Iterator[str]:
     connected = all_connected(case.problem)
     if connected == case.problem or not case.fits(connected):
         return
-    hosts = list(dict.fromkeys(device.host for device in case.cluster.devices))
+    hosts = list(dict.fromkeys(device.host for device in case.question.cluster.devices))
     for a, b in combinations(hosts, 2):
         if case.is_over:
             return
@@ -159,7 +162,7 @@ def _one_more_link(case: Case) -> Iterator[str]:
 
 def _with_link(case: Case, a: str, b: str) -> Problem:
     """Let every device of one host reach every device of the other in no time."""
-    owners = [device.host for device in case.cluster.devices]
+    owners = [device.host for device in case.question.cluster.devices]
 
     def join(matrix: Matrix) -> Matrix:
         return tuple(
@@ -175,7 +178,7 @@ def _with_link(case: Case, a: str, b: str) -> Problem:
 
 
 def _one_more_device(case: Case) -> Iterator[str]:
-    if case.given is not None or case.strategy == "uniform":
+    if case.given is not None or case.question.strategy == "uniform":
         return
     needed = smallest(lambda n: case.fits(with_new_device(case.problem, n)), most=MOST_BYTES)
     if needed is not None:
@@ -201,19 +204,20 @@ def with_new_device(problem: Problem, num_bytes: int) -> Problem:
     )
 
 
-def explain_infeasible(case: Case) -> InfeasibleError:
+def explain_infeasible(question: Question) -> InfeasibleError:
     """Return the error that says what is short and what would help."""
+    case = Case(question)
     shortage = least_shortage(case)
     advice = list(advice_for(case, shortage))
     hint = f"any one of these would do: {'; '.join(advice)}" if advice else "no single change was found that would do"
-    return InfeasibleError(_what(case, shortage), where=case.profile.model.name, hint=hint)
+    return InfeasibleError(_what(case, shortage), where=case.question.profile.model.name, hint=hint)
 
 
 def _what(case: Case, shortage: Shortage | None) -> str:
     problem = case.problem
     if not any(device.limit_bytes > 0 and not device.rule.is_banned for device in problem.devices):
         return "no device offers any memory"
-    if case.strategy == "uniform" and problem.num_devices > problem.num_layers + 2 - (problem.num_layers > 1):
+    if case.question.strategy == "uniform" and problem.num_devices > problem.num_layers + 2 - (problem.num_layers > 1):
         return f"{problem.num_layers} layers cannot be spread evenly over {problem.num_devices} devices"
     chain = _fixed_chain(case)
     if chain is not None and (short := list(_short_stages(problem, chain))):
@@ -235,10 +239,10 @@ def _what(case: Case, shortage: Shortage | None) -> str:
 
 def _fixed_chain(case: Case) -> Assignment | None:
     """The one chain there is to check: a complete cut given by hand, or the even split."""
-    if case.given is not None or case.strategy != "uniform":
+    if case.given is not None or case.question.strategy != "uniform":
         return case.given
-    ends = list(accumulate(uniform_counts(case.problem.num_layers, case.problem.num_devices)))
-    return tuple(StageChoice(i, start, end) for i, (start, end) in enumerate(pairwise([0, *ends])))
+    ranges = layer_ranges(uniform_counts(case.problem.num_layers, case.problem.num_devices))
+    return tuple(StageChoice(i, start, end) for i, (start, end) in enumerate(ranges))
 
 
 def _short_stages(problem: Problem, chain: Assignment) -> Iterator[str]:

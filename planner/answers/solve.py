@@ -1,65 +1,21 @@
 """The Python API of the planner: profile + cluster + workload -> the best plan, proved."""
 
-from collections.abc import Iterable
 from fractions import Fraction
 
-from planner.answers.case import Case
 from planner.answers.explain import explain_infeasible
 from planner.answers.strategies import Outcome, run_strategy
-from planner.problem.build import build_problem
-from planner.problem.demands import read_demands
-from planner.problem.goal import SolverName
 from planner.problem.problem import Assignment, Problem
-from planner.program.session import SolverSession
+from planner.problem.question import Question
+from planner.program.effort import USUAL, Effort
 from planner.timing.costs import StageRange, StageSeconds, predict
 from plans.check import check_plan
-from plans.cluster import Cluster
-from plans.errors import InfeasibleError, UsageError
+from plans.errors import InfeasibleError
 from plans.memory import device_overhead_bytes, stage_memory
-from plans.plan import Execution, Objective, Plan, Prediction, Proof, Stage, Strategy, TradeOff
-from plans.profile import ModelProfile
-from plans.workload import Workload
-
-DEFAULT_TIME_LIMIT = 60.0
+from plans.plan import Plan, Prediction, Proof, Stage, TradeOff
 
 
-def solve(
-    profile: ModelProfile,
-    *,
-    cluster: Cluster,
-    workload: Workload,
-    strategy: Strategy = "compute",
-    objective: Objective = "latency",
-    weight: float = 0.5,
-    execution: Execution = "one_process",
-    keep_order: bool = False,
-    use_all: bool = False,
-    layers: str | None = None,
-    pins: Iterable[str] = (),
-    bans: Iterable[str] = (),
-    solvers: tuple[SolverName, ...] = ("highs", "cbc"),
-    time_limit: float | None = DEFAULT_TIME_LIMIT,
-    mip_gap: float = 0.0,
-    is_isolated: bool = True,
-) -> Plan:
+def solve(question: Question, effort: Effort = USUAL) -> Plan:
     """Find the best plan.
-
-    Args:
-        profile: the model, from `planner.model.profile.build_profile`.
-        cluster: devices with budgets, from `planner.devices.clusters.load_cluster` or
-            `planner.devices.budgets.with_budgets`.
-        workload: what is asked of it; its dtypes must be the profile's.
-        strategy: what is minimised, see `planner.answers.strategies`.
-        objective: which time is meant: seconds per token, seconds of a whole request, or the step period.
-        weight: of time in `mixed`, from 0 to 1.
-        execution: whether stages share a process.
-        keep_order: stages follow the order of the devices.
-        use_all: every device gets a stage.
-        layers, pins, bans: demands of `planner.problem.demands`; `layers` is for the strategy `custom`.
-        solvers: HiGHS, then CBC where it fails.
-        time_limit: seconds for everything; None for no limit.
-        mip_gap: relative gap at which the solver may stop; 0 proves the optimum.
-        is_isolated: False runs the solver in this process, where nobody can stop it.
 
     Returns:
         A plan that was checked exactly. It holds nothing that changes from run to run.
@@ -67,47 +23,26 @@ def solve(
     Raises:
         InfeasibleError: there is no plan (the message says what is short and what would help), or none was found in
             time.
-        UsageError: options that contradict each other.
+        UsageError: demands that contradict each other.
         MachineError: no solver works here.
     """
-    _check_options(strategy, weight, layers)
-    names = [device.name for device in cluster.devices]
-    demands = read_demands(names, profile.model.num_hidden_layers, layers=layers, pins=pins, bans=bans)
-    with SolverSession(solvers, mip_gap=mip_gap, time_limit=time_limit, is_isolated=is_isolated) as session:
-        problem = build_problem(
-            profile,
-            workload=workload,
-            cluster=cluster,
-            execution=execution,
-            rules=demands.rules,
-            keep_order=keep_order or demands.keep_order,
-            use_all=use_all,
-        )
+    given = question.terms.given
+    with effort.session() as session:
+        problem = question.problem()
         outcome = run_strategy(
-            problem, strategy=strategy, objective=objective, session=session, weight=weight, given=demands.given
-        )
+            problem, strategy=question.strategy, objective=question.objective, session=session, weight=question.weight,
+            given=given,
+        )  # fmt: skip
         if outcome.assignment is None:
-            if outcome.status == "time_limit":
-                raise _out_of_time(time_limit)
-            raise explain_infeasible(Case(problem, profile, workload, cluster, strategy, demands.given))
-    plan = _make_plan(
-        problem, outcome, profile=profile, cluster=cluster, workload=workload, strategy=strategy, objective=objective,
-        weight=weight,
-    )  # fmt: skip
+            raise _out_of_time(effort) if outcome.status == "time_limit" else explain_infeasible(question)
+    plan = _make_plan(question, problem, outcome)
     check_plan(plan, where="plan")
     return plan
 
 
-def _check_options(strategy: Strategy, weight: float, layers: str | None) -> None:
-    if not 0 <= weight <= 1:
-        raise UsageError(f"--weight is {weight}", expected="0 to 1")
-    if layers is not None and strategy != "custom":
-        raise UsageError(f"--layers belongs to the strategy custom, not {strategy}")
-
-
-def _out_of_time(time_limit: float | None) -> InfeasibleError:
+def _out_of_time(effort: Effort) -> InfeasibleError:
     return InfeasibleError(
-        f"no plan was found in {time_limit:g} s, and none was proved impossible",
+        f"no plan was found in {effort.time_limit:g} s, and none was proved impossible",
         hint="raise --time-limit",
         code="E-TIME",
     )
@@ -134,31 +69,19 @@ def objective_seconds(plan: Plan) -> float:
     return max(slowest, prediction.return_hop_seconds, cycle)
 
 
-def _make_plan(
-    problem: Problem,
-    outcome: Outcome,
-    *,
-    profile: ModelProfile,
-    cluster: Cluster,
-    workload: Workload,
-    strategy: Strategy,
-    objective: Objective,
-    weight: float,
-) -> Plan:
+def _make_plan(question: Question, problem: Problem, outcome: Outcome) -> Plan:
     assert outcome.assignment is not None
+    profile, cluster, workload = question.profile, question.cluster, question.workload
     ranges = stage_ranges(problem, outcome.assignment)
     seconds, prediction = predict(
-        profile, workload=workload, cluster=cluster, stages=ranges, execution=problem.execution
+        profile, workload=workload, cluster=cluster, stages=ranges, execution=question.execution
     )
-    stages = tuple(
-        _make_stage(problem, profile, cluster, workload, stage, times)
-        for stage, times in zip(ranges, seconds, strict=True)
-    )
+    stages = tuple(_make_stage(question, stage, times) for stage, times in zip(ranges, seconds, strict=True))
     draft = Plan(
-        strategy=strategy,
-        objective=objective,
-        mixed_weight=weight if strategy == "mixed" else None,
-        execution=problem.execution,
+        strategy=question.strategy,
+        objective=question.objective,
+        mixed_weight=question.weight if question.strategy == "mixed" else None,
+        execution=question.execution,
         workload=workload,
         cluster=cluster,
         profile=profile,
@@ -174,24 +97,17 @@ def _make_plan(
     return draft.model_copy(update=update)
 
 
-def _make_stage(
-    problem: Problem,
-    profile: ModelProfile,
-    cluster: Cluster,
-    workload: Workload,
-    stage: StageRange,
-    seconds: StageSeconds,
-) -> Stage:
-    device = cluster.device(stage.device)
-    is_process_per_stage = problem.execution == "process_per_stage"
+def _make_stage(question: Question, stage: StageRange, seconds: StageSeconds) -> Stage:
+    device = question.cluster.device(stage.device)
+    is_process_per_stage = question.execution == "process_per_stage"
     memory = stage_memory(
-        profile,
-        workload=workload,
+        question.profile,
+        workload=question.workload,
         start_layer=stage.start_layer,
         end_layer=stage.end_layer,
         has_embedding=stage.has_embedding,
         has_head=stage.has_head,
-        overhead_bytes=device_overhead_bytes(device, cluster, is_process_per_stage=is_process_per_stage),
+        overhead_bytes=device_overhead_bytes(device, question.cluster, is_process_per_stage=is_process_per_stage),
     )
     return Stage(
         device=stage.device,

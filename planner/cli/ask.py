@@ -2,8 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from plans.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from planner.problem.goal import SolverName
+    from plans.plan import Demands
 
 AUTO = "auto"
 
@@ -32,3 +37,24 @@ def check_number(option: str, value: float, expected: str, *, is_good: bool) -> 
     """Refuse a value that is out of range."""
     if not is_good:
         raise UsageError(f"{option} is {value}", expected=expected)
+
+
+def demands_of(
+    pins: list[str] | None,
+    bans: list[str] | None,
+    *,
+    layers: str | None = None,
+    keep_order: bool = False,
+    use_all: bool = False,
+) -> "Demands":
+    """Return what the options demand."""
+    from plans.plan import Demands
+
+    return Demands(
+        pins=tuple(pins or ()), bans=tuple(bans or ()), layers=layers, keep_order=keep_order, use_all=use_all
+    )
+
+
+def solvers_of(name: Literal["auto", "highs", "cbc"]) -> "tuple[SolverName, ...]":
+    """Return the solvers that --solver names."""
+    return ("highs", "cbc") if name == "auto" else (name,)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from planner.cli import options
+from planner.cli import ask, options
 from plans.console import Output
 from plans.errors import UsageError
 
@@ -67,6 +67,8 @@ def compare_command(
     from planner.model.find import find_model
     from planner.model.profile import build_profile
     from planner.model.workloads import make_workload, parse_dtype
+    from planner.problem.question import Question
+    from planner.program.effort import Effort
     from planner.rivals.compare import compare
     from planner.show import compare as show_compare
     from plans.checkpoint.folder import open_checkpoint
@@ -89,18 +91,9 @@ def compare_command(
         screen.warn(warning)
     offered = load_cluster(cluster, devices=device, margins=margin)
     given = read_partitions(partition or (), cluster=offered, num_layers=profile.model.num_hidden_layers)
+    question = Question(profile, offered, workload, objective=objective, weight=weight, execution=execution)
     with screen.spinner(f"comparing on {len(offered.devices)} devices"):
-        found = compare(
-            profile,
-            cluster=offered,
-            workload=workload,
-            objective=objective,
-            weight=weight,
-            execution=execution,
-            partitions=given,
-            solvers=("highs", "cbc") if solver == "auto" else (solver,),
-            time_limit=time_limit,
-        )
+        found = compare(question, Effort(ask.solvers_of(solver), time_limit), partitions=given)
     screen.data(show_compare.as_json(found))
     screen.show(show_compare.comparison_table(found))
     for line in show_compare.note_lines(found):
@@ -148,6 +141,7 @@ def report_command(
 
     Example: llamaplan report plan.json -o report.html
     """
+    from planner.program.effort import Effort
     from planner.report.page import render_report, trace_text
     from planner.rivals.alternatives import alternatives_to
     from plans.check import read_plan
@@ -158,7 +152,7 @@ def report_command(
     refuse_same_file(plan, output, trace)
     known = read_plan(plan)
     with screen.spinner("comparing with other strategies and engines"):
-        found = alternatives_to(known, time_limit=time_limit) if compared else None
+        found = alternatives_to(known, Effort(time_limit=time_limit)) if compared else None
     write_text(output, render_report(known, alternatives=found))
     screen.note(f"wrote {output}")
     if trace is not None:

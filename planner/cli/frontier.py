@@ -46,16 +46,14 @@ def frontier_command(
 
     Example: llamaplan frontier my-model/ --device cuda:0=20GiB --device cpu=32GiB
     """
-    from planner.answers.case import Case
     from planner.answers.explain import explain_infeasible
     from planner.answers.frontier import frontier_by_devices, frontier_by_share
     from planner.devices.clusters import load_cluster
     from planner.model.find import find_model
     from planner.model.profile import build_profile
     from planner.model.workloads import make_workload, parse_dtype
-    from planner.problem.build import build_problem
-    from planner.problem.demands import read_demands
-    from planner.program.session import SolverSession
+    from planner.problem.question import Question
+    from planner.program.effort import Effort
     from planner.show import frontier as show
     from plans.checkpoint.folder import open_checkpoint
 
@@ -74,17 +72,10 @@ def frontier_command(
         prefill_chunk_tokens=prefill_chunk,
     )
     offered = load_cluster(cluster, devices=device, margins=margin)
-    names = [entry.name for entry in offered.devices]
-    demands = read_demands(names, profile.model.num_hidden_layers, pins=pin or (), bans=ban or ())
-    with screen.spinner("solving for every point"), SolverSession(time_limit=time_limit) as session:
-        problem = build_problem(
-            profile,
-            workload=workload,
-            cluster=offered,
-            execution=execution,
-            rules=demands.rules,
-            keep_order=keep_order,
-        )
+    demands = ask.demands_of(pin, ban, keep_order=keep_order)
+    question = Question(profile, offered, workload, execution=execution, objective=objective, demands=demands)
+    problem = question.problem()
+    with screen.spinner("solving for every point"), Effort(time_limit=time_limit).session() as session:
         shares: list[FrontierPoint] = []
         counts: list[FrontierPoint] = []
         if against != "devices":
@@ -92,7 +83,7 @@ def frontier_command(
         if against != "share":
             counts = frontier_by_devices(problem, objective=objective, session=session)
         if not (shares or counts):
-            raise explain_infeasible(Case(problem, profile, workload, offered, "compute"))
+            raise explain_infeasible(question)
     tables = {"time against memory share": shares, "time against number of devices": counts}
     screen.data({title.replace(" ", "_"): [show.as_json(problem, p) for p in found] for title, found in tables.items()})
     for title, found in tables.items():

@@ -1,7 +1,6 @@
 """`llamaplan solve`, `show` and `check`: they parse, call the planner, and print."""
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +12,10 @@ from plans.console import Output
 if TYPE_CHECKING:
     from planner.answers.capacity import Capacity
     from planner.measure.calibrate import Calibration
+    from planner.problem.question import Question
     from plans.cluster import Cluster
     from plans.plan import Plan
     from plans.profile import ModelProfile
-    from plans.workload import Workload
 
 
 def register(app: typer.Typer) -> None:
@@ -72,6 +71,8 @@ def solve_command(
     from planner.model.find import find_model
     from planner.model.profile import build_profile
     from planner.model.workloads import make_workload, parse_dtype
+    from planner.problem.question import Question
+    from planner.program.effort import Effort
     from planner.show import plan as show
     from plans.checkpoint.folder import open_checkpoint
 
@@ -96,40 +97,21 @@ def solve_command(
     offered = for_speed(load_cluster(cluster, devices=device, margins=margin), speed)
     calibration = None if calibrate is None else calibration_of(calibrate, offered, profile)
     offered = offered if calibration is None else calibration.cluster
+    question = Question(
+        profile,
+        cluster=offered,
+        workload=workload,
+        strategy=strategy or ("custom" if layers else "compute"),
+        objective=objective,
+        weight=weight,
+        execution=execution,
+        demands=ask.demands_of(pin, ban, layers=layers, keep_order=keep_order, use_all=use_all),
+    )
+    effort = Effort(ask.solvers_of(solver), time_limit, mip_gap)
     started = time.monotonic()
-
-    def solved(load: "Workload") -> "Plan":
-        return solve(
-            profile,
-            cluster=offered,
-            workload=load,
-            strategy=strategy or ("custom" if layers else "compute"),
-            objective=objective,
-            weight=weight,
-            execution=execution,
-            keep_order=keep_order,
-            use_all=use_all,
-            layers=layers,
-            pins=pin or (),
-            bans=ban or (),
-            solvers=("highs", "cbc") if solver == "auto" else (solver,),
-            time_limit=time_limit,
-            mip_gap=mip_gap,
-        )
-
     with screen.spinner(f"solving for {len(offered.devices)} devices"):
-        plan = solve_with_best_chunk(workload, solved) if prefill_chunk == ask.AUTO else solved(workload)
-        capacities = capacities_of(
-            plan,
-            max_ctx=max_ctx,
-            max_in_flight=max_in_flight,
-            time_limit=time_limit,
-            keep_order=keep_order,
-            use_all=use_all,
-            layers=layers,
-            pins=pin or (),
-            bans=ban or (),
-        )
+        plan = solve_with_best_chunk(question, effort) if prefill_chunk == ask.AUTO else solve(question, effort)
+        capacities = capacities_of(plan, question, max_ctx=max_ctx, max_in_flight=max_in_flight, time_limit=time_limit)
     seconds = time.monotonic() - started
     if output is not None:
         from plans.reading.files import write_text
@@ -170,32 +152,18 @@ def calibration_answer(found: "Calibration", plan: "Plan") -> tuple[dict[str, An
 
 
 def capacities_of(
-    plan: "Plan",
-    *,
-    max_ctx: bool,
-    max_in_flight: bool,
-    time_limit: float,
-    keep_order: bool,
-    use_all: bool,
-    layers: str | None,
-    pins: Sequence[str],
-    bans: Sequence[str],
+    plan: "Plan", question: "Question", *, max_ctx: bool, max_in_flight: bool, time_limit: float
 ) -> "list[Capacity]":
-    """Answer --max-ctx and --max-in-flight for a plan made with these options."""
+    """Answer --max-ctx and --max-in-flight for a plan."""
     from planner.answers.capacity import CapacityKey, measure_capacity
-    from planner.program.session import SolverSession
+    from planner.program.effort import Effort
 
     wanted: list[CapacityKey] = ["context_tokens"] if max_ctx else []
     wanted += ["requests_in_flight"] if max_in_flight else []
     if not wanted:
         return []
-    with SolverSession(time_limit=time_limit) as session:
-        return [
-            measure_capacity(
-                plan, key, session=session, keep_order=keep_order, use_all=use_all, layers=layers, pins=pins, bans=bans
-            )
-            for key in wanted
-        ]
+    with Effort(time_limit=time_limit).session() as session:
+        return [measure_capacity(plan, key, session=session, question=question) for key in wanted]
 
 
 def show_command(

@@ -13,14 +13,15 @@ factor; beyond that point they grow as the roofline does.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.answers.solve import solve
 from planner.measure.cluster import plain_name
+from planner.problem.question import Question
 from planner.timing.costs import CostModel, StageRange
 from plans.cluster import Cluster, Device, Timings
 from plans.errors import InfeasibleError, IntegrityError
-from plans.plan import Plan
+from plans.plan import Demands, Plan
 from plans.profile import ModelProfile
 from plans.run import RunStage, TimedRun
 from plans.workload import Workload
@@ -64,15 +65,7 @@ def same_cut(plan: Plan, calibration: Calibration) -> Plan | None:
     """Return the run's own cut under the plan's workload and the corrected times, or None where it does not fit."""
     cut = ",".join(f"{d.stage.start_layer}-{d.stage.end_layer}@{d.stage.device}" for d in calibration.stages)
     try:
-        return solve(
-            plan.profile,
-            cluster=plan.cluster,
-            workload=plan.workload,
-            strategy="custom",
-            objective=plan.objective,
-            execution=plan.execution,
-            layers=cut,
-        )
+        return solve(replace(Question.of(plan), strategy="custom", demands=Demands(layers=cut)))
     except InfeasibleError:
         return None
 

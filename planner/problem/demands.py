@@ -7,20 +7,21 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from planner.problem.problem import Assignment, Rule, StageChoice
+from plans.cuts import layer_ranges, read_counts
 from plans.errors import UsageError, printable
+from plans.plan import Demands
 
 _RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
-_OPEN = "*"
 
 
 @dataclass(frozen=True, slots=True)
-class Demands:
-    """The user's constraints, by device name."""
+class Terms:
+    """What demands mean for a problem: rules by device name, or a chain."""
 
     rules: Mapping[str, Rule] = field(default_factory=dict)
     given: Assignment | None = None
@@ -28,15 +29,8 @@ class Demands:
     keep_order: bool = False
 
 
-def read_demands(
-    names: Sequence[str],
-    num_layers: int,
-    *,
-    layers: str | None = None,
-    pins: Iterable[str] = (),
-    bans: Iterable[str] = (),
-) -> Demands:
-    """Read the options.
+def read_demands(demands: Demands, *, names: Sequence[str], num_layers: int) -> Terms:
+    """Read demands as they were written.
 
     Args:
         names: the devices in the order given.
@@ -45,47 +39,46 @@ def read_demands(
     Raises:
         UsageError: malformed, unknown device, or demands that contradict each other.
     """
-    reader = _Reader(tuple(names), num_layers)
-    for pin in pins:
+    reader = _Reader(tuple(names), num_layers, demands.keep_order)
+    for pin in demands.pins:
         reader.pin(pin)
-    for ban in bans:
+    for ban in demands.bans:
         reader.ban(ban)
-    if layers is None:
-        return Demands(reader.rules)
-    return reader.ranges(layers) if "@" in layers else reader.counts(layers)
+    if demands.layers is None:
+        return Terms(reader.rules, keep_order=reader.keep_order)
+    return reader.ranges(demands.layers) if "@" in demands.layers else reader.counts(demands.layers)
 
 
 @dataclass(slots=True)
 class _Reader:
     names: tuple[str, ...]
     num_layers: int
+    keep_order: bool
     rules: dict[str, Rule] = field(default_factory=dict)
     pinned: dict[int, str] = field(default_factory=dict)
 
-    def counts(self, text: str) -> Demands:
-        parts = text.split(",")
-        if not all(part == _OPEN or re.fullmatch(r"\d{1,5}", part) for part in parts):
+    def counts(self, text: str) -> Terms:
+        counts = read_counts(text)
+        if counts is None:
             raise self._malformed("--layers", text, "18,10,4 or 18,*,4 or 0-16@cuda:0,16-32@cpu")
-        if len(parts) > len(self.names):
-            raise UsageError(f"--layers names {len(parts)} stages, there are {len(self.names)} devices")
-        known = [int(part) for part in parts if part != _OPEN]
-        is_complete = len(known) == len(parts)
+        if len(counts) > len(self.names):
+            raise UsageError(f"--layers names {len(counts)} stages, there are {len(self.names)} devices")
+        known = [count for count in counts if count is not None]
+        is_complete = len(known) == len(counts)
         if sum(known) > self.num_layers or (is_complete and sum(known) != self.num_layers):
             raise UsageError(f"--layers {printable(text)} adds up to {sum(known)}, the model has {self.num_layers}")
-        if any(part == "0" for part in parts[1:-1]):
+        if 0 in counts[1:-1]:
             raise UsageError(f"--layers {printable(text)} leaves a stage between the ends empty")
         if is_complete and not self.rules:
-            ends = [sum(known[: i + 1]) for i in range(len(known))]
-            stages = zip(known, ends, strict=True)
-            return Demands({}, tuple(StageChoice(i, end - n, end) for i, (n, end) in enumerate(stages)))
-        for name, part in zip(self.names, parts, strict=False):
-            least, most = (0, None) if part == _OPEN else (int(part), int(part))
-            self._demand(name, replace(self._rule(name), is_required=True, min_layers=least, max_layers=most))
-        for name in self.names[len(parts) :]:
+            stages = tuple(StageChoice(i, start, end) for i, (start, end) in enumerate(layer_ranges(known)))
+            return Terms({}, stages, self.keep_order)
+        for name, count in zip(self.names, counts, strict=False):
+            self._demand(name, replace(self._rule(name), is_required=True, min_layers=count or 0, max_layers=count))
+        for name in self.names[len(counts) :]:
             self._demand(name, replace(self._rule(name), is_banned=True))
-        return Demands(self.rules, keep_order=True)
+        return Terms(self.rules, keep_order=True)
 
-    def ranges(self, text: str) -> Demands:
+    def ranges(self, text: str) -> Terms:
         stages = [self._stage(part, text) for part in text.split(",")]
         used = [stage.device for stage in stages]
         if len(set(used)) != len(used):
@@ -95,10 +88,10 @@ class _Reader:
             raise UsageError(f"--layers {printable(text)} overlaps or is out of order")
         is_whole = all(a[1] == b[0] for a, b in pairwise(ends))
         if is_whole and ends[0][0] == 0 and ends[-1][1] == self.num_layers and not self.rules:
-            return Demands({}, tuple(stages))
+            return Terms({}, tuple(stages), self.keep_order)
         for stage in stages:
             self._fix(stage)
-        return Demands(self.rules)
+        return Terms(self.rules, keep_order=self.keep_order)
 
     def _stage(self, part: str, text: str) -> StageChoice:
         span, separator, name = part.partition("@")

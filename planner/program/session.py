@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
+class _Task:
     """What the child is asked; the arguments of `planner.program.solve.solve_ilp`."""
 
     problem: Problem
@@ -102,7 +102,7 @@ class SolverSession:
         """
         for index in range(len(self.solvers)):
             solvers = self.solvers[index:]
-            question = _Question(problem, goal, solvers, self.mip_gap, self.seconds_left, is_second_opinion)
+            question = _Task(problem, goal, solvers, self.mip_gap, self.seconds_left, is_second_opinion)
             try:
                 reply, other = self._exchange(question, meanwhile)
             except _ChildLostError as lost:
@@ -112,7 +112,7 @@ class SolverSession:
             return _unwrap(reply, solvers), other
         raise AssertionError("a session has at least one solver")
 
-    def _exchange(self, question: _Question, meanwhile: Callable[[], T]) -> tuple[object, T]:
+    def _exchange(self, question: _Task, meanwhile: Callable[[], T]) -> tuple[object, T]:
         limit = question.time_limit
         if limit is not None and limit <= 0:
             return _no_answer(question.solvers[0]), meanwhile()
@@ -243,7 +243,7 @@ def _no_answer(solver: "SolverName") -> IlpAnswer:
     return IlpAnswer("time_limit", name, known)
 
 
-def _answer(question: _Question) -> IlpAnswer | SolverFault:
+def _answer(question: _Task) -> IlpAnswer | SolverFault:
     from planner.program.solve import SolverFaultError, solve_ilp
 
     try:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 from planner.answers.frontier import FrontierPoint, frontier_by_devices, frontier_by_share
 from planner.answers.solve import stage_ranges
-from planner.problem.build import build_problem
 from planner.problem.problem import Problem
-from planner.program.session import SolverSession
+from planner.problem.question import Question
+from planner.program.effort import USUAL, Effort
 from planner.rivals.compare import Comparison, compare, stages_of
 from planner.rivals.rules import Split
 from planner.timing.costs import StageRange
@@ -36,41 +36,25 @@ class Alternatives:
     """The least time with at most so many devices."""
 
 
-def alternatives_to(plan: Plan, *, time_limit: float | None, is_isolated: bool = True) -> Alternatives:
-    """Answer a plan's own question (model, devices, workload, objective) in every other way.
+def alternatives_to(plan: Plan, effort: Effort = USUAL) -> Alternatives:
+    """Answer a plan's own question in every other way.
 
     Args:
-        time_limit: seconds for each strategy, and for each of the two frontiers.
-        is_isolated: as `planner.answers.solve.solve`.
+        effort: for each strategy, and for each of the two frontiers.
 
     Raises:
         MachineError: no solver works here.
     """
-    comparison = _comparison(plan, time_limit, is_isolated=is_isolated)
-    problem = build_problem(
-        plan.profile, workload=plan.workload, cluster=plan.cluster, execution=plan.execution
-    )  # without the demands the plan may have been made under: a plan does not record them
+    question = Question.of(plan)
+    comparison = compare(question, effort, partitions=[("this plan", Split("this plan", stages_of(plan)))])
+    comparison = replace(comparison, rows=(comparison.rows[-1], *comparison.rows[:-1]))
+    problem = question.problem()
     found: list[tuple[Option, ...]] = []
     for frontier in (frontier_by_share, frontier_by_devices):
-        with SolverSession(time_limit=time_limit, is_isolated=is_isolated) as session:
+        with effort.session() as session:
             points = frontier(problem, objective=plan.objective, session=session)
         found.append(tuple(_option(problem, point) for point in points))
     return Alternatives(comparison, *found)
-
-
-def _comparison(plan: Plan, time_limit: float | None, *, is_isolated: bool) -> Comparison:
-    found = compare(
-        plan.profile,
-        cluster=plan.cluster,
-        workload=plan.workload,
-        objective=plan.objective,
-        weight=0.5 if plan.mixed_weight is None else plan.mixed_weight,
-        execution=plan.execution,
-        partitions=[("this plan", Split("this plan", stages_of(plan)))],
-        time_limit=time_limit,
-        is_isolated=is_isolated,
-    )
-    return replace(found, rows=(found.rows[-1], *found.rows[:-1]))
 
 
 def _option(problem: Problem, point: FrontierPoint) -> Option:

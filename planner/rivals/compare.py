@@ -8,17 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from planner.answers.solve import DEFAULT_TIME_LIMIT, solve
-from planner.problem.goal import SolverName
+from planner.answers.solve import solve
+from planner.problem.question import Question
 from planner.problem.uniform import uniform_counts
+from planner.program.effort import USUAL, Effort
 from planner.rivals.rules import Split, all_splits, chain_of, llama_cpp
 from planner.simulate.one_plan import Simulation, simulate
 from planner.timing.costs import CostModel, StageRange
-from plans.cluster import Cluster
 from plans.errors import InfeasibleError
 from plans.memory import StageMemory, device_overhead_bytes, stage_memory, tied_table_bytes
-from plans.plan import Execution, Objective, Plan, SolveStatus, Strategy
-from plans.profile import ModelProfile
+from plans.plan import Objective, Plan, SolveStatus, Strategy
 from plans.workload import Workload
 
 Kind = Literal["strategy", "rule", "partition"]
@@ -105,37 +104,25 @@ def objective_seconds(score: Simulation, objective: Objective, workload: Workloa
     return score.seconds_per_token
 
 
-def compare(
-    profile: ModelProfile,
-    *,
-    cluster: Cluster,
-    workload: Workload,
-    objective: Objective = "latency",
-    weight: float = 0.5,
-    execution: Execution = "one_process",
-    partitions: Iterable[tuple[str, Split]] = (),
-    solvers: tuple[SolverName, ...] = ("highs", "cbc"),
-    time_limit: float | None = DEFAULT_TIME_LIMIT,
-    is_isolated: bool = True,
-) -> Comparison:
+def compare(question: Question, effort: Effort = USUAL, *, partitions: Iterable[tuple[str, Split]] = ()) -> Comparison:
     """Score every strategy, every rule, and the partitions given.
 
     Args:
-        profile, cluster, workload, objective, weight, execution, solvers, time_limit, is_isolated: as
-            `planner.answers.solve.solve`; the time limit is for each strategy.
+        question: answered by every strategy. A cut that it demands belongs to `custom` alone and is left out; its other
+            demands hold for all strategies, and for no rule of another engine.
+        effort: for each strategy.
         partitions: (name, chain) of partitions a user already has.
 
     Raises:
         MachineError: no solver works here.
     """
-    referee = CostModel(profile, workload=workload, cluster=cluster, execution=execution)
+    profile, cluster, workload = question.profile, question.cluster, question.workload
+    referee = CostModel(profile, workload=workload, cluster=cluster, execution=question.execution)
+    demands = question.demands.model_copy(update={"layers": None})
 
     def own(strategy: Strategy) -> Row:
         try:
-            plan = solve(
-                profile, cluster=cluster, workload=workload, strategy=strategy, objective=objective, weight=weight,
-                execution=execution, solvers=solvers, time_limit=time_limit, is_isolated=is_isolated,
-            )  # fmt: skip
+            plan = solve(replace(question, strategy=strategy, demands=demands), effort)
         except InfeasibleError as error:
             return _without_plan(referee, strategy, error)
         return _scored(referee, strategy, "strategy", stages_of(plan), status=plan.proof.status)
@@ -143,7 +130,7 @@ def compare(
     rows = [own(strategy) for strategy in STRATEGIES]
     rows += [_score_split(referee, _fitting(referee, split), "rule") for split in all_splits(profile, cluster=cluster)]
     rows += [replace(_score_split(referee, split, "partition"), name=name) for name, split in partitions]
-    return Comparison(tuple(rows), objective, workload)
+    return Comparison(tuple(rows), question.objective, workload)
 
 
 def stages_of(plan: Plan) -> tuple[StageRange, ...]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from plans.cuts import layer_ranges, read_counts
 from plans.engines.rules import llama_cpp_owners
 from plans.errors import UsageError, printable
 from plans.reading.strict import parse_json
@@ -22,7 +23,6 @@ MAP_ENGINES = ("accelerate", "transformers")
 ENGINES = (*COUNT_ENGINES, "llama.cpp", *MAP_ENGINES, "torchrun")
 MAX_RANKS = 4096
 
-_COUNTS = re.compile(r"\d{1,5}(?:,\d{1,5})*", re.ASCII)
 _SPLIT = re.compile(r"(\d{1,6}(?:\.\d{1,6})?(?:,\d{1,6}(?:\.\d{1,6})?)*)(?:/ngl=(\d{1,5}))?", re.ASCII)
 
 
@@ -60,7 +60,7 @@ def parse_partition(text: str, *, num_layers: int) -> Partition:
     """
     engine, colon, rest = text.partition(":")
     if colon and engine in COUNT_ENGINES:
-        return Partition(engine, ranges_of(_counts(rest, engine, num_layers)))
+        return Partition(engine, _counts(rest, engine, num_layers))
     if colon and engine == "llama.cpp":
         return _llama_cpp(rest, num_layers)
     if colon and engine in MAP_ENGINES:
@@ -69,27 +69,21 @@ def parse_partition(text: str, *, num_layers: int) -> Partition:
     raise UsageError(f"'{printable(text)}' names no engine", expected=f"ENGINE:STRING with ENGINE one of {known}")
 
 
-def ranges_of(layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Return the half-open ranges of consecutive runs of layers."""
-    ends = list(itertools.accumulate(layers))
-    return tuple(zip([0, *ends[:-1]], ends, strict=True))
-
-
 def llama_cpp_ranges(split: Sequence[float], *, num_gpu_layers: int, num_layers: int) -> tuple[tuple[int, int], ...]:
     """Return the layers llama.cpp puts on the CPU and on each GPU."""
     owners = llama_cpp_owners(num_layers, split=split, num_gpu_layers=num_gpu_layers)[:-1]
-    return ranges_of([owners.count(owner) for owner in (None, *range(len(split)))])
+    return layer_ranges([owners.count(owner) for owner in (None, *range(len(split)))])
 
 
-def _counts(text: str, engine: str, num_layers: int) -> tuple[int, ...]:
-    if not _COUNTS.fullmatch(text) or text.count(",") >= MAX_RANKS:
+def _counts(text: str, engine: str, num_layers: int) -> tuple[tuple[int, int], ...]:
+    counts = [count for count in read_counts(text) or () if count is not None]
+    if len(counts) != text.count(",") + 1 or len(counts) > MAX_RANKS:
         raise UsageError(
             f"'{printable(text)}' is no partition of {engine}", expected="layers per rank, such as 5,6,5,6"
         )
-    counts = tuple(map(int, text.split(",")))
     if sum(counts) != num_layers:
         raise UsageError(f"the partition {text} has {sum(counts)} layers, the model has {num_layers}")
-    return counts
+    return layer_ranges(counts)
 
 
 def _llama_cpp(text: str, num_layers: int) -> Partition:
@@ -111,7 +105,7 @@ def _device_map(text: str, engine: str, num_layers: int) -> Partition:
         raise UsageError("not a device_map", expected="a JSON object of module names and devices")
     devices = [_device_of(f"model.layers.{layer}", table) for layer in range(num_layers)]
     runs = [(device, len(list(group))) for device, group in itertools.groupby(devices)]
-    return Partition(engine, ranges_of([count for _, count in runs]), tuple(device for device, _ in runs))
+    return Partition(engine, layer_ranges([count for _, count in runs]), tuple(device for device, _ in runs))
 
 
 def _device_of(module: str, table: Mapping[str, int | str]) -> str:

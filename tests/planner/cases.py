@@ -7,14 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from planner.answers.solve import solve as solve_question
 from planner.model.profile import build_profile
+from planner.problem.question import Question
+from planner.program.effort import Effort
 from planner.timing.costs import StageRange, predict
 from plans.checkpoint.config import parse_config
 from plans.checkpoint.folder import Checkpoint
 from plans.cluster import Cluster, Device, Link
 from plans.dtypes import STORED_DTYPES
 from plans.memory import StageMemory, device_overhead_bytes, stage_memory
-from plans.plan import Execution, Plan, Proof, Stage
+from plans.plan import Demands, Execution, Plan, Proof, Stage
 from plans.profile import ModelProfile
 from plans.workload import Workload
 
@@ -79,6 +82,19 @@ def class_link(name: Any, *, bandwidth: float, latency: float) -> Link:
 def cluster(*devices: Device, links: tuple[Link, ...] = (), **changes: Any) -> Cluster:
     """A cluster of devices and links."""
     return Cluster(devices=devices, links=links, **changes)
+
+
+def asked(profile: ModelProfile, **options: Any) -> tuple[Question, Effort]:
+    """A question and an effort, from the fields of both and those of the demands."""
+    demands = {key: options.pop(key) for key in Demands.model_fields if key in options}
+    demands |= {key: tuple(demands[key]) for key in ("pins", "bans") if key in demands}
+    effort = {key: options.pop(key) for key in Effort.__slots__ if key in options}
+    return Question(profile, demands=Demands(**demands), **options), Effort(**effort)
+
+
+def solve(profile: ModelProfile, **options: Any) -> Plan:
+    """The best plan, for the options of `asked`."""
+    return solve_question(*asked(profile, **options))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:

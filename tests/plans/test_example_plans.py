@@ -7,6 +7,7 @@ import pytest
 from planner.answers.solve import solve
 from planner.devices.clusters import load_cluster
 from planner.model.profile import build_profile
+from planner.problem.question import Question
 from plans import Plan, check_plan, read_plan
 from plans.checkpoint.folder import open_checkpoint
 
@@ -26,15 +27,7 @@ def test_an_example_plan_passes_the_exact_check_and_reads_back_byte_for_byte(nam
 @pytest.mark.parametrize("name", PLANS)
 def test_solving_again_from_what_a_plan_carries_gives_the_same_plan(name: str) -> None:
     plan = read_plan(EXAMPLES / name)
-    again = solve(
-        plan.profile,
-        cluster=plan.cluster,
-        workload=plan.workload,
-        strategy=plan.strategy,
-        objective=plan.objective,
-        weight=plan.mixed_weight or 0.5,
-    )
-    assert without_versions(again) == without_versions(plan)
+    assert without_versions(solve(Question.of(plan))) == without_versions(plan)
 
 
 def test_the_demo_plan_is_for_the_shipped_checkpoint_on_the_demo_cluster(shipped: Path) -> None:

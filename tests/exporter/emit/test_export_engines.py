@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from exporter import export
 from exporter.emit import Emission, emit
-from plans.engines.spelling import COUNT_ENGINES, ENGINES, MAP_ENGINES, llama_cpp_ranges, parse_partition, ranges_of
+from plans.cuts import layer_ranges
+from plans.engines.spelling import COUNT_ENGINES, ENGINES, MAP_ENGINES, llama_cpp_ranges, parse_partition
 from plans.errors import UsageError
 from plans.plan import Plan
 
@@ -154,7 +155,7 @@ def test_llama_cpp_ranges_agree_with_its_arithmetic_in_single_precision(
     shares = sums / sums[-1]
     owner = [-1 if i < first else int(np.searchsorted(shares, np.float32(i - first) / np.float32(count), side="right"))
              for i in range(num_layers)]  # fmt: skip
-    expected = ranges_of([owner.count(gpu) for gpu in range(-1, len(split))])
+    expected = layer_ranges([owner.count(gpu) for gpu in range(-1, len(split))])
     assert llama_cpp_ranges([Fraction(part) for part in split], num_gpu_layers=ngl, num_layers=num_layers) == expected
 
 

@@ -5,13 +5,12 @@ from typing import Any
 import pytest
 
 from planner.answers.capacity import Capacity, chain_of, measure_capacity
-from planner.answers.solve import solve
 from planner.program.session import SolverSession
 from planner.show.plan import capacity_line
 from plans.errors import InfeasibleError
 from plans.plan import Plan
 from plans.profile import ModelProfile
-from tests.planner.cases import cluster, device, tiny_profile, workload
+from tests.planner.cases import asked, cluster, device, solve, tiny_profile, workload
 
 LOAD = workload(prompt_tokens=16, new_tokens=16, context_tokens=64, prefill_chunk_tokens=16)
 PARTS = cluster(device("a", budget_bytes=110_000), device("b", budget_bytes=90_000), device("c", budget_bytes=70_000))
@@ -28,7 +27,10 @@ def _solve(profile: ModelProfile, load: Any = LOAD, **options: Any) -> Plan:
 
 def _capacity(plan: Plan, key: Any, **options: Any) -> Capacity:
     with SolverSession(is_isolated=False) as session:
-        return measure_capacity(plan, key, session=session, **options)
+        question, _ = asked(
+            plan.profile, cluster=plan.cluster, workload=plan.workload, strategy=plan.strategy, **options
+        )
+        return measure_capacity(plan, key, session=session, question=question)
 
 
 @pytest.mark.parametrize("key", ["context_tokens", "requests_in_flight"])

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from planner.answers.chunking import LEAST_CHUNK_TOKENS, best_chunk, candidate_chunks, solve_with_best_chunk
 from planner.answers.solve import solve
+from planner.problem.question import Question
+from planner.program.effort import Effort
 from planner.report.page import render_report
 from plans.cluster import Cluster
-from plans.plan import Plan
 from plans.workload import Workload
 from tests.conftest import SHIPPED, RunCommand
-from tests.planner.cases import cluster, device, link, make_plan, tiny_profile, workload
+from tests.planner.cases import asked, cluster, device, link, make_plan, tiny_profile, workload
 
 SLOW = {"flops_per_second": {"bf16": 1e8}, "memory_bandwidth_bytes_per_second": 1e9}
 
@@ -23,8 +24,8 @@ def two(**changes: object) -> Cluster:
     return cluster(device("a", **SLOW, **changes), device("b", **SLOW, **changes), links=(wire,))
 
 
-def ask(parts: Cluster, load: Workload) -> Plan:
-    return solve(
+def ask(parts: Cluster, load: Workload) -> tuple[Question, Effort]:
+    return asked(
         tiny_profile(), cluster=parts, workload=load, execution="process_per_stage", use_all=True, is_isolated=False
     )
 
@@ -40,7 +41,7 @@ def test_candidates_go_from_the_whole_prompt_down_to_small_chunks(prompt: int) -
 
 def test_processes_take_the_prompt_in_chunks_where_that_helps() -> None:
     load = workload(prompt_tokens=256, prefill_chunk_tokens=256, new_tokens=8)
-    whole, chosen = ask(two(), load), solve_with_best_chunk(load, lambda changed: ask(two(), changed))
+    whole, chosen = solve(*ask(two(), load)), solve_with_best_chunk(*ask(two(), load))
     assert chosen.workload.prefill_chunk_tokens == best_chunk(chosen) < 256
     assert chosen.prediction.time_to_first_token_seconds < 0.8 * whole.prediction.time_to_first_token_seconds
     assert chosen.prediction.seconds_per_token <= whole.prediction.seconds_per_token
@@ -54,11 +55,11 @@ def test_in_one_process_by_the_roofline_the_prompt_is_taken_whole() -> None:
 
 def test_a_workspace_that_does_not_fit_is_no_choice() -> None:
     load = workload(prompt_tokens=256, prefill_chunk_tokens=256, new_tokens=8)
-    needed = max(stage.total_bytes for stage in ask(two(), load).stages)
+    needed = max(stage.total_bytes for stage in solve(*ask(two(), load)).stages)
     tight = two(budget_bytes=needed - 40_000)
     with pytest.raises(Exception, match="no plan fits"):
-        ask(tight, load)
-    plan = solve_with_best_chunk(load, lambda changed: ask(tight, changed))
+        solve(*ask(tight, load))
+    plan = solve_with_best_chunk(*ask(tight, load))
     assert plan.workload.prefill_chunk_tokens < 256
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from planner.answers.explain import with_new_device
-from planner.answers.solve import solve
 from planner.devices.budgets import parse_margins, with_budgets
 from planner.problem.goal import Goal
 from planner.proof.certificate import certify
@@ -17,7 +16,7 @@ from plans.cluster import Cluster, Host
 from plans.errors import InfeasibleError
 from plans.profile import ModelProfile
 from plans.workload import Workload
-from tests.planner.cases import cluster, device, link, tiny_profile, workload
+from tests.planner.cases import cluster, device, link, solve, tiny_profile, workload
 from tests.planner.random_problems import random_problem
 
 LOAD = workload(prompt_tokens=64, new_tokens=64, context_tokens=512, prefill_chunk_tokens=64, batch_size=4)

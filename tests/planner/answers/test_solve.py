@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from planner.answers.check import check_against_model, recompute
-from planner.answers.solve import objective_seconds, solve
+from planner.answers.solve import objective_seconds
 from planner.model.profile import build_profile
 from planner.model.workloads import make_workload
 from planner.problem.build import build_problem
@@ -23,7 +23,7 @@ from plans.errors import InfeasibleError, IntegrityError, UsageError
 from plans.plan import Plan
 from plans.profile import ModelProfile
 from plans.workload import Workload
-from tests.planner.cases import class_link, cluster, device, link, tiny_profile, workload
+from tests.planner.cases import class_link, cluster, device, link, solve, tiny_profile, workload
 
 THREE = cluster(
     device("a", budget_bytes=90_000),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from planner.answers.solve import solve
 from planner.devices.clusters import for_speed
 from planner.devices.machine import inspect_machine
 from planner.measure.cluster import devices_here, replace_timings, with_measured_rates
@@ -20,7 +19,7 @@ from plans.checkpoint.folder import open_checkpoint
 from plans.cluster import Cluster, Device, Timings
 from plans.errors import MachineError, UsageError
 from tests.conftest import RunCommand
-from tests.planner.cases import bare, cluster, device, tiny_profile, workload
+from tests.planner.cases import bare, cluster, device, solve, tiny_profile, workload
 
 PROFILE = tiny_profile(num_hidden_layers=12)
 LAYER = PROFILE.layers[0]

@@ -1,28 +1,35 @@
 """What a user fixes by hand, read strictly."""
 
+from collections.abc import Iterable
+
 import pytest
 
-from planner.problem.demands import read_demands
+from planner.problem.demands import Terms, read_demands
 from planner.problem.problem import Rule, StageChoice
 from plans.errors import UsageError
+from plans.plan import Demands
 
 NAMES = ("cuda:0", "cuda:1", "cpu")
 
 
+def read(*, pins: Iterable[str] = (), bans: Iterable[str] = (), layers: str | None = None) -> Terms:
+    return read_demands(Demands(pins=tuple(pins), bans=tuple(bans), layers=layers), names=NAMES, num_layers=32)
+
+
 def test_complete_counts_are_a_chain_over_the_first_devices() -> None:
-    assert read_demands(NAMES, 32, layers="18,10,4").given == (
+    assert read(layers="18,10,4").given == (
         StageChoice(0, 0, 18), StageChoice(1, 18, 28), StageChoice(2, 28, 32),
     )  # fmt: skip
-    assert read_demands(NAMES, 32, layers="0,32").given == (StageChoice(0, 0, 0), StageChoice(1, 0, 32))
+    assert read(layers="0,32").given == (StageChoice(0, 0, 0), StageChoice(1, 0, 32))
 
 
 def test_complete_ranges_are_a_chain_in_the_order_written() -> None:
-    given = read_demands(NAMES, 32, layers="0-16@cpu,16-32@cuda:0").given
+    given = read(layers="0-16@cpu,16-32@cuda:0").given
     assert given == (StageChoice(2, 0, 16), StageChoice(0, 16, 32))
 
 
 def test_open_counts_fix_the_rest_and_leave_other_devices_out() -> None:
-    demands = read_demands(NAMES, 32, layers="18,*")
+    demands = read(layers="18,*")
     assert demands.given is None
     assert demands.keep_order
     assert demands.rules["cuda:0"] == Rule(is_required=True, min_layers=18, max_layers=18)
@@ -31,15 +38,13 @@ def test_open_counts_fix_the_rest_and_leave_other_devices_out() -> None:
 
 
 def test_a_range_alone_fixes_one_stage() -> None:
-    demands = read_demands(NAMES, 32, layers="4-16@cuda:1")
+    demands = read(layers="4-16@cuda:1")
     assert demands.given is None
     assert demands.rules == {"cuda:1": Rule(is_required=True, max_start=4, min_end=16, min_layers=12, max_layers=12)}
 
 
 def test_pins_add_up_and_bans_take_away() -> None:
-    demands = read_demands(
-        NAMES, 32, pins=["0-4@cuda:0", "9@cuda:0", "head@cpu"], bans=["cuda:1", "5-7@cpu", "embedding@cpu"]
-    )
+    demands = read(pins=["0-4@cuda:0", "9@cuda:0", "head@cpu"], bans=["cuda:1", "5-7@cpu", "embedding@cpu"])
     assert demands.rules["cuda:0"] == Rule(is_required=True, max_start=0, min_end=10)
     assert demands.rules["cpu"] == Rule(is_required=True, head=True, embedding=False, banned=frozenset({5, 6}))
     assert demands.rules["cuda:1"] == Rule(is_banned=True)
@@ -74,4 +79,4 @@ def test_pins_add_up_and_bans_take_away() -> None:
 )
 def test_malformed_demands_are_usage_errors(options: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        read_demands(NAMES, 32, **options)  # type: ignore[arg-type]
+        read(**options)  # type: ignore[arg-type]

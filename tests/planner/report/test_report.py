@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from planner.answers.solve import solve
 from planner.devices.clusters import load_cluster
+from planner.program.effort import Effort
 from planner.report.drawing import Drawing, Rect, Text, clipped, log_ticks, nice_ticks, number
 from planner.report.memory import memory_drawing
 from planner.report.origins import decode_origin, hop_origin, sources_of
@@ -25,7 +25,7 @@ from plans.cluster import Cluster, Timings
 from plans.errors import ExitCode
 from plans.plan import Plan
 from tests.conftest import RunCommand
-from tests.planner.cases import class_link, cluster, device, link, make_plan, tiny_profile, workload
+from tests.planner.cases import class_link, cluster, device, link, make_plan, solve, tiny_profile, workload
 from tests.planner.report.browser import CHROMIUM, open_page
 
 EXAMPLES = Path(__file__).parents[3] / "plans" / "examples"
@@ -139,7 +139,7 @@ def test_the_same_plan_gives_the_same_bytes() -> None:
 
 
 def _others(plan: Plan) -> Alternatives:
-    return alternatives_to(plan, time_limit=60.0, is_isolated=False)
+    return alternatives_to(plan, Effort(is_isolated=False))
 
 
 def test_a_hostile_model_name_stays_text() -> None:

@@ -16,7 +16,7 @@ from plans.cluster import Cluster
 from plans.errors import UsageError
 from plans.plan import Objective
 from tests.conftest import SHIPPED, RunCommand
-from tests.planner.cases import class_link, cluster, device, link, make_plan, tiny_profile, workload
+from tests.planner.cases import asked, class_link, cluster, device, link, make_plan, tiny_profile, workload
 
 FAST: dict[str, Any] = {"solvers": ("highs",), "is_isolated": False}
 PRECISION = 1e-9
@@ -59,7 +59,7 @@ def questions(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=60)
 def test_no_rule_beats_the_planner(question: dict[str, Any], objective: Objective) -> None:
     profile = question.pop("profile")
-    found = compare(profile, **question, objective=objective, **FAST)
+    found = compare(*asked(profile, **question, objective=objective, **FAST))
     ours = next(row for row in found.rows if row.name == "compute")
     rivals = [row for row in found.rows if row.kind == "rule" and row.fits and not row.has_repeats]
     if not ours.fits:
@@ -113,7 +113,7 @@ def row_of(found: Comparison, name: str) -> Row:
 
 def test_what_does_not_fit_says_where_and_by_how_much() -> None:
     profile, parts, load = tight()
-    found = compare(profile, cluster=parts, workload=load, **FAST)
+    found = compare(*asked(profile, cluster=parts, workload=load, **FAST))
     assert row_of(found, "compute").fits
     vllm = row_of(found, "vllm")
     assert [stage.end_layer - stage.start_layer for stage in vllm.stages] == [2, 2]
@@ -129,9 +129,9 @@ def test_what_does_not_fit_says_where_and_by_how_much() -> None:
 def test_a_plan_of_ours_is_scored_as_it_predicts() -> None:
     plan = make_plan(workload=workload(requests_in_flight=2))
     found = compare(
-        plan.profile, cluster=plan.cluster, workload=plan.workload,
-        partitions=[("mine", Split("mine", stages_of(plan)))], **FAST,
-    )  # fmt: skip
+        *asked(plan.profile, cluster=plan.cluster, workload=plan.workload, **FAST),
+        partitions=[("mine", Split("mine", stages_of(plan)))],
+    )
     mine = row_of(found, "mine")
     assert mine.score is not None
     assert mine.score.seconds_per_token == pytest.approx(plan.prediction.seconds_per_token)
@@ -161,7 +161,7 @@ def test_devices_that_are_not_connected_are_a_reason_not_a_crash() -> None:
         device("c", kind="cuda", host="z"),
         links=(link("x", "z", bandwidth=1e9, latency=0.0),),
     )
-    found = compare(tiny_profile(), cluster=parts, workload=workload(), **FAST)
+    found = compare(*asked(tiny_profile(), cluster=parts, workload=workload(), **FAST))
     assert "no link leads from a" in row_of(found, "vllm").reason
     assert row_of(found, "compute").fits
     assert not row_of(found, "vllm").fits
@@ -169,7 +169,7 @@ def test_devices_that_are_not_connected_are_a_reason_not_a_crash() -> None:
 
 def test_llama_cpp_offloads_as_many_layers_as_fit() -> None:
     parts = cluster(device("g", kind="cuda", budget_bytes=200_000), device("cpu"))
-    found = compare(tiny_profile(), cluster=parts, workload=workload(), **FAST)
+    found = compare(*asked(tiny_profile(), cluster=parts, workload=workload(), **FAST))
     row = row_of(found, "llama.cpp")
     assert row.fits
     assert row.note.startswith("with -ngl ")
@@ -178,7 +178,7 @@ def test_llama_cpp_offloads_as_many_layers_as_fit() -> None:
 
 def test_uniform_shows_its_even_split_even_where_it_does_not_fit() -> None:
     profile, parts, load = tight()
-    row = row_of(compare(profile, cluster=parts, workload=load, **FAST), "uniform")
+    row = row_of(compare(*asked(profile, cluster=parts, workload=load, **FAST)), "uniform")
     assert [stage.end_layer - stage.start_layer for stage in row.stages] == [2, 2]
     assert not row.fits
     assert "small lacks" in verdict(row)
@@ -194,7 +194,7 @@ def test_words_of_a_row() -> None:
 def test_the_table_has_a_row_for_every_strategy_rule_and_partition() -> None:
     profile, parts, load = tight()
     given_split = from_partition("vllm", [(0, 3), (3, 4)], cluster=parts)
-    found = compare(profile, cluster=parts, workload=load, partitions=[("vllm:3,1", given_split)], **FAST)
+    found = compare(*asked(profile, cluster=parts, workload=load, **FAST), partitions=[("vllm:3,1", given_split)])
     names = [row.name for row in found.rows]
     assert names == ["compute", "memory", "mixed", "uniform", *RULES, "vllm:3,1"]
     assert comparison_table(found).row_count == len(names) + 2  # and two empty rows between the kinds
