@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import combinations_with_replacement, permutations
 
-from planner.problem.evaluate import Value, evaluate, violations
 from planner.problem.goal import Goal
 from planner.problem.problem import Assignment, Matrix, Problem, ProblemDevice, Rule, StageChoice, UnitBytes, UnitTicks
 from plans.plan import Objective
+from tests.planner.worth import Worth, is_allowed, worth_of
 
 MILLISECOND = 10**9
 """Ticks of a picosecond."""
@@ -120,16 +120,16 @@ def all_chains(problem: Problem) -> Iterator[Assignment]:
             for inner in combinations_with_replacement(range(problem.num_layers + 1), num_stages - 1):
                 cuts = (0, *inner, problem.num_layers)
                 chain = tuple(StageChoice(d, cuts[i], cuts[i + 1]) for i, d in enumerate(devices))
-                if not violations(problem, chain):
+                if is_allowed(problem, chain):
                     yield chain
 
 
-def all_values(problem: Problem, objective: Objective) -> list[Value]:
+def all_values(problem: Problem, objective: Objective) -> list[Worth]:
     """Return what every valid chain is worth."""
-    return [evaluate(problem, chain, objective=objective) for chain in all_chains(problem)]
+    return [worth_of(problem, chain, objective=objective) for chain in all_chains(problem)]
 
 
-def brute_force(values: list[Value], goal: Goal) -> Fraction | None:
+def brute_force(values: list[Worth], goal: Goal) -> Fraction | None:
     """Return the least value of a goal; None if there is no chain."""
     allowed = [v for v in values if goal.max_time is None or v.time <= goal.max_time]
     return min((goal.value(time=v.time, share=v.share) for v in allowed), default=None)

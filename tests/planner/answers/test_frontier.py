@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from planner.answers.frontier import FrontierPoint, frontier_by_devices, frontier_by_share
-from planner.problem.evaluate import evaluate
 from planner.problem.problem import Problem
 from planner.program.session import SolverSession
 from plans.plan import Objective
 from tests.conftest import RunCommand
 from tests.planner.random_problems import all_chains, random_problem
+from tests.planner.worth import worth_of
 
 OBJECTIVES: tuple[Objective, ...] = ("latency", "request", "throughput")
 
@@ -21,7 +21,7 @@ OBJECTIVES: tuple[Objective, ...] = ("latency", "request", "throughput")
 def _values(problem: Problem, objective: Objective) -> list[tuple[int, Fraction, int]]:
     """(time, share, devices) of every chain."""
     chains = list(all_chains(problem))
-    worths = [evaluate(problem, chain, objective=objective) for chain in chains]
+    worths = [worth_of(problem, chain, objective=objective) for chain in chains]
     return [(worth.time, worth.share, len(chain)) for worth, chain in zip(worths, chains, strict=True)]
 
 
@@ -34,7 +34,7 @@ def test_every_point_by_share_is_unbeaten_and_both_ends_are_there(seed: int) -> 
             points = frontier_by_share(problem, objective=objective, session=session, num_points=4)
         values = _values(problem, objective)
         assert bool(points) == bool(values)
-        found = [evaluate(problem, point.assignment, objective=objective) for point in points]
+        found = [worth_of(problem, point.assignment, objective=objective) for point in points]
         for worth in found:
             assert not any(
                 (t <= worth.time and s < worth.share) or (t < worth.time and s <= worth.share) for t, s, _ in values
@@ -48,7 +48,7 @@ def test_every_point_by_share_is_unbeaten_and_both_ends_are_there(seed: int) -> 
 
 def _check_seconds(problem: Problem, points: list[FrontierPoint], objective: Objective) -> None:
     for point in points:
-        worth = evaluate(problem, point.assignment, objective=objective)
+        worth = worth_of(problem, point.assignment, objective=objective)
         assert point.seconds == problem.seconds(worth.time, objective)
         assert point.memory_share == float(worth.share)
         assert point.num_devices == len(point.assignment)
@@ -67,7 +67,7 @@ def test_points_by_devices_are_the_least_times(seed: int) -> None:
             times = [t for t, _, n in values if n <= most]
             if times and min(times) < min(best.values(), default=min(times) + 1):
                 best[most] = min(times)
-        found = [evaluate(problem, p.assignment, objective=objective).time for p in points]
+        found = [worth_of(problem, p.assignment, objective=objective).time for p in points]
         assert found == list(best.values())
 
 

@@ -8,13 +8,13 @@ from fractions import Fraction
 import pytest
 
 from planner.answers.strategies import Outcome, run_strategy
-from planner.problem.evaluate import Value, evaluate, violations
 from planner.problem.goal import Goal
 from planner.problem.problem import Problem, ProblemDevice, StageChoice, UnitTicks
 from planner.problem.uniform import nearest_split, uniform_counts
 from planner.program.session import SolverSession
 from plans.plan import Objective, Strategy
 from tests.planner.random_problems import MILLISECOND, all_chains, all_values, random_problem
+from tests.planner.worth import Worth, is_allowed, worth_of
 
 OBJECTIVES: tuple[Objective, ...] = ("latency", "request", "throughput")
 INSTANCES = 300
@@ -32,12 +32,12 @@ def _run(problem: Problem, strategy: Strategy, objective: Objective, *, weight: 
         return run_strategy(problem, strategy=strategy, objective=objective, session=session, weight=weight)
 
 
-def _worth(problem: Problem, outcome: Outcome, objective: Objective) -> Value:
+def _worth(problem: Problem, outcome: Outcome, objective: Objective) -> Worth:
     assert outcome.assignment is not None
-    assert violations(problem, outcome.assignment) == []
+    assert is_allowed(problem, outcome.assignment)
     assert outcome.status == "optimal"
     assert outcome.certified_by is not None
-    return evaluate(problem, outcome.assignment, objective=objective)
+    return worth_of(problem, outcome.assignment, objective=objective)
 
 
 @pytest.mark.parametrize("seed", range(CHUNKS))
@@ -90,7 +90,7 @@ def test_uniform_is_the_one_even_split_or_nothing(seed: int) -> None:
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         chain = tuple(StageChoice(i, end - n, end) for i, (n, end) in enumerate(zip(counts, ends, strict=True)))
         outcome = _run(problem, "uniform", objective)
-        if violations(problem, chain):
+        if not is_allowed(problem, chain):
             assert outcome.status == "infeasible"
             _check_nearest(problem, counts)
         else:

@@ -158,7 +158,6 @@ def test_cbc_leaves_no_files_behind(problem: Problem, tmp_path: Path, monkeypatc
 
 @pytest.mark.row("L11")
 def test_wrong_certificate_and_wrong_solver_are_both_caught(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row L11."""
     from planner.answers import settle
 
     honest = settle.certify

@@ -6,7 +6,6 @@ from fractions import Fraction
 
 import pytest
 
-from planner.problem.evaluate import evaluate, violations
 from planner.problem.goal import Goal
 from planner.problem.problem import Problem, chain_costs
 from planner.proof import counts as exact_counts
@@ -16,6 +15,7 @@ from planner.proof.certificate import certify, method_for
 from planner.proof.tables import Limits, return_classes, window_minima
 from plans.plan import Objective
 from tests.planner.random_problems import MILLISECOND, all_values, brute_force, random_problem
+from tests.planner.worth import is_allowed, worth_of
 
 OBJECTIVES: tuple[Objective, ...] = ("latency", "request", "throughput")
 
@@ -46,8 +46,8 @@ def _check(problem: Problem, goal: Goal, expected: Fraction | None) -> None:
     assert certificate is not None
     assert certificate.value == expected, problem
     if certificate.assignment is not None:
-        assert violations(problem, certificate.assignment) == []
-        worth = evaluate(problem, certificate.assignment, objective=goal.objective)
+        assert is_allowed(problem, certificate.assignment)
+        worth = worth_of(problem, certificate.assignment, objective=goal.objective)
         assert goal.value(time=worth.time, share=worth.share) == expected
 
 
