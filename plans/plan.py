@@ -1,8 +1,8 @@
 """The plan: stages in chain order, what was predicted for them, and what was proved."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from plans.cluster import Cluster, Name, Seconds
 from plans.profile import Count, ModelProfile
@@ -106,6 +106,8 @@ class Plan(StrictModel):
     objective: Objective
     mixed_weight: Annotated[float, Field(ge=0, le=1)] | None = None
     execution: Execution = "one_process"
+    demands: Demands | None = None
+    """Absent where the user fixed nothing."""
     workload: Workload
     cluster: Cluster
     profile: ModelProfile
@@ -119,6 +121,19 @@ class Plan(StrictModel):
         if (self.strategy == "mixed") != (self.mixed_weight is not None):
             raise ValueError("mixed_weight belongs to the strategy mixed, and only to it")
         return self
+
+    @model_validator(mode="after")
+    def _demands_demand_something(self) -> "Plan":
+        if self.demands == NO_DEMANDS:
+            raise ValueError("demands that fix nothing are left out")
+        if self.demands is not None and self.demands.layers is not None and self.strategy != "custom":
+            raise ValueError("demands.layers belongs to the strategy custom")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_null_demands(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return written if self.demands is not None else {k: v for k, v in written.items() if k != "demands"}
 
     @property
     def sha256(self) -> str:

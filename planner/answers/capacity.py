@@ -36,20 +36,17 @@ class Capacity:
     """Who proved that one more fits no cut; empty where `any_cut` is the ceiling."""
 
 
-def measure_capacity(
-    plan: Plan, key: CapacityKey, *, session: SolverSession, question: Question | None = None
-) -> Capacity:
+def measure_capacity(plan: Plan, key: CapacityKey, *, session: SolverSession) -> Capacity:
     """Find by bisection how far a number of the workload may rise; memory grows with it, nothing else matters.
 
     Args:
         plan: the cut to ask about.
         key: which number.
-        question: what the plan answers.
 
     Raises:
         InfeasibleError: the session's time was up before an answer was proved.
     """
-    question = question or Question.of(plan)
+    question = Question.of(plan)
     problem = question.problem()
     problem = uniform_problem(problem) if plan.strategy == "uniform" else problem
     chain = chain_of(plan)

@@ -3,6 +3,9 @@
 import math
 from pathlib import Path
 
+from planner.answers.capacity import chain_of
+from planner.problem.evaluate import violations
+from planner.problem.question import Question
 from planner.timing.costs import StageRange, predict
 from plans.checkpoint.folder import check_same_shapes, open_checkpoint
 from plans.errors import IntegrityError
@@ -15,7 +18,8 @@ def recompute(plan: Plan, *, where: object) -> Prediction:
     """Return what the plan's own profile, workload and cluster predict for its stages.
 
     Raises:
-        IntegrityError: a recorded time is another.
+        IntegrityError: a recorded time is another, or the stages break the plan's demands.
+        UsageError: its demands are malformed.
     """
     ranges = [StageRange(s.device, s.start_layer, s.end_layer, s.has_embedding, s.has_head) for s in plan.stages]
     seconds, prediction = predict(
@@ -26,6 +30,11 @@ def recompute(plan: Plan, *, where: object) -> Prediction:
             _compare(getattr(stage, key), getattr(times, key), f"{where}:/stages/{index}/{key}")
     for key in type(prediction).model_fields:
         _compare(getattr(plan.prediction, key), getattr(prediction, key), f"{where}:/prediction/{key}")
+    if plan.demands is not None and (broken := violations(Question.of(plan).problem(), chain_of(plan))):
+        raise IntegrityError(
+            f"the plan breaks its own demands: {broken[0]}", where=f"{where}:/demands", hint="solve again",
+            code="E-PLAN-DEMANDS",
+        )  # fmt: skip
     return prediction
 
 

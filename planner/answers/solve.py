@@ -11,7 +11,7 @@ from planner.timing.costs import StageRange, StageSeconds, predict
 from plans.check import check_plan
 from plans.errors import InfeasibleError
 from plans.memory import device_overhead_bytes, stage_memory
-from plans.plan import Plan, Prediction, Proof, Stage, TradeOff
+from plans.plan import NO_DEMANDS, Plan, Prediction, Proof, Stage, TradeOff
 
 
 def solve(question: Question, effort: Effort = USUAL) -> Plan:
@@ -82,6 +82,7 @@ def _make_plan(question: Question, problem: Problem, outcome: Outcome) -> Plan:
         objective=question.objective,
         mixed_weight=question.weight if question.strategy == "mixed" else None,
         execution=question.execution,
+        demands=None if question.demands == NO_DEMANDS else question.demands,
         workload=workload,
         cluster=cluster,
         profile=profile,

@@ -12,7 +12,6 @@ from plans.console import Output
 if TYPE_CHECKING:
     from planner.answers.capacity import Capacity
     from planner.measure.calibrate import Calibration
-    from planner.problem.question import Question
     from plans.cluster import Cluster
     from plans.plan import Plan
     from plans.profile import ModelProfile
@@ -111,7 +110,7 @@ def solve_command(
     started = time.monotonic()
     with screen.spinner(f"solving for {len(offered.devices)} devices"):
         plan = solve_with_best_chunk(question, effort) if prefill_chunk == ask.AUTO else solve(question, effort)
-        capacities = capacities_of(plan, question, max_ctx=max_ctx, max_in_flight=max_in_flight, time_limit=time_limit)
+        capacities = capacities_of(plan, max_ctx=max_ctx, max_in_flight=max_in_flight, time_limit=time_limit)
     seconds = time.monotonic() - started
     if output is not None:
         from plans.reading.files import write_text
@@ -151,9 +150,7 @@ def calibration_answer(found: "Calibration", plan: "Plan") -> tuple[dict[str, An
     return show_calibration.as_json(found, plan, old), lines
 
 
-def capacities_of(
-    plan: "Plan", question: "Question", *, max_ctx: bool, max_in_flight: bool, time_limit: float
-) -> "list[Capacity]":
+def capacities_of(plan: "Plan", *, max_ctx: bool, max_in_flight: bool, time_limit: float) -> "list[Capacity]":
     """Answer --max-ctx and --max-in-flight for a plan."""
     from planner.answers.capacity import CapacityKey, measure_capacity
     from planner.program.effort import Effort
@@ -163,7 +160,7 @@ def capacities_of(
     if not wanted:
         return []
     with Effort(time_limit=time_limit).session() as session:
-        return [measure_capacity(plan, key, session=session, question=question) for key in wanted]
+        return [measure_capacity(plan, key, session=session) for key in wanted]
 
 
 def show_command(

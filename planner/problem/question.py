@@ -1,6 +1,6 @@
 """The question that a plan answers: what is to be placed where, what is minimised, and what is demanded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from planner.problem.build import build_problem
@@ -46,7 +46,14 @@ class Question:
     def of(cls, plan: Plan) -> Self:
         """Return the question that a plan answers."""
         weight = 0.5 if plan.mixed_weight is None else plan.mixed_weight
-        return cls(plan.profile, plan.cluster, plan.workload, plan.strategy, plan.objective, weight, plan.execution)
+        return cls(
+            plan.profile, plan.cluster, plan.workload, plan.strategy, plan.objective, weight, plan.execution,
+            plan.demands or NO_DEMANDS,
+        )  # fmt: skip
+
+    def by(self, strategy: Strategy) -> Self:
+        """Return the question for another strategy: a cut belongs to `custom` alone, all other demands stay."""
+        return replace(self, strategy=strategy, demands=self.demands.model_copy(update={"layers": None}))
 
     @property
     def terms(self) -> Terms:

@@ -13,7 +13,7 @@ from planner.report.tradeoff import Point, tradeoff_drawing
 from planner.rivals.alternatives import Alternatives, Option
 from planner.rivals.compare import Comparison, Row
 from planner.show import compare as show_compare
-from planner.show.plan import objective_text, proof_line, unused_devices
+from planner.show.plan import demands_line, objective_text, proof_line, unused_devices
 from planner.show.words import duration
 from planner.simulate.one_plan import Simulation, simulate_plan
 from planner.simulate.trace import trace
@@ -99,6 +99,7 @@ def render_report(plan: Plan, *, alternatives: Alternatives | None = None) -> st
         answer=answer(plan, simulation),
         chain=chain_words(plan),
         proof=proof_line(plan),
+        demands=None if plan.demands is None else demands_line(plan.demands),
         tiles=_tiles(plan, simulation),
         memory=memory_drawing(plan),
         parts=PARTS,

@@ -37,7 +37,7 @@ class Alternatives:
 
 
 def alternatives_to(plan: Plan, effort: Effort = USUAL) -> Alternatives:
-    """Answer a plan's own question in every other way.
+    """Answer a plan's own question in every other way, under its demands; only a cut by hand is not demanded again.
 
     Args:
         effort: for each strategy, and for each of the two frontiers.
@@ -48,7 +48,7 @@ def alternatives_to(plan: Plan, effort: Effort = USUAL) -> Alternatives:
     question = Question.of(plan)
     comparison = compare(question, effort, partitions=[("this plan", Split("this plan", stages_of(plan)))])
     comparison = replace(comparison, rows=(comparison.rows[-1], *comparison.rows[:-1]))
-    problem = question.problem()
+    problem = question.by("compute").problem()
     found: list[tuple[Option, ...]] = []
     for frontier in (frontier_by_share, frontier_by_devices):
         with effort.session() as session:

@@ -118,11 +118,10 @@ def compare(question: Question, effort: Effort = USUAL, *, partitions: Iterable[
     """
     profile, cluster, workload = question.profile, question.cluster, question.workload
     referee = CostModel(profile, workload=workload, cluster=cluster, execution=question.execution)
-    demands = question.demands.model_copy(update={"layers": None})
 
     def own(strategy: Strategy) -> Row:
         try:
-            plan = solve(replace(question, strategy=strategy, demands=demands), effort)
+            plan = solve(question.by(strategy), effort)
         except InfeasibleError as error:
             return _without_plan(referee, strategy, error)
         return _scored(referee, strategy, "strategy", stages_of(plan), status=plan.proof.status)

@@ -1,12 +1,14 @@
 """A plan as a person sees it in a terminal: memory bars, the chain with its hops, the times, the proof."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from planner.show.words import duration
 from plans.console import table
-from plans.plan import Plan, Stage
+from plans.errors import printable
+from plans.plan import Demands, Plan, Stage
 from plans.reading.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -95,6 +97,8 @@ def legend() -> "Text":
 def summary_lines(plan: Plan) -> Iterator[str]:
     """Yield the chain, the predicted times, the proof, and what was left out or given up."""
     yield chain_line(plan)
+    if plan.demands is not None:
+        yield demands_line(plan.demands)
     yield from _time_lines(plan)
     if plan.trade_off is not None:
         trade = plan.trade_off
@@ -115,6 +119,28 @@ def chain_line(plan: Plan) -> str:
     if len(plan.stages) > 1:
         parts.append(f" -{duration(plan.prediction.return_hop_seconds)}-> back to {plan.stages[0].device}")
     return "chain: " + "".join(parts)
+
+
+def demands_line(demands: Demands) -> str:
+    """Return what the user fixed by hand; layer numbers are inclusive, as in the table."""
+    parts = [_said(pin) for pin in demands.pins] + [f"not {_said(ban)}" for ban in demands.bans]
+    if demands.layers is not None:
+        parts.append(_said(demands.layers) if "@" in demands.layers else f"layers {printable(demands.layers)}")
+    parts += ["devices in their order"] * demands.keep_order + ["every device"] * demands.use_all
+    return f"asked for: {', '.join(parts)}"
+
+
+def _said(demand: str) -> str:
+    """Return ``0-4@cpu`` as ``layers 0-3 on cpu``."""
+
+    def layers(match: re.Match[str]) -> str:
+        start, last = int(match[1]), int(match[2] or int(match[1]) + 1) - 1
+        if last > start:
+            return f"layers {start}-{last} on "
+        return f"layer {start} on " if last == start else "no layer on "
+
+    worded = re.sub(r"\b(\d{1,5})(?:-(\d{1,5}))?@", layers, printable(demand))
+    return worded.replace("@", " on ").replace(",", ", ")
 
 
 def _time_lines(plan: Plan) -> Iterator[str]:

@@ -78,6 +78,13 @@ TAMPERED: dict[str, tuple[Change, type[LlamaplanError], str]] = {
         "/stages/0/budget_bytes",
     ),
     "not a mixed plan": (lambda d: d.update(mixed_weight=0.5), InputError, "mixed_weight belongs to"),
+    "demands of nothing": (lambda d: d.update(demands={}), InputError, "demands that fix nothing are left out"),
+    "an unknown demand": (lambda d: d.update(demands={"luck": True}), InputError, "/demands/luck"),
+    "a cut for another strategy": (
+        lambda d: d.update(demands={"layers": "3,1"}, strategy="compute"),
+        InputError,
+        "demands.layers belongs to the strategy custom",
+    ),
     "unit missing": (lambda d: d["profile"]["units"].pop(), InputError, "/profile"),
     "prompt beyond the context": (
         lambda d: d["workload"].update(prompt_tokens=500),

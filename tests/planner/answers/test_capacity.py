@@ -10,7 +10,7 @@ from planner.show.plan import capacity_line
 from plans.errors import InfeasibleError
 from plans.plan import Plan
 from plans.profile import ModelProfile
-from tests.planner.cases import asked, cluster, device, solve, tiny_profile, workload
+from tests.planner.cases import cluster, device, solve, tiny_profile, workload
 
 LOAD = workload(prompt_tokens=16, new_tokens=16, context_tokens=64, prefill_chunk_tokens=16)
 PARTS = cluster(device("a", budget_bytes=110_000), device("b", budget_bytes=90_000), device("c", budget_bytes=70_000))
@@ -25,19 +25,16 @@ def _solve(profile: ModelProfile, load: Any = LOAD, **options: Any) -> Plan:
     return solve(profile, cluster=PARTS, workload=load, is_isolated=False, **options)
 
 
-def _capacity(plan: Plan, key: Any, **options: Any) -> Capacity:
+def _capacity(plan: Plan, key: Any) -> Capacity:
     with SolverSession(is_isolated=False) as session:
-        question, _ = asked(
-            plan.profile, cluster=plan.cluster, workload=plan.workload, strategy=plan.strategy, **options
-        )
-        return measure_capacity(plan, key, session=session, question=question)
+        return measure_capacity(plan, key, session=session)
 
 
 @pytest.mark.parametrize("key", ["context_tokens", "requests_in_flight"])
 @pytest.mark.parametrize("options", [{}, {"keep_order": True}, {"bans": ["b"]}, {"use_all": True}])
 def test_largest_value_has_a_plan_and_one_more_has_none(profile: ModelProfile, key: Any, options: Any) -> None:
     plan = _solve(profile, **options)
-    found = _capacity(plan, key, **options)
+    found = _capacity(plan, key)
     assert found.planned <= found.this_cut <= found.any_cut
     at_most = _solve(profile, LOAD.model_copy(update={key: found.any_cut}), **options)
     assert at_most.proof.status == "optimal"
@@ -59,7 +56,7 @@ def test_this_cut_is_what_the_plan_itself_can_grow_to(profile: ModelProfile) -> 
 
 def test_a_cut_given_by_hand_stays_that_cut(profile: ModelProfile) -> None:
     plan = _solve(profile, strategy="custom", layers="2,2")
-    found = _capacity(plan, "context_tokens", layers="2,2")
+    found = _capacity(plan, "context_tokens")
     assert found.this_cut == found.any_cut
     assert found.proved_by == ("the exact check of the cut",)
 

@@ -1,11 +1,13 @@
 """The terminal picture of a plan."""
 
+from typing import Any
+
 import pytest
 from rich.console import Console
 
 from planner.show import plan as show
 from planner.show.words import duration
-from plans.plan import Plan, Proof, Stage, TradeOff
+from plans.plan import Demands, Plan, Proof, Stage, TradeOff
 from tests.planner.cases import make_plan
 
 
@@ -74,6 +76,24 @@ def test_proof_says_who_proved_what() -> None:
     open_ = show.proof_line(_with_proof(plan, status="feasible", bound=0.2, gap=0.2, certified_by=None))
     least = "HiGHS 1.16.0 excludes less than 200 ms per token (gap 20.00%)"
     assert open_ == f"feasible, not proved: 250 ms per token; {least}"
+
+
+@pytest.mark.parametrize(
+    ("demands", "line"),
+    [
+        (
+            {"pins": ("embedding@cpu", "0-4@cuda:0", "7@cpu"), "bans": ("t4:3", "0-2@cpu")},
+            "embedding on cpu, layers 0-3 on cuda:0, layer 7 on cpu, not t4:3, not layers 0-1 on cpu",
+        ),
+        ({"layers": "18,10,4", "keep_order": True}, "layers 18,10,4, devices in their order"),
+        ({"layers": "0-16@cuda:0,16-32@cpu"}, "layers 0-15 on cuda:0, layers 16-31 on cpu"),
+        ({"layers": "0-0@cpu,0-4@a", "use_all": True}, "no layer on cpu, layers 0-3 on a, every device"),
+        ({"bans": ("\x1b[31m",)}, "not \\x1b[31m"),
+    ],
+)
+def test_demands_are_said_in_one_line(demands: dict[str, Any], line: str) -> None:
+    plan = make_plan().model_copy(update={"demands": Demands(**demands)})
+    assert f"asked for: {line}" in list(show.summary_lines(plan))
 
 
 def test_trade_off_and_unused_devices_are_named() -> None:
