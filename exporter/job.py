@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from exporter.binding import Say
 from exporter.disk.staging import Staging
@@ -196,15 +196,7 @@ def build_manifest(
 ) -> Manifest:
     """Return the manifest with its own id; lists are sorted, so equal content gives equal bytes."""
     stages = tuple(
-        ManifestStage(
-            file=stage.name,
-            device=planned.device,
-            start_layer=planned.start_layer,
-            end_layer=planned.end_layer,
-            has_embedding=planned.has_embedding,
-            has_head=planned.has_head,
-        )
-        for stage, planned in zip(layout.stages, plan.stages, strict=True)
+        ManifestStage(file=stage.name, **asdict(units)) for stage, units in zip(layout.stages, plan.ranges, strict=True)
     )
     draft = Manifest(
         export_id="0" * 64,

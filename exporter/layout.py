@@ -13,7 +13,8 @@ from plans.checkpoint.folder import HEAD, Checkpoint, StoredTensor, UnitKey, une
 from plans.dtypes import DTYPES, STORED_DTYPES
 from plans.export.manifest import weights_name
 from plans.export.opening import metadata_of
-from plans.plan import Plan, Stage
+from plans.plan import Plan
+from plans.stages import StageRange
 
 DATA_ALIGNMENT = 64
 """The data of a stage file starts on a multiple of this, so that mapped weights lie on cache lines ..."""
@@ -82,7 +83,7 @@ def lay_out(plan: Plan, *, checkpoint: Checkpoint, dtype: str | None) -> Layout:
     units = {table.key: table.tensors for table in unit_tables(checkpoint)}
     plan_sha256 = plan.sha256
     stages = []
-    for index, stage in enumerate(plan.stages):
+    for index, stage in enumerate(plan.ranges):
         tensors = _tensors_of(stage, units, checkpoint)
         pieces = tuple(_in_file_order(_pieces(tensors, dtype)))
         metadata = metadata_of(index, num_stages=len(plan.stages), plan_sha256=plan_sha256)
@@ -96,22 +97,14 @@ def lay_out(plan: Plan, *, checkpoint: Checkpoint, dtype: str | None) -> Layout:
     )
 
 
-def keys_of(stage: Stage) -> tuple[UnitKey, ...]:
-    """Return the units of a stage in chain order."""
-    first: list[UnitKey] = [("embedding", 0)] if stage.has_embedding else []
-    layers: list[UnitKey] = [("layer", i) for i in range(stage.start_layer, stage.end_layer)]
-    last: list[UnitKey] = [("head", 0)] if stage.has_head else []
-    return (*first, *layers, *last)
-
-
 def _tensors_of(
-    stage: Stage, units: Mapping[UnitKey, Mapping[str, StoredTensor]], checkpoint: Checkpoint
+    stage: StageRange, units: Mapping[UnitKey, Mapping[str, StoredTensor]], checkpoint: Checkpoint
 ) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
-    for key in keys_of(stage):
+    for key in stage.keys:
         tensors |= {name: units[key][name] for name in sorted(units[key])}
     # A tied head needs a copy of the table only where the embedding is not at hand.
-    if stage.has_embedding and stage.has_head and HEAD not in checkpoint.tensors:
+    if stage.has_both_ends and HEAD not in checkpoint.tensors:
         tensors.pop(HEAD, None)
     return tensors
 

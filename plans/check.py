@@ -10,6 +10,7 @@ from plans.errors import InputError, IntegrityError
 from plans.memory import device_overhead_bytes, stage_memory
 from plans.plan import Plan, Stage
 from plans.reading.strict import MAX_JSON_BYTES
+from plans.stages import chain_fault
 
 SHARE_TOLERANCE = 1e-9
 
@@ -40,30 +41,15 @@ def _fail(where: object, pointer: str, what: str, expected: str = "") -> InputEr
 
 def _check_chain(plan: Plan, where: object) -> None:
     """Every unit exactly once, in order, at most one stage per device, no empty stage."""
-    last = len(plan.stages) - 1
-    position = 0
+    fault = chain_fault(plan.ranges, num_layers=plan.profile.model.num_hidden_layers)
+    if fault is not None:
+        raise _fail(where, f"/stages/{fault.index}/{fault.key}".rstrip("/"), fault.what, fault.expected)
     seen: set[str] = set()
     for index, stage in enumerate(plan.stages):
-        pointer = f"/stages/{index}"
-        if stage.end_layer < stage.start_layer:
-            raise _fail(where, pointer, f"layers {stage.start_layer}-{stage.end_layer} are reversed")
-        if stage.start_layer != position:
-            kind = "overlap the stage before" if stage.start_layer < position else "leave a gap"
-            raise _fail(where, f"{pointer}/start_layer", f"layers from {stage.start_layer} {kind}", f"{position}")
-        if stage.has_embedding != (index == 0):
-            raise _fail(where, f"{pointer}/has_embedding", "the embedding belongs to the first stage alone")
-        if stage.has_head != (index == last):
-            raise _fail(where, f"{pointer}/has_head", "the head belongs to the last stage alone")
-        if not (stage.num_layers or stage.has_embedding or stage.has_head):
-            raise _fail(where, pointer, "the stage is empty")
         if stage.device in seen:
-            raise _fail(where, f"{pointer}/device", f"{stage.device} already holds another stage")
+            raise _fail(where, f"/stages/{index}/device", f"{stage.device} already holds another stage")
         seen.add(stage.device)
         _device(plan, index, where)
-        position = stage.end_layer
-    num_layers = plan.profile.model.num_hidden_layers
-    if position != num_layers:
-        raise _fail(where, f"/stages/{last}/end_layer", f"the stages end at layer {position}", f"{num_layers} layers")
 
 
 def _device(plan: Plan, index: int, where: object) -> Device:
@@ -82,10 +68,7 @@ def _check_memory(plan: Plan, index: int, stage: Stage, where: object) -> None:
     needed = stage_memory(
         plan.profile,
         workload=plan.workload,
-        start_layer=stage.start_layer,
-        end_layer=stage.end_layer,
-        has_embedding=stage.has_embedding,
-        has_head=stage.has_head,
+        stage=stage.range,
         overhead_bytes=device_overhead_bytes(
             device, plan.cluster, is_process_per_stage=plan.execution == "process_per_stage"
         ),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from plans.cluster import Cluster, Device
 from plans.dtypes import DTYPES
 from plans.profile import ModelProfile, UnitProfile
+from plans.stages import StageRange
 from plans.workload import Workload
 
 
@@ -77,26 +78,18 @@ def device_overhead_bytes(device: Device, cluster: Cluster, *, is_process_per_st
 
 
 def stage_memory(
-    profile: ModelProfile,
-    *,
-    workload: Workload,
-    start_layer: int,
-    end_layer: int,
-    has_embedding: bool,
-    has_head: bool,
-    overhead_bytes: int,
+    profile: ModelProfile, *, workload: Workload, stage: StageRange, overhead_bytes: int = 0
 ) -> StageMemory:
-    """Return what a stage of layers [start_layer, end_layer) needs, with the embedding and the head if it has them."""
-    layers = profile.layers[start_layer:end_layer]
-    weights = sum(layer.weight_bytes for layer in layers)
-    weights += profile.embedding.weight_bytes * has_embedding + profile.head.weight_bytes * has_head
-    if has_embedding and has_head:
-        weights -= tied_table_bytes(profile)
-    workspaces = [layer_activation_bytes(profile, workload)] if layers else []
-    workspaces += [end_activation_bytes(profile, workload, has_head=False)] if has_embedding else []
-    workspaces += [end_activation_bytes(profile, workload, has_head=True)] if has_head else []
+    """Return what a stage needs."""
+    units = stage.units(profile)
+    layers = [unit for unit in units if unit.kind == "layer"]
+    workspaces = [
+        end_activation_bytes(profile, workload, has_head=u.kind == "head") for u in units if u.kind != "layer"
+    ]
+    workspaces += [layer_activation_bytes(profile, workload)] if layers else []
+    shared = tied_table_bytes(profile) if stage.has_both_ends else 0
     return StageMemory(
-        weight_bytes=weights,
+        weight_bytes=sum(unit.weight_bytes for unit in units) - shared,
         kv_cache_bytes=sum(layer_kv_bytes(layer, workload) for layer in layers),
         activation_bytes=max(workspaces, default=0),
         overhead_bytes=overhead_bytes,

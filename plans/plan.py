@@ -8,6 +8,7 @@ from plans.cluster import Cluster, Name, Seconds
 from plans.profile import Count, ModelProfile
 from plans.reading.files import sha256_hex
 from plans.reading.strict import SchemaVersion, StrictModel
+from plans.stages import StageRange
 from plans.workload import Workload
 
 Strategy = Literal["uniform", "memory", "compute", "mixed", "custom"]
@@ -36,9 +37,9 @@ class Stage(StrictModel):
     """Time to move one decode step's hidden states to the next stage; 0 for the last stage."""
 
     @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return self.end_layer - self.start_layer
+    def range(self) -> StageRange:
+        """Which units it holds."""
+        return StageRange(self.device, self.start_layer, self.end_layer, self.has_embedding, self.has_head)
 
     @property
     def total_bytes(self) -> int:
@@ -141,6 +142,11 @@ class Plan(StrictModel):
         return sha256_hex(self.to_json().encode())
 
     @property
+    def ranges(self) -> tuple[StageRange, ...]:
+        """Which units the stages hold, in chain order."""
+        return tuple(stage.range for stage in self.stages)
+
+    @property
     def boundaries(self) -> tuple[int, ...]:
         """Number of layers per stage, in chain order."""
-        return tuple(stage.num_layers for stage in self.stages)
+        return tuple(stage.num_layers for stage in self.ranges)

@@ -13,6 +13,7 @@ from plans.plan import Share
 from plans.profile import Count, ModelProfile, Sha256
 from plans.reading.files import read_limited
 from plans.reading.strict import SchemaVersion, StrictModel, parse_json, validate_json
+from plans.stages import StageRange, chain_fault
 from plans.workload import Workload
 
 DEFAULT_CHUNK_TOKENS = 2048
@@ -54,6 +55,11 @@ class RunStage(_Document):
     decode_hop_seconds: Seconds = 0.0
     decode_cache_seconds: Seconds = 0.0
 
+    @property
+    def range(self) -> StageRange:
+        """Which units it held, on the device they were planned for."""
+        return StageRange(self.planned_device, self.start_layer, self.end_layer, self.has_embedding, self.has_head)
+
 
 class _Measured(_Document):
     """Which model was measured, and how long it took to load."""
@@ -92,12 +98,9 @@ class _TimedRun(_Measured):
 
     @model_validator(mode="after")
     def _is_a_chain(self) -> "_TimedRun":
-        position = 0
-        for index, stage in enumerate(self.stages):
-            is_whole = stage.has_embedding == (index == 0) and stage.has_head == (index == len(self.stages) - 1)
-            if stage.start_layer != position or stage.end_layer < position or not is_whole:
-                raise ValueError(f"stage {index} does not continue the chain at layer {position}")
-            position = stage.end_layer
+        fault = chain_fault([stage.range for stage in self.stages], num_layers=self.stages[-1].end_layer)
+        if fault is not None:
+            raise ValueError(str(fault))
         return self
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from plans.stages import StageSpec
+from plans.stages import StageRange
 
 REFERENCE_PATH = "reference"
 FAST_PATH = "fast"
@@ -80,6 +80,6 @@ class StageView:
         decode_read_bytes: weight bytes it reads in a decode step.
     """
 
-    spec: StageSpec
+    spec: StageRange
     device: str
     decode_read_bytes: int

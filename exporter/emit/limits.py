@@ -35,7 +35,7 @@ def _pipeline_limits(plan: Plan) -> list[str]:
     ]
     limits += [
         f"stage {i} holds no layer; whether the engine accepts a rank with 0 layers depends on its version"
-        for i, stage in enumerate(plan.stages)
+        for i, stage in enumerate(plan.ranges)
         if not stage.num_layers
     ]
     return limits + _host_limits(plan)

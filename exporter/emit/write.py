@@ -102,7 +102,7 @@ class _Split:
 
 def _llama_cpp_split(view: PlanView) -> _Split:
     stages = [stage for stage in view.plan.stages if kind_of(view.plan, stage) != "cpu"]
-    parts = [stage.num_layers for stage in stages]
+    parts = [stage.range.num_layers for stage in stages]
     if parts:
         parts[-1] += 1  # the output counts as one more layer and goes to the last GPU
     return _Split(",".join(map(str, parts)) or "1", sum(parts))

@@ -6,7 +6,7 @@ from pathlib import Path
 from planner.answers.capacity import chain_of
 from planner.problem.evaluate import violations
 from planner.problem.question import Question
-from planner.timing.costs import StageRange, predict
+from planner.timing.costs import predict
 from plans.checkpoint.folder import check_same_shapes, open_checkpoint
 from plans.errors import IntegrityError
 from plans.plan import Plan, Prediction
@@ -21,9 +21,8 @@ def recompute(plan: Plan, *, where: object) -> Prediction:
         IntegrityError: a recorded time is another, or the stages break the plan's demands.
         UsageError: its demands are malformed.
     """
-    ranges = [StageRange(s.device, s.start_layer, s.end_layer, s.has_embedding, s.has_head) for s in plan.stages]
     seconds, prediction = predict(
-        plan.profile, workload=plan.workload, cluster=plan.cluster, stages=ranges, execution=plan.execution
+        plan.profile, workload=plan.workload, cluster=plan.cluster, stages=plan.ranges, execution=plan.execution
     )
     for index, (stage, times) in enumerate(zip(plan.stages, seconds, strict=True)):
         for key in ("decode_seconds", "prefill_seconds", "hop_seconds"):

@@ -10,7 +10,6 @@ from dataclasses import replace
 from planner.answers.solve import objective_seconds, solve
 from planner.problem.question import Question
 from planner.program.effort import USUAL, Effort
-from planner.rivals.compare import stages_of
 from planner.timing.costs import CostModel, predict_chain
 from plans.errors import InfeasibleError
 from plans.plan import Plan
@@ -34,7 +33,7 @@ def best_chunk(plan: Plan) -> int:
     def first_token(chunk: int) -> float:
         load = plan.workload.model_copy(update={"prefill_chunk_tokens": chunk})
         model = CostModel(plan.profile, workload=load, cluster=plan.cluster, execution=plan.execution)
-        return predict_chain(model, stages=stages_of(plan))[1].time_to_first_token_seconds
+        return predict_chain(model, stages=plan.ranges)[1].time_to_first_token_seconds
 
     fitting = [c for c in candidate_chunks(plan.workload.prompt_tokens) if _has_room(plan, c)]
     return min(fitting, key=lambda chunk: (first_token(chunk), -chunk))

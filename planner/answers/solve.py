@@ -1,17 +1,19 @@
 """The Python API of the planner: profile + cluster + workload -> the best plan, proved."""
 
+from dataclasses import asdict
 from fractions import Fraction
 
 from planner.answers.explain import explain_infeasible
 from planner.answers.strategies import Outcome, run_strategy
-from planner.problem.problem import Assignment, Problem
+from planner.problem.problem import Problem
 from planner.problem.question import Question
 from planner.program.effort import USUAL, Effort
-from planner.timing.costs import StageRange, StageSeconds, predict
+from planner.timing.costs import StageSeconds, predict
 from plans.check import check_plan
 from plans.errors import InfeasibleError
 from plans.memory import device_overhead_bytes, stage_memory
 from plans.plan import NO_DEMANDS, Plan, Prediction, Proof, Stage, TradeOff
+from plans.stages import StageRange
 
 
 def solve(question: Question, effort: Effort = USUAL) -> Plan:
@@ -48,14 +50,6 @@ def _out_of_time(effort: Effort) -> InfeasibleError:
     )
 
 
-def stage_ranges(problem: Problem, assignment: Assignment) -> tuple[StageRange, ...]:
-    """Return an assignment with device names, as the cost model takes it."""
-    last = len(assignment) - 1
-    return tuple(
-        StageRange(problem.devices[s.device].name, s.start, s.end, i == 0, i == last) for i, s in enumerate(assignment)
-    )
-
-
 def objective_seconds(plan: Plan) -> float:
     """Return the plan's time by its objective, in seconds (the step period for `throughput`)."""
     prediction, workload = plan.prediction, plan.workload
@@ -72,7 +66,7 @@ def objective_seconds(plan: Plan) -> float:
 def _make_plan(question: Question, problem: Problem, outcome: Outcome) -> Plan:
     assert outcome.assignment is not None
     profile, cluster, workload = question.profile, question.cluster, question.workload
-    ranges = stage_ranges(problem, outcome.assignment)
+    ranges = problem.ranges(outcome.assignment)
     seconds, prediction = predict(
         profile, workload=workload, cluster=cluster, stages=ranges, execution=question.execution
     )
@@ -104,26 +98,14 @@ def _make_stage(question: Question, stage: StageRange, seconds: StageSeconds) ->
     memory = stage_memory(
         question.profile,
         workload=question.workload,
-        start_layer=stage.start_layer,
-        end_layer=stage.end_layer,
-        has_embedding=stage.has_embedding,
-        has_head=stage.has_head,
+        stage=stage,
         overhead_bytes=device_overhead_bytes(device, question.cluster, is_process_per_stage=is_process_per_stage),
     )
     return Stage(
-        device=stage.device,
-        start_layer=stage.start_layer,
-        end_layer=stage.end_layer,
-        has_embedding=stage.has_embedding,
-        has_head=stage.has_head,
-        weight_bytes=memory.weight_bytes,
-        kv_cache_bytes=memory.kv_cache_bytes,
-        activation_bytes=memory.activation_bytes,
-        overhead_bytes=memory.overhead_bytes,
+        **asdict(stage),
+        **asdict(memory),
         budget_bytes=device.budget_bytes or 0,
-        decode_seconds=seconds.decode_seconds,
-        prefill_seconds=seconds.prefill_seconds,
-        hop_seconds=seconds.hop_seconds,
+        **asdict(seconds),
     )
 
 

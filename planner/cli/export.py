@@ -94,12 +94,8 @@ def stage_lines(manifest: "Manifest", stages: frozenset[int] | None) -> Iterator
     for index, stage in enumerate(manifest.stages):
         if stages is not None and index not in stages:
             continue
-        parts = ["embedding"] * stage.has_embedding
-        if stage.end_layer > stage.start_layer:
-            parts.append(f"layers {stage.start_layer}-{stage.end_layer - 1}")
-        parts += ["head"] * stage.has_head
         size = format_bytes(manifest.file(stage.file).size)
-        yield f"{stage.file}  {size:>10}  {stage.device}: {', '.join(parts)}"
+        yield f"{stage.file}  {size:>10}  {stage.device}: {stage.range.words}"
 
 
 def verify_command(

@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from planner.answers.solve import solve
 from planner.measure.cluster import plain_name
 from planner.problem.question import Question
-from planner.timing.costs import CostModel, StageRange
+from planner.timing.costs import CostModel
 from plans.cluster import Cluster, Device, Timings
 from plans.errors import InfeasibleError, IntegrityError
 from plans.plan import Demands, Plan
 from plans.profile import ModelProfile
 from plans.run import RunStage, TimedRun
+from plans.stages import StageRange
 from plans.workload import Workload
 
 PREFILL_FLOOR = 0.01
@@ -120,18 +121,11 @@ def _other(where: object, what: str, found: str, expected: str) -> IntegrityErro
 
 
 def _drift(model: CostModel, stage: RunStage, run: TimedRun, *, is_first: bool) -> StageDrift:
-    units = StageRange(stage.planned_device, stage.start_layer, stage.end_layer, stage.has_embedding, stage.has_head)
-    decode = model.stage_decode_seconds(
-        units.device, units.start_layer, units.end_layer, has_embedding=units.has_embedding, has_head=units.has_head
-    )
-    prefill = model.stage_prefill_seconds(
-        units.device, units.start_layer, units.end_layer, has_embedding=units.has_embedding, has_head=units.has_head
-    )
     return StageDrift(
-        stage=units,
-        predicted_decode_seconds=decode,
+        stage=stage.range,
+        predicted_decode_seconds=model.stage_decode_seconds(stage.range),
         measured_decode_seconds=stage.decode_compute_seconds / stage.decode_steps + is_first * run.rest_seconds,
-        predicted_prefill_seconds=math.fsum(prefill),
+        predicted_prefill_seconds=math.fsum(model.stage_prefill_seconds(stage.range)),
         measured_prefill_seconds=stage.prefill_compute_seconds,
     )
 
@@ -140,7 +134,7 @@ def _corrected(model: CostModel, drift: StageDrift) -> Device:
     """Return the device with all its times of this shape multiplied."""
     device, profile, work = model.cluster.device(drift.stage.device), model.profile, model.workload
     factor = drift.decode_factor
-    ends = [profile.embedding] * drift.stage.has_embedding + [profile.head] * drift.stage.has_head
+    ends = [unit for unit in drift.stage.units(profile) if unit.kind != "layer"]
     end_seconds = factor * math.fsum(s for unit in ends for s in model.prefill_seconds(unit, device.name))
     layers_seconds = drift.predicted_prefill_seconds - end_seconds / factor
     left = max(drift.measured_prefill_seconds - end_seconds, PREFILL_FLOOR * drift.measured_prefill_seconds)

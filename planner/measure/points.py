@@ -14,6 +14,7 @@ from plans.errors import MachineError
 from plans.memory import stage_memory
 from plans.profile import ModelProfile
 from plans.reading.sizes import format_bytes
+from plans.stages import StageRange
 from plans.workload import Workload
 
 CONTEXTS = (16, 128, 512, 1024, 2048)
@@ -165,13 +166,5 @@ def _step_bytes(profile: ModelProfile, num_layers: int, context: int, batch: int
         dtype=profile.dtype,
         kv_cache_dtype=profile.kv_cache_dtype,
     )
-    memory = stage_memory(
-        profile,
-        workload=workload,
-        start_layer=0,
-        end_layer=num_layers,
-        has_embedding=True,
-        has_head=True,
-        overhead_bytes=0,
-    )
+    memory = stage_memory(profile, workload=workload, stage=StageRange.whole(num_layers))
     return memory.total_bytes + memory.kv_cache_bytes

@@ -15,6 +15,7 @@ from plans.dtypes import DtypeName
 from plans.errors import MachineError, printable
 from plans.memory import stage_memory
 from plans.profile import ModelProfile
+from plans.stages import StageRange
 from plans.workload import Workload
 
 PathName = Literal["reference", "fast"]
@@ -83,15 +84,7 @@ def _modelled_bytes(profile: ModelProfile, request: Request, *, weight_bytes: in
         dtype=profile.dtype,
         kv_cache_dtype=profile.dtype,
     )
-    memory = stage_memory(
-        profile,
-        workload=workload,
-        start_layer=0,
-        end_layer=request.num_layers,
-        has_embedding=True,
-        has_head=True,
-        overhead_bytes=0,
-    )
+    memory = stage_memory(profile, workload=workload, stage=StageRange.whole(request.num_layers))
     return weight_bytes + memory.kv_cache_bytes + memory.activation_bytes
 
 

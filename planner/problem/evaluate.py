@@ -1,7 +1,6 @@
 """The exact value of one assignment: its time in ticks, its memory share as a fraction, and whether it is allowed.
 
-Written against the definitions in the design (sections 5 and 6) and nothing else, so that it can judge the solver and
-the certificate alike.
+Written against the definitions and `plans.stages` alone, so that it can judge the solver and the certificate alike.
 """
 
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from itertools import pairwise
 
 from planner.problem.problem import Assignment, Matrix, Problem, Ticks, UnitTicks, chain_costs
 from plans.plan import Objective
+from plans.stages import chain_fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,9 @@ def violations(problem: Problem, assignment: Assignment) -> list[str]:
     found = _chain_violations(problem, assignment)
     if found:
         return found
-    last = len(assignment) - 1
-    for i, s in enumerate(assignment):
-        if not problem.allows(s.device, s.start, s.end, embedding=i == 0, head=i == last):
-            found.append(f"layers {s.start}-{s.end} do not fit {problem.devices[s.device].name} or break its rule")
+    for s, units in zip(assignment, problem.ranges(assignment), strict=True):
+        if not problem.allows(s.device, s.start, s.end, embedding=units.has_embedding, head=units.has_head):
+            found.append(f"{units.words} do not fit {units.device} or break its rule")
     used = {stage.device for stage in assignment}
     for index, device in enumerate(problem.devices):
         if index not in used and (problem.use_all or device.rule.is_required):
@@ -121,15 +120,8 @@ def _chain_violations(problem: Problem, assignment: Assignment) -> list[str]:
         found.append("the devices are out of order")
     if problem.max_stages is not None and len(assignment) > problem.max_stages:
         found.append(f"{len(assignment)} stages, at most {problem.max_stages} are allowed")
-    position = 0
-    for i, stage in enumerate(assignment):
-        if stage.start != position or stage.end < stage.start:
-            found.append(f"stage {i} does not continue at layer {position}")
-        if stage.end == stage.start and 0 < i < len(assignment) - 1:
-            found.append(f"stage {i} is empty")
-        position = stage.end
-    if position != problem.num_layers:
-        found.append(f"the stages end at layer {position}")
+    fault = chain_fault(problem.ranges(assignment), num_layers=problem.num_layers)
+    found += [str(fault)] if fault is not None else []
     ways = [(problem.decode_hop, a.device, b.device) for a, b in pairwise(assignment)]
     ways.append((problem.return_hop, assignment[-1].device, assignment[0].device))
     found += [f"no way from device {a} to device {b}" for matrix, a, b in ways if matrix[a][b] is None]

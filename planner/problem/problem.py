@@ -10,6 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from plans.plan import Execution, Objective
+from plans.stages import StageRange
 
 Ticks = int
 Matrix = tuple[tuple[int | None, ...], ...]
@@ -135,6 +136,13 @@ class Problem:
     def prefix_bytes(self) -> tuple[int, ...]:
         """Bytes of layers [0, i) for i from 0 to the number of layers."""
         return prefix_sums(self.units.layers)
+
+    def ranges(self, assignment: Assignment) -> tuple[StageRange, ...]:
+        """Return which units an assignment gives to which device."""
+        last = len(assignment) - 1
+        return tuple(
+            StageRange(self.devices[s.device].name, s.start, s.end, i == 0, i == last) for i, s in enumerate(assignment)
+        )
 
     def seconds(self, ticks: Fraction | Ticks, objective: Objective) -> float:
         """Return a time objective in seconds; the ticks of `throughput` are step periods times requests in flight."""

@@ -39,24 +39,15 @@ def memory_drawing(plan: Plan) -> Drawing:
     )
 
 
-def stage_words(stage: Stage) -> str:
-    """Return what a stage holds: ``embedding, layers 0-15`` or ``layer 31, head``."""
-    parts = ["embedding"] * stage.has_embedding
-    if stage.num_layers:
-        last = stage.end_layer - 1
-        parts.append(f"layers {stage.start_layer}-{last}" if last > stage.start_layer else f"layer {last}")
-    return ", ".join(parts + ["head"] * stage.has_head)
-
-
 def _used_text(stage: Stage) -> str:
     return f"{format_bytes(stage.total_bytes)} of {format_bytes(stage.budget_bytes)}"
 
 
 def _stage_row(stage: Stage, top: float) -> list[Shape]:
-    length = WIDTH - LEFT - RIGHT
+    length, words = WIDTH - LEFT - RIGHT, stage.range.words
     shapes: list[Shape] = [
         Text(0, top + 20, clipped(stage.device, LEFT - 20), "label strong", title=stage.device),
-        Text(0, top + 37, clipped(stage_words(stage), LEFT - 20), "label quiet", title=stage_words(stage)),
+        Text(0, top + 37, clipped(words, LEFT - 20), "label quiet", title=words),
         Rect(LEFT, top + 12, length, BAR, "free", f"{stage.device}: budget {stage.budget_bytes} bytes", radius=3),
     ]
     position = float(LEFT)

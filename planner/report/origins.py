@@ -12,7 +12,6 @@ from planner.timing.topology import Topology
 from plans.cluster import Cluster, Device, Link
 from plans.dtypes import DTYPES
 from plans.plan import Execution, Plan, Stage
-from plans.profile import UnitProfile
 from plans.reading.sizes import format_bytes
 
 Origin = Literal["headers", "formula", "measured", "stated", "assumed", "proved"]
@@ -51,7 +50,7 @@ def sources_of(plan: Plan, model: CostModel) -> tuple[Source, ...]:
 
 def decode_origin(stage: Stage, model: CostModel) -> Origin:
     """Return ``measured`` if all of a stage's decode times lie on measured curves, else ``stated``."""
-    units = _units(stage, model)
+    units = stage.range.units(model.profile)
     return "measured" if all(model.is_measured(unit, stage.device) for unit in units) else "stated"
 
 
@@ -110,7 +109,7 @@ def _overheads(plan: Plan) -> Iterator[Source]:
 
 def _times(device: Device, stage: Stage, model: CostModel) -> Source:
     what, value = f"time on {device.name}", f"{duration(stage.decode_seconds)} per token"
-    units = _units(stage, model)
+    units = stage.range.units(model.profile)
     num_measured = sum(model.is_measured(unit, device.name) for unit in units)
     beyond = ", beyond what was measured" if any(model.is_extrapolated(u, device.name) for u in units) else ""
     if num_measured == len(units):
@@ -137,9 +136,3 @@ def _hops(plan: Plan, model: CostModel) -> Iterator[Source]:
         )
         origin = hop_origin(plan.cluster, a, b, execution=plan.execution)
         yield Source(f"{a} to {b}", duration(seconds), origin, how)
-
-
-def _units(stage: Stage, model: CostModel) -> list[UnitProfile]:
-    profile = model.profile
-    units = list(profile.layers[stage.start_layer : stage.end_layer])
-    return [profile.embedding] * stage.has_embedding + units + [profile.head] * stage.has_head

@@ -5,7 +5,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from planner.report.drawing import number
-from planner.report.memory import PARTS, memory_drawing, stage_words
+from planner.report.memory import PARTS, memory_drawing
 from planner.report.origins import MEANINGS, Origin, decode_origin, hop_origin, sources_of
 from planner.report.timeline import decode_drawing, prefill_drawing
 from planner.report.topology import topology_drawing
@@ -164,7 +164,7 @@ def _rate_text(rate: float) -> str:
 
 def chain_words(plan: Plan) -> list[tuple[str, str]]:
     """Return (device, what it holds) in chain order."""
-    return [(stage.device, stage_words(stage)) for stage in plan.stages]
+    return [(stage.device, stage.words) for stage in plan.ranges]
 
 
 def unused_words(plan: Plan) -> str:
@@ -208,7 +208,7 @@ def _stage_rows(plan: Plan, model: CostModel, simulation: Simulation) -> list[St
                 number=index,
                 stage=stage,
                 host=plan.cluster.device(stage.device).host,
-                holds=stage_words(stage),
+                holds=stage.range.words,
                 decode=duration(stage.decode_seconds),
                 decode_origin=decode_origin(stage, model),
                 prefill=duration(stage.prefill_seconds),

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from planner.report.drawing import Dot, Drawing, Path, Rect, Shape, Text, clipped
-from planner.report.memory import stage_words
 from planner.show.words import duration
 from plans.cluster import Cluster, Host
 from plans.plan import Plan
@@ -80,7 +79,7 @@ def topology_drawing(plan: Plan) -> Drawing:
         *_way_shapes(plan, layout),
         *_return_shapes(plan, layout),
     ]
-    way = " to ".join(f"{stage.device} ({stage_words(stage)})" for stage in plan.stages)
+    way = " to ".join(f"{stage.device} ({stage.words})" for stage in plan.ranges)
     num_used = len(plan.stages)
     title = f"The way through {num_used} device{'s' if num_used > 1 else ''}"
     return Drawing("topology", title, way, WIDTH, layout.height, shapes)
@@ -187,7 +186,7 @@ def _device_shapes(plan: Plan, layout: Layout) -> Iterator[Shape]:
             yield Text(box.x + 12, box.y + 36, "not used", "label quiet small")
             continue
         index, stage = stages[name]
-        words = stage_words(stage)
+        words = stage.range.words
         title = f"{name}: {words}; {duration(stage.decode_seconds)} per token"
         yield Rect(box.x, box.y, box.width, box.height, "device", title, radius=6)
         yield Dot(box.x + 18, box.centre, 11, "badge")

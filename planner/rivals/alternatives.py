@@ -3,14 +3,13 @@
 from dataclasses import dataclass, replace
 
 from planner.answers.frontier import FrontierPoint, frontier_by_devices, frontier_by_share
-from planner.answers.solve import stage_ranges
 from planner.problem.problem import Problem
 from planner.problem.question import Question
 from planner.program.effort import USUAL, Effort
-from planner.rivals.compare import Comparison, compare, stages_of
+from planner.rivals.compare import Comparison, compare
 from planner.rivals.rules import Split
-from planner.timing.costs import StageRange
 from plans.plan import Plan, SolveStatus
+from plans.stages import StageRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ def alternatives_to(plan: Plan, effort: Effort = USUAL) -> Alternatives:
         MachineError: no solver works here.
     """
     question = Question.of(plan)
-    comparison = compare(question, effort, partitions=[("this plan", Split("this plan", stages_of(plan)))])
+    comparison = compare(question, effort, partitions=[("this plan", Split("this plan", plan.ranges))])
     comparison = replace(comparison, rows=(comparison.rows[-1], *comparison.rows[:-1]))
     problem = question.by("compute").problem()
     found: list[tuple[Option, ...]] = []
@@ -58,4 +57,4 @@ def alternatives_to(plan: Plan, effort: Effort = USUAL) -> Alternatives:
 
 
 def _option(problem: Problem, point: FrontierPoint) -> Option:
-    return Option(point.seconds, point.memory_share, stage_ranges(problem, point.assignment), point.status)
+    return Option(point.seconds, point.memory_share, problem.ranges(point.assignment), point.status)

@@ -14,10 +14,11 @@ from planner.problem.uniform import uniform_counts
 from planner.program.effort import USUAL, Effort
 from planner.rivals.rules import Split, all_splits, chain_of, llama_cpp
 from planner.simulate.one_plan import Simulation, simulate
-from planner.timing.costs import CostModel, StageRange
+from planner.timing.costs import CostModel
 from plans.errors import InfeasibleError
-from plans.memory import StageMemory, device_overhead_bytes, stage_memory, tied_table_bytes
-from plans.plan import Objective, Plan, SolveStatus, Strategy
+from plans.memory import device_overhead_bytes, stage_memory, tied_table_bytes
+from plans.plan import Objective, SolveStatus, Strategy
+from plans.stages import StageRange
 from plans.workload import Workload
 
 Kind = Literal["strategy", "rule", "partition"]
@@ -124,17 +125,12 @@ def compare(question: Question, effort: Effort = USUAL, *, partitions: Iterable[
             plan = solve(question.by(strategy), effort)
         except InfeasibleError as error:
             return _without_plan(referee, strategy, error)
-        return _scored(referee, strategy, "strategy", stages_of(plan), status=plan.proof.status)
+        return _scored(referee, strategy, "strategy", plan.ranges, status=plan.proof.status)
 
     rows = [own(strategy) for strategy in STRATEGIES]
     rows += [_score_split(referee, _fitting(referee, split), "rule") for split in all_splits(profile, cluster=cluster)]
     rows += [replace(_score_split(referee, split, "partition"), name=name) for name, split in partitions]
     return Comparison(tuple(rows), question.objective, workload)
-
-
-def stages_of(plan: Plan) -> tuple[StageRange, ...]:
-    """Return a plan's stages as the cost model takes them."""
-    return tuple(StageRange(s.device, s.start_layer, s.end_layer, s.has_embedding, s.has_head) for s in plan.stages)
 
 
 def _without_plan(referee: CostModel, strategy: Strategy, error: InfeasibleError) -> Row:
@@ -190,22 +186,10 @@ def memory_use(referee: CostModel, stages: Sequence[StageRange]) -> tuple[Device
 
 def _device_use(referee: CostModel, name: str, stages: Sequence[StageRange]) -> DeviceUse:
     device = referee.cluster.device(name)
-    parts = [_stage_memory(referee, stage) for stage in stages]
+    parts = [stage_memory(referee.profile, workload=referee.workload, stage=stage) for stage in stages]
     has_both_ends = len(stages) > 1 and stages[0].has_embedding and stages[-1].has_head
     used = sum(part.weight_bytes + part.kv_cache_bytes for part in parts) + max(part.activation_bytes for part in parts)
     used -= tied_table_bytes(referee.profile) if has_both_ends else 0
     is_process_per_stage = referee.execution == "process_per_stage"
     used += device_overhead_bytes(device, referee.cluster, is_process_per_stage=is_process_per_stage)
     return DeviceUse(name, used, device.budget_bytes or 0)
-
-
-def _stage_memory(referee: CostModel, stage: StageRange) -> StageMemory:
-    return stage_memory(
-        referee.profile,
-        workload=referee.workload,
-        start_layer=stage.start_layer,
-        end_layer=stage.end_layer,
-        has_embedding=stage.has_embedding,
-        has_head=stage.has_head,
-        overhead_bytes=0,
-    )

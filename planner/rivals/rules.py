@@ -11,12 +11,12 @@ from itertools import groupby
 
 from planner.rivals import accelerate as rules_accelerate
 from planner.rivals.accelerate import DISK, Room, Sizes
-from planner.timing.costs import StageRange
 from plans.cluster import Cluster, Device
 from plans.dtypes import DTYPES
 from plans.engines import rules as rules_counts
 from plans.errors import UsageError
 from plans.profile import ModelProfile
+from plans.stages import StageRange
 
 ROTARY_BYTES = 4
 """transformers keeps its rotary frequencies in fp32."""

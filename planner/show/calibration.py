@@ -14,7 +14,7 @@ def calibration_lines(found: Calibration) -> Iterator[str]:
     for number, drift in enumerate(found.stages):
         stage = drift.stage
         yield (
-            f"stage {number} on {stage.device}, layers {stage.start_layer}-{stage.end_layer}: "
+            f"stage {number} on {stage.device} ({stage.words}): "
             f"{_phase('decode', drift.predicted_decode_seconds, drift.measured_decode_seconds)}; "
             f"{_phase('prefill', drift.predicted_prefill_seconds, drift.measured_prefill_seconds)}"
         )
@@ -26,7 +26,7 @@ def gain_line(plan: Plan, same_cut: Plan | None) -> str:
     if same_cut is None:
         return f"corrected: {duration(new)} with this cut; the run's own cut does not fit these budgets"
     old = objective_seconds(same_cut)
-    cut = ", ".join(f"{stage.num_layers}@{stage.device}" for stage in plan.stages)
+    cut = ", ".join(f"{stage.num_layers}@{stage.device}" for stage in plan.ranges)
     if new >= old or cut_of(plan) == cut_of(same_cut):
         return f"corrected: {duration(old)} with the run's cut; no other cut gains anything"
     return f"corrected: {duration(old)} with the run's cut, {duration(new)} with {cut}: {1 - new / old:.1%} less"

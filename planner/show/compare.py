@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from planner.rivals.compare import Comparison, Row
 from planner.show.words import duration
-from planner.timing.costs import StageRange
 from plans.console import table
 from plans.reading.sizes import format_bytes
+from plans.stages import StageRange
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,14 +64,8 @@ def ratio_text(found: Comparison, row: Row) -> str:
 def layers_text(stages: tuple[StageRange, ...]) -> str:
     """Return the layers per device in chain order: ``cuda:0 18, cuda:1 10, cpu 4``; counts alone for long chains."""
     if len(stages) > MAX_STAGES_IN_WORDS:
-        return f"{len(stages)} stages: " + ",".join(str(s.end_layer - s.start_layer) for s in stages)
-    return ", ".join(f"{stage.device} {held_text(stage)}" for stage in stages)
-
-
-def held_text(stage: StageRange) -> str:
-    """Return what a stage holds in a word: the number of its layers, or the end it holds."""
-    ends = ["embedding"] * stage.has_embedding + ["head"] * stage.has_head
-    return str(stage.end_layer - stage.start_layer or "+".join(ends))
+        return f"{len(stages)} stages: " + ",".join(str(s.num_layers) for s in stages)
+    return ", ".join(f"{stage.device} {stage.num_layers or stage.words}" for stage in stages)
 
 
 def verdict(row: Row) -> str:

@@ -47,7 +47,7 @@ def stage_table(plan: Plan) -> "Table":
     for stage in plan.stages:
         found.add_row(
             stage.device,
-            held_units(stage),
+            stage.range.short_words,
             memory_bar(stage),
             format_bytes(stage.total_bytes),
             format_bytes(stage.budget_bytes),
@@ -55,15 +55,6 @@ def stage_table(plan: Plan) -> "Table":
             duration(stage.decode_seconds),
         )
     return found
-
-
-def held_units(stage: Stage) -> str:
-    """Return what a stage holds, as ``emb + 0-15`` or ``16-31 + head``; layer numbers are inclusive."""
-    parts = ["emb"] * stage.has_embedding
-    if stage.num_layers:
-        last = stage.end_layer - 1
-        parts.append(f"{stage.start_layer}-{last}" if last > stage.start_layer else f"{last}")
-    return " + ".join(parts + ["head"] * stage.has_head)
 
 
 def memory_bar(stage: Stage, *, cells: int = BAR_CELLS) -> "Text":

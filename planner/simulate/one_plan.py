@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-from planner.timing.costs import CostModel, StageRange
+from planner.timing.costs import CostModel
 from plans.errors import InfeasibleError
 from plans.plan import Plan
-from plans.profile import UnitProfile
+from plans.stages import StageRange
 
 EventKind = Literal["prefill", "decode", "hop", "return"]
 SETTLING_ROUNDS = 3
@@ -67,11 +67,7 @@ class _Visit:
 def simulate_plan(plan: Plan) -> Simulation:
     """Simulate a plan, whoever wrote it; errors as `simulate`."""
     model = CostModel(plan.profile, workload=plan.workload, cluster=plan.cluster, execution=plan.execution)
-    stages = [
-        StageRange(stage.device, stage.start_layer, stage.end_layer, stage.has_embedding, stage.has_head)
-        for stage in plan.stages
-    ]
-    return simulate(model, stages=stages)
+    return simulate(model, stages=plan.ranges)
 
 
 def simulate(model: CostModel, *, stages: Sequence[StageRange]) -> Simulation:
@@ -108,7 +104,7 @@ def _decode_route(model: CostModel, stages: Sequence[StageRange]) -> list[_Visit
     """The stops of one decode step: stage, link, stage, ..., and the way back."""
     route: list[_Visit] = []
     for index, stage in enumerate(stages):
-        seconds = sum(model.decode_seconds(unit, stage.device) for unit in _units(model, stage))
+        seconds = sum(model.decode_seconds(unit, stage.device) for unit in stage.units(model.profile))
         route.append(_Visit("decode", stage.device, seconds))
         if index + 1 < len(stages):
             to = stages[index + 1].device
@@ -182,17 +178,8 @@ def _run_prefill(model: CostModel, stages: Sequence[StageRange]) -> list[Event]:
 
 
 def _chunk_seconds(model: CostModel, stage: StageRange) -> list[float]:
-    times = [model.prefill_seconds(unit, stage.device) for unit in _units(model, stage)]
+    times = [model.prefill_seconds(unit, stage.device) for unit in stage.units(model.profile)]
     return [sum(unit[chunk] for unit in times) for chunk in range(len(model.workload.prefill_chunks))]
-
-
-def _units(model: CostModel, stage: StageRange) -> list[UnitProfile]:
-    units = list(model.profile.layers[stage.start_layer : stage.end_layer])
-    if stage.has_embedding:
-        units.insert(0, model.profile.embedding)
-    if stage.has_head:
-        units.append(model.profile.head)
-    return units
 
 
 def _connected(model: CostModel, a: str, b: str, seconds: float) -> float:

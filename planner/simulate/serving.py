@@ -22,7 +22,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.rivals.compare import stages_of
 from planner.simulate.one_plan import Event
 from planner.simulate.stops import Chain
 from planner.simulate.tandem import Tandem, Work
@@ -143,7 +142,7 @@ class _Run:
     def __post_init__(self) -> None:
         plan = self.plan
         model = CostModel(plan.profile, workload=plan.workload, cluster=plan.cluster, execution=plan.execution)
-        self.chain = Chain(model, stages=stages_of(plan))
+        self.chain = Chain(model, stages=plan.ranges)
         self.tandem = Tandem([stop.resource for stop in self.chain.stops])
         self.is_pipelined = plan.execution == "process_per_stage"
         self.kind_of = lru_cache(maxsize=None)(self._kind_of)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from planner.simulate.one_plan import EventKind
-from planner.timing.costs import CostModel, StageRange
+from planner.timing.costs import CostModel
 from planner.timing.unit_times import UnitTimes
 from plans.errors import InfeasibleError
-from plans.profile import UnitProfile
+from plans.stages import StageRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Chain:
 
     def __init__(self, model: CostModel, *, stages: Sequence[StageRange]) -> None:
         self._model = model
-        self._units = [_units(model, stage) for stage in stages]
+        self._units = [stage.units(model.profile) for stage in stages]
         self._names = [stage.device for stage in stages]
         self._times = [
             UnitTimes(model.cluster.device(name), profile=model.profile, workload=model.workload)
@@ -90,9 +90,3 @@ class Chain:
 
 def _interleave(stages: Sequence[float], hops: Sequence[float]) -> list[float]:
     return [seconds for pair in zip(stages, hops, strict=True) for seconds in pair]
-
-
-def _units(model: CostModel, stage: StageRange) -> tuple[UnitProfile, ...]:
-    layers = model.profile.layers[stage.start_layer : stage.end_layer]
-    first = (model.profile.embedding,) if stage.has_embedding else ()
-    return (*first, *layers, *((model.profile.head,) if stage.has_head else ()))

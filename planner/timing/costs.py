@@ -23,22 +23,12 @@ from plans.errors import InfeasibleError, InputError
 from plans.memory import device_overhead_bytes, stage_memory
 from plans.plan import Execution, Prediction
 from plans.profile import ModelProfile, UnitProfile
+from plans.stages import StageRange
 from plans.workload import Workload
 
 TOKEN_ID_BYTES = 8
 """A token id travels as int64."""
 MAX_SECONDS = 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class StageRange:
-    """Which units a stage holds: layers [start_layer, end_layer), and the ends."""
-
-    device: str
-    start_layer: int
-    end_layer: int
-    has_embedding: bool
-    has_head: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,27 +100,14 @@ class CostModel:
         """Return the time for B token ids to travel from the last stage back to the first."""
         return self.hop_seconds(last_device, first_device, TOKEN_ID_BYTES * self.workload.batch_size)
 
-    def stage_decode_seconds(
-        self, device: str, start_layer: int, end_layer: int, *, has_embedding: bool, has_head: bool
-    ) -> float:
+    def stage_decode_seconds(self, stage: StageRange) -> float:
         """Return the decode time of a whole stage, correctly rounded: n equal layers cost exactly n times one."""
-        units = self._units(start_layer, end_layer, has_embedding=has_embedding, has_head=has_head)
-        return math.fsum(self.decode_seconds(unit, device) for unit in units)
+        return math.fsum(self.decode_seconds(unit, stage.device) for unit in stage.units(self.profile))
 
-    def stage_prefill_seconds(
-        self, device: str, start_layer: int, end_layer: int, *, has_embedding: bool, has_head: bool
-    ) -> tuple[float, ...]:
+    def stage_prefill_seconds(self, stage: StageRange) -> tuple[float, ...]:
         """Return the time of a whole stage for each prefill chunk."""
-        units = self._units(start_layer, end_layer, has_embedding=has_embedding, has_head=has_head)
-        per_unit = [self.prefill_seconds(unit, device) for unit in units]
+        per_unit = [self.prefill_seconds(unit, stage.device) for unit in stage.units(self.profile)]
         return tuple(math.fsum(times[chunk] for times in per_unit) for chunk in range(len(self._chunks)))
-
-    def _units(
-        self, start_layer: int, end_layer: int, *, has_embedding: bool, has_head: bool
-    ) -> tuple[UnitProfile, ...]:
-        units = self.profile.layers[start_layer:end_layer]
-        units = (self.profile.embedding, *units) if has_embedding else units
-        return (*units, self.profile.head) if has_head else units
 
 
 def predict(
@@ -152,18 +129,8 @@ def predict(
 
 def predict_chain(model: CostModel, *, stages: Sequence[StageRange]) -> tuple[tuple[StageSeconds, ...], Prediction]:
     """Predict a chain with a cost model at hand; errors as `predict`."""
-    decode = [
-        model.stage_decode_seconds(
-            s.device, s.start_layer, s.end_layer, has_embedding=s.has_embedding, has_head=s.has_head
-        )
-        for s in stages
-    ]
-    prefill = [
-        model.stage_prefill_seconds(
-            s.device, s.start_layer, s.end_layer, has_embedding=s.has_embedding, has_head=s.has_head
-        )
-        for s in stages
-    ]
+    decode = [model.stage_decode_seconds(stage) for stage in stages]
+    prefill = [model.stage_prefill_seconds(stage) for stage in stages]
     pairs = [(a.device, b.device) for a, b in pairwise(stages)]
     hops = [model.decode_hop_seconds(a, b) for a, b in pairs]
     return_hop = model.return_hop_seconds(stages[-1].device, stages[0].device)
@@ -220,10 +187,7 @@ def _memory_share(model: CostModel, stage: StageRange) -> float:
     needed = stage_memory(
         model.profile,
         workload=model.workload,
-        start_layer=stage.start_layer,
-        end_layer=stage.end_layer,
-        has_embedding=stage.has_embedding,
-        has_head=stage.has_head,
+        stage=stage,
         overhead_bytes=device_overhead_bytes(device, model.cluster, is_process_per_stage=is_process_per_stage),
     )
     assert device.budget_bytes is not None, f"{device.name} has no budget"

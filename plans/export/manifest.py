@@ -1,5 +1,6 @@
 """The manifest of an export and the stage files derived from it."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -8,6 +9,7 @@ from plans.cluster import Name
 from plans.profile import Count, Sha256
 from plans.reading.files import check_basename, sha256_hex
 from plans.reading.strict import SchemaVersion, StrictModel, dump_json
+from plans.stages import StageRange
 
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
@@ -42,6 +44,11 @@ class ManifestStage(StrictModel):
     end_layer: Count
     has_embedding: bool
     has_head: bool
+
+    @property
+    def range(self) -> StageRange:
+        """Which units the file holds."""
+        return StageRange(self.device, self.start_layer, self.end_layer, self.has_embedding, self.has_head)
 
 
 class Manifest(StrictModel):
@@ -92,12 +99,8 @@ class Manifest(StrictModel):
             stage=index,
             num_stages=len(self.stages),
             dtype=self.dtype,
-            device=stage.device,
-            start_layer=stage.start_layer,
-            end_layer=stage.end_layer,
-            has_embedding=stage.has_embedding,
-            has_head=stage.has_head,
             weights=weights,
+            **asdict(stage.range),
         ).to_json()
 
 

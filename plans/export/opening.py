@@ -263,8 +263,7 @@ def _read_plan(directory: Path, manifest: Manifest) -> Plan:
             where=path,
             code="E-DAMAGED",
         )
-    planned = tuple((s.device, s.start_layer, s.end_layer, s.has_embedding, s.has_head) for s in plan.stages)
-    if planned != tuple((s.device, s.start_layer, s.end_layer, s.has_embedding, s.has_head) for s in manifest.stages):
+    if plan.ranges != tuple(stage.range for stage in manifest.stages):
         raise IntegrityError("its stages are not those of the manifest", where=path, code="E-DAMAGED")
     return plan
 

@@ -7,7 +7,7 @@ from plans.checkpoint.folder import EMBEDDING, HEAD, UnitKey, hash_shapes, local
 from plans.checkpoint.header import SafetensorsHeader
 from plans.dtypes import DTYPES
 from plans.errors import IntegrityError, printable
-from plans.export.manifest import Manifest, ManifestStage
+from plans.export.manifest import Manifest
 from plans.plan import Plan
 
 METADATA_STAGE = "llamaplan_stage"
@@ -51,8 +51,8 @@ def check_tensors(path: Path, header: SafetensorsHeader, *, index: int, manifest
     Raises:
         IntegrityError: a foreign, missing or differently shaped tensor, or one of another dtype.
     """
-    stage = manifest.stages[index]
-    owned: dict[UnitKey, dict[str, tuple[str, tuple[int, ...]]]] = {key: {} for key in _keys_of(stage)}
+    stage = manifest.stages[index].range
+    owned: dict[UnitKey, dict[str, tuple[str, tuple[int, ...]]]] = {key: {} for key in stage.keys}
     for name, entry in header.tensors.items():
         key = unit_of(name)
         if key not in owned:
@@ -62,15 +62,9 @@ def check_tensors(path: Path, header: SafetensorsHeader, *, index: int, manifest
             raise IntegrityError(
                 f"{name} is {entry.dtype}, the manifest says {manifest.dtype}", where=path, code="E-STAGE"
             )
-    if stage.has_embedding and stage.has_head and plan.profile.tied and HEAD not in owned["head", 0]:
+    if stage.has_both_ends and plan.profile.tied and HEAD not in owned["head", 0]:
         owned["head", 0][HEAD] = owned["embedding", 0].get(EMBEDDING, ("", ()))
     _check_shapes(path, manifest, plan, owned)
-
-
-def _keys_of(stage: ManifestStage) -> list[UnitKey]:
-    keys: list[UnitKey] = [("embedding", 0)] if stage.has_embedding else []
-    keys += [("layer", i) for i in range(stage.start_layer, stage.end_layer)]
-    return [*keys, ("head", 0)] if stage.has_head else keys
 
 
 def _check_shapes(

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from plans.stages import describe_stage
 from runtime.distributed.control.messages import Numbers, StepTime
 from runtime.reading.capacity import peak_memory_bytes
 from runtime.stage_time import StageTime, StageView
@@ -81,7 +80,7 @@ def trace_document(numbers: Sequence[Numbers], views: Sequence[StageView]) -> di
     for pid, title, is_prefill in _PHASES:
         events.append({"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": title}})
         for tid, (stage, view) in enumerate(zip(numbers, views, strict=True), start=1):
-            name = f"{view.device}: {describe_stage(view.spec)}"
+            name = f"{view.device}: {view.spec.words}"
             events.append({"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}})
             events += [
                 _event(step, title, pid=pid, tid=tid, origin_seconds=first)

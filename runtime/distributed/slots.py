@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from plans.errors import NumericalError, PeerError
-from plans.stages import describe_stage
 from runtime.distributed.control.messages import Drawing, Open
 from runtime.distributed.header import CLOSE, DTYPE_CODES, STEP, Header, check_against
 from runtime.generate.sampling import Sampling
@@ -159,7 +158,7 @@ class StageRunner:
         step = slot.columns - max(slot.opening.lengths)
         when = f"step {step}" if step > 0 else "reading the prompt"
         raise NumericalError(
-            f"{when}: NaN or infinity in stage {self.number} ({describe_stage(spec)}) on {spec.device}",
+            f"{when}: NaN or infinity in stage {self.number} ({spec.words}) on {spec.device}",
             hint="try --dtype fp32, or check the weights with llamaplan verify",
             code="E-NONFINITE",
         )

@@ -105,7 +105,7 @@ def _graphs(
 
 def whole(model: PreTrainedModel, library: Library, choice: Choice) -> FastModel:
     """Return the fast steps of an unsplit model on a CPU that `supports` and `supports_weights` admit."""
-    units = StageRange("cpu", 0, model.config.num_hidden_layers, has_embedding=True, has_head=True)
+    units = StageRange.whole(model.config.num_hidden_layers)
     return FastModel(model, [Part(units, _native(model, units, library), choice)])
 
 

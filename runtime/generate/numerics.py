@@ -3,7 +3,6 @@
 import torch
 
 from plans.errors import NumericalError
-from plans.stages import describe_stage
 from runtime.generate.tokens import TokenBatch
 from runtime.stages.chain import Chain
 
@@ -23,7 +22,7 @@ class NonFiniteError(NumericalError):
         spec = chain.stages[stage]
         when = "reading the prompt" if step == 0 else f"step {step}"
         super().__init__(
-            f"{when}: NaN or infinity in stage {stage} ({describe_stage(spec)}) on {spec.device}",
+            f"{when}: NaN or infinity in stage {stage} ({spec.words}) on {spec.device}",
             hint="try --dtype fp32, or check the weights with llamaplan verify",
         )
 

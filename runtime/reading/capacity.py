@@ -16,7 +16,7 @@ from plans.dtypes import DTYPES
 from plans.errors import MachineError
 from plans.machine_memory import memory_bytes
 from plans.reading.sizes import format_bytes
-from plans.stages import StageSpec, describe_stage, owns_unit
+from plans.stages import StageRange
 
 
 def peak_memory_bytes() -> int:
@@ -49,11 +49,11 @@ class Need:
 
 
 def stage_need(
-    checkpoint: Checkpoint, spec: StageSpec, *, dtype: str, kv_cache_dtype: str, context_tokens: int, batch_size: int
+    checkpoint: Checkpoint, spec: StageRange, *, dtype: str, kv_cache_dtype: str, context_tokens: int, batch_size: int
 ) -> Need:
     """Return what a stage needs for its weights at `dtype` and for a full KV cache at `kv_cache_dtype`."""
     config = checkpoint.config
-    owned = [table for table in unit_tables(checkpoint) if owns_unit(spec, table.key)]
+    owned = [table for table in unit_tables(checkpoint) if spec.owns(table.key)]
     tensors = {name: stored for table in owned for name, stored in table.tensors.items()}
     places = {(stored.file, stored.entry.begin): stored.entry for stored in tensors.values()}  # a tied table once
     weights = sum(entry.num_elements * DTYPES[dtype].size_bytes for entry in places.values())
@@ -91,7 +91,7 @@ def memory_faults(doing: str) -> Iterator[None]:
         ) from None
 
 
-def check_room(needs: Sequence[Need], specs: Sequence[StageSpec], devices: Sequence[torch.device]) -> None:
+def check_room(needs: Sequence[Need], specs: Sequence[StageRange], devices: Sequence[torch.device]) -> None:
     """Compare need and free memory, device by device; stages on one device add up.
 
     Raises:
@@ -103,7 +103,7 @@ def check_room(needs: Sequence[Need], specs: Sequence[StageSpec], devices: Seque
     for device, needed in total.items():
         free = free_bytes(device)
         if needed > free:
-            here = "; ".join(describe_stage(s) for s, d in zip(specs, devices, strict=True) if d == device)
+            here = "; ".join(s.words for s, d in zip(specs, devices, strict=True) if d == device)
             raise MachineError(
                 f"{here} need {format_bytes(needed)} ({needed} bytes), {format_bytes(free)} ({free} bytes) are free",
                 where=str(device),

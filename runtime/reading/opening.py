@@ -10,7 +10,7 @@ from plans.errors import InputError, UsageError
 from plans.export.manifest import MANIFEST_NAME
 from plans.export.opening import Export, check_unchanged, open_export
 from plans.plan import Plan
-from plans.stages import StageRange, StageSpec
+from plans.stages import StageRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Source:
 
     folder: Path
     checkpoint: Checkpoint
-    stages: tuple[StageSpec, ...]
+    stages: tuple[StageRange, ...]
     plan: Plan | None
     export: Export | None
     dtype: str | None
@@ -79,7 +79,7 @@ def _open_export(folder: Path, expect_id: str | None, only_stage: int | None) ->
     return Source(
         folder=folder,
         checkpoint=checkpoint,
-        stages=export.plan.stages,
+        stages=export.plan.ranges,
         plan=export.plan,
         export=export,
         dtype=export.manifest.dtype,
@@ -108,13 +108,13 @@ def _open_plan(path: Path, model: Path | None) -> Source:
     revision: tuple[str, ...] = ()
     if plan.profile.model.config_sha256 != checkpoint.config.sha256:
         revision = ("the plan was made for another revision of this model; the shapes are the same",)
-    return Source(folder, checkpoint, plan.stages, plan, None, plan.workload.dtype, checkpoint.warnings + revision)
+    return Source(folder, checkpoint, plan.ranges, plan, None, plan.workload.dtype, checkpoint.warnings + revision)
 
 
 def _open_plain(folder: Path) -> Source:
     checkpoint = open_checkpoint(folder)
     require_full(checkpoint)
-    whole = StageRange("cpu", 0, checkpoint.config.num_hidden_layers, has_embedding=True, has_head=True)
+    whole = StageRange.whole(checkpoint.config.num_hidden_layers)
     return Source(folder, checkpoint, (whole,), None, None, None, checkpoint.warnings)
 
 

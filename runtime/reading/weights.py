@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from plans.checkpoint.folder import EMBEDDING, HEAD, unit_of
 from plans.errors import InputError, printable
-from plans.stages import StageSpec, describe_stage, owns_unit
+from plans.stages import StageRange
 
 
 def rebuild_buffers(model: PreTrainedModel, *, dtype: torch.dtype, device: torch.device, has_embedding: bool) -> None:
@@ -59,7 +59,7 @@ class Recipe:
 
 def load_units(
     model: PreTrainedModel,
-    spec: StageSpec,
+    spec: StageRange,
     tensors: TensorSource,
     *,
     dtype: torch.dtype,
@@ -85,19 +85,19 @@ def load_units(
         value = _materialize(recipe, tensors, dtype=dtype, device=device)
         _check_shape(name, value, expected[name])
         _assign(model, name, value)
-    if spec.has_embedding and spec.has_head and model.config.tie_word_embeddings:
+    if spec.has_both_ends and model.config.tie_word_embeddings:
         _share_tied_table(model)
 
 
-def source_names(spec: StageSpec, tensors: Iterable[str], *, is_tied: bool) -> frozenset[str]:
+def source_names(spec: StageRange, tensors: Iterable[str], *, is_tied: bool) -> frozenset[str]:
     """Return the names of the stored tensors that a stage reads."""
     recipes = _recipes(spec, tensors, is_tied=is_tied)
     return frozenset(source for recipe in recipes.values() for source in recipe.sources)
 
 
-def _owned(spec: StageSpec, name: str) -> bool:
+def _owned(spec: StageRange, name: str) -> bool:
     key = unit_of(name)
-    return key is not None and owns_unit(spec, key)
+    return key is not None and spec.owns(key)
 
 
 def _refuse_unknown(tensors: Iterable[str]) -> None:
@@ -110,7 +110,7 @@ def _refuse_unknown(tensors: Iterable[str]) -> None:
         )
 
 
-def _recipes(spec: StageSpec, tensors: Iterable[str], *, is_tied: bool) -> dict[str, Recipe]:
+def _recipes(spec: StageRange, tensors: Iterable[str], *, is_tied: bool) -> dict[str, Recipe]:
     names = set(tensors)
     stored = sorted(name for name in names if _owned(spec, name))
     recipes = {name: Recipe((name,)) for name in stored if not (_EXPERT.fullmatch(name) or _ROUTER.fullmatch(name))}
@@ -143,11 +143,11 @@ def _stack_gate_and_up(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])  # [experts, 2 F, E]
 
 
-def _compare_names(spec: StageSpec, *, expected: Iterable[str], found: Iterable[str]) -> None:
+def _compare_names(spec: StageRange, *, expected: Iterable[str], found: Iterable[str]) -> None:
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
         raise InputError(
-            f"{_count(missing)} missing for {describe_stage(spec)}: {_some(missing)}",
+            f"{_count(missing)} missing for {spec.words}: {_some(missing)}",
             hint="the checkpoint or bundle is incomplete; fetch or export it again",
             code="E-TENSORS",
         )

@@ -1,13 +1,13 @@
 """The numbers at the end of a run: what a person reads, and what `--json` writes for the planner to read back."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 from plans.errors import printable
 from plans.reading.sizes import format_bytes
 from plans.run import Run, RunSequence, RunStage, TimedRun
-from plans.stages import describe_stage
 from runtime.generate.loop import Generation
 from runtime.session import AnySession
 from runtime.stage_time import StageTime, StepTrace
@@ -38,7 +38,7 @@ class Walk:
     def _stage_line(self, index: int, trace: StepTrace) -> str:
         view, times = self._views[index], trace.stages[index]
         return (
-            f"  stage {index} on {view.device} ({describe_stage(view.spec)}): "
+            f"  stage {index} on {view.device} ({view.spec.words}): "
             f"{self._input_shape(index, trace)} -> {self._output_shape(index, trace)}, "
             f"hop {1000 * times.hop_seconds:.3f} ms, compute {1000 * times.compute_seconds:.2f} ms ({times.path})"
         )
@@ -92,12 +92,8 @@ def stage_documents(session: AnySession, generation: Generation) -> tuple[RunSta
     views = session.stage_views(batch_size=len(generation.sequences))
     return tuple(
         RunStage(
-            device=view.device,
+            **asdict(view.spec) | {"device": view.device},
             planned_device=view.spec.device,
-            start_layer=view.spec.start_layer,
-            end_layer=view.spec.end_layer,
-            has_embedding=view.spec.has_embedding,
-            has_head=view.spec.has_head,
             decode_steps=len(generation.step_seconds),
             decode_read_bytes=view.decode_read_bytes,
             **_path(generation, index),
@@ -132,7 +128,7 @@ def summary_lines(run: Run) -> list[str]:
 def stage_lines(run: TimedRun) -> Iterator[str]:
     """Yield every stage's seconds in words."""
     for number, stage in enumerate(run.stages):
-        name = f"  stage {number} on {stage.device}: {describe_stage(stage)}"
+        name = f"  stage {number} on {stage.device}: {stage.range.words}"
         if stage.path is None:
             yield name
             continue

@@ -18,7 +18,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from plans.errors import UsageError
-from plans.stages import StageRange, StageSpec, check_stages
+from plans.stages import StageRange, check_stages
 from runtime.fast.model import FastModel, plain_step
 from runtime.reading.families import build_skeleton, check_config, family_class
 from runtime.reading.weights import TensorSource, check_filled, load_units, rebuild_buffers
@@ -103,7 +103,7 @@ class Chain(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
 
 def build_chain(
     config: PreTrainedConfig,
-    specs: Sequence[StageSpec],
+    specs: Sequence[StageRange],
     tensors: TensorSource,
     *,
     dtype: torch.dtype,
@@ -121,15 +121,12 @@ def build_chain(
     Raises:
         InputError: the stages do not cover the model, the family is not supported, or tensors do not fit.
     """
-    check_stages(specs, num_hidden_layers=config.num_hidden_layers)
+    check_stages(specs, num_layers=config.num_hidden_layers)
     check_config(config)
     chain = build_skeleton(config, _chain_class(config.model_type))
     assert isinstance(chain, Chain)
     chain.config.dtype = dtype
-    chain.stages = tuple(
-        StageRange(s.device, s.start_layer, s.end_layer, has_embedding=s.has_embedding, has_head=s.has_head)
-        for s in specs
-    )
+    chain.stages = tuple(specs)
     chain.stage_devices = tuple(devices)
     for spec, device in zip(specs, devices, strict=True):
         load_units(chain, spec, tensors, dtype=dtype, device=device)

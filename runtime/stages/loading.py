@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from plans.checkpoint.folder import Checkpoint, open_checkpoint, require_full
 from plans.dtypes import DTYPE_NAMES, DTYPES, STORED_DTYPES
 from plans.errors import UsageError
-from plans.stages import StageRange, StageSpec
+from plans.stages import StageRange
 from runtime.fast.native import Unavailable
 from runtime.fast.setup import set_up
 from runtime.fast.speed import Speed, parse_speed
@@ -54,7 +54,7 @@ class FolderTensors(Mapping[str, torch.Tensor]):
 def load(
     path: str | Path,
     *,
-    stages: Sequence[StageSpec] | None = None,
+    stages: Sequence[StageRange] | None = None,
     device_map: Mapping[int, str] | None = None,
     dtype: str | None = None,
     speed: str = "reference",
@@ -75,10 +75,9 @@ def load(
     folder = require_full(checkpoint)
     config = parse_model_config(checkpoint.config.raw)
     config.name_or_path = str(path)
-    whole = StageRange("cpu", 0, config.num_hidden_layers, has_embedding=True, has_head=True)
     chain = load_chain(
         config,
-        stages or (whole,),
+        stages or (StageRange.whole(config.num_hidden_layers),),
         FolderTensors(checkpoint),
         dtype=dtype or stored_dtype(checkpoint),
         device_map=device_map,
@@ -90,7 +89,7 @@ def load(
 
 def load_chain(
     config: PreTrainedConfig,
-    stages: Sequence[StageSpec],
+    stages: Sequence[StageRange],
     tensors: TensorSource,
     *,
     dtype: str,
@@ -144,7 +143,7 @@ def set_speed(chain: Chain, speed: str, *, progress: Callable[[str], None] | Non
     chain.reason = None if fast is None else fast.reason
 
 
-def place_stages(stages: Sequence[StageSpec], *, device_map: Mapping[int, str]) -> tuple[torch.device, ...]:
+def place_stages(stages: Sequence[StageRange], *, device_map: Mapping[int, str]) -> tuple[torch.device, ...]:
     """Return the torch device of each stage, after overrides."""
     unknown = sorted(set(device_map) - set(range(len(stages))))
     if unknown:

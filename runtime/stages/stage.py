@@ -8,6 +8,7 @@ Shapes: B sequences, S new tokens, T = past + S, E hidden size, V vocabulary.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from plans.stages import StageRange, StageSpec
+from plans.stages import StageRange
 from runtime.fast.cache import adopt
 from runtime.fast.model import FastModel
 from runtime.fast.native import Unavailable
@@ -26,7 +27,7 @@ from runtime.reading.weights import TensorSource, check_filled, load_units, rebu
 from runtime.stage_time import FAST_PATH, REFERENCE_PATH
 from runtime.stages.caches import new_cache
 
-__all__ = ["Stage", "StageRange", "StageSpec", "build_stage"]
+__all__ = ["Stage", "StageRange", "build_stage"]
 
 
 class Stage(nn.Module):
@@ -43,7 +44,7 @@ class Stage(nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        spec: StageSpec,
+        spec: StageRange,
         *,
         device: torch.device,
         kv_cache_dtype: torch.dtype | None = None,
@@ -60,7 +61,7 @@ class Stage(nn.Module):
     @property
     def has_layers(self) -> bool:
         """Whether the stage holds any decoder layer (the embedding or the head can be alone)."""
-        return self.spec.end_layer > self.spec.start_layer
+        return self.spec.num_layers > 0
 
     @property
     def path(self) -> str:
@@ -123,7 +124,7 @@ class Stage(nn.Module):
 
 def build_stage(
     config: PreTrainedConfig,
-    spec: StageSpec,
+    spec: StageRange,
     tensors: TensorSource,
     *,
     dtype: torch.dtype,
@@ -158,14 +159,12 @@ def build_stage(
     _prune(model, spec)
     _number_layers_locally(model, spec)
     check_filled(model)
-    local = StageRange(
-        spec.device, 0, spec.end_layer - spec.start_layer, has_embedding=spec.has_embedding, has_head=spec.has_head
-    )
+    local = replace(spec, start_layer=0, end_layer=spec.num_layers)
     fast = set_up(model, [local], [device], speed=wanted, progress=progress)
     return Stage(model, spec, device=device, kv_cache_dtype=kv_cache_dtype, fast=fast).eval()
 
 
-def _prune(model: PreTrainedModel, spec: StageSpec) -> None:
+def _prune(model: PreTrainedModel, spec: StageRange) -> None:
     base: Any = model.base_model
     base.layers = base.layers[spec.start_layer : spec.end_layer]
     if not spec.has_embedding:
@@ -178,14 +177,14 @@ def _prune(model: PreTrainedModel, spec: StageSpec) -> None:
         model.lm_head = nn.Identity()
 
 
-def _number_layers_locally(model: PreTrainedModel, spec: StageSpec) -> None:
+def _number_layers_locally(model: PreTrainedModel, spec: StageRange) -> None:
     """Count layers from 0: masks are sized from the first full-attention layer of the stage's own cache."""
     base: Any = model.base_model
     for module in base.layers.modules():
         if hasattr(module, "layer_idx"):
             module.layer_idx -= spec.start_layer
     local = slice(spec.start_layer, spec.end_layer)
-    model.config.num_hidden_layers = spec.end_layer - spec.start_layer
+    model.config.num_hidden_layers = spec.num_layers
     for key in PER_LAYER_KEYS:
         if getattr(model.config, key, None) is not None:
             setattr(model.config, key, copy.copy(getattr(model.config, key)[local]))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from plans.checkpoint.header import read_header
 from plans.cluster import Cluster, Device
 from plans.memory import device_overhead_bytes, stage_memory
 from plans.plan import Plan, Prediction, Proof, Stage
+from plans.stages import StageRange
 from plans.workload import Workload
 
 ROOT = Path(__file__).parents[2]
@@ -56,25 +58,17 @@ def make_plan(
     start, last = 0, len(boundaries) - 1
     for index, layers in enumerate(boundaries):
         device = cluster.devices[index]
-        ends = {"has_embedding": index == 0, "has_head": index == last}
+        units = StageRange(device.name, start, start + layers, has_embedding=index == 0, has_head=index == last)
         memory = stage_memory(
             profile,
             workload=workload,
-            start_layer=start,
-            end_layer=start + layers,
+            stage=units,
             overhead_bytes=device_overhead_bytes(device, cluster, is_process_per_stage=False),
-            **ends,
         )
         stages.append(
             Stage(
-                device=device.name,
-                start_layer=start,
-                end_layer=start + layers,
-                **ends,
-                weight_bytes=memory.weight_bytes,
-                kv_cache_bytes=memory.kv_cache_bytes,
-                activation_bytes=memory.activation_bytes,
-                overhead_bytes=memory.overhead_bytes,
+                **asdict(units),
+                **asdict(memory),
                 budget_bytes=device.budget_bytes or 0,
                 decode_seconds=0.001,
                 prefill_seconds=0.01,

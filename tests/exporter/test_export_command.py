@@ -140,10 +140,7 @@ def test_a_plan_whose_claims_were_altered_to_fit_is_refused(
         memory = stage_memory(
             plan.profile,
             workload=plan.workload,
-            start_layer=stage.start_layer,
-            end_layer=stage.end_layer,
-            has_embedding=stage.has_embedding,
-            has_head=stage.has_head,
+            stage=stage.range,
             overhead_bytes=stage.overhead_bytes,
         )
         fields = ("weight_bytes", "kv_cache_bytes", "activation_bytes")

@@ -11,7 +11,7 @@ from planner.answers.solve import solve as solve_question
 from planner.model.profile import build_profile
 from planner.problem.question import Question
 from planner.program.effort import Effort
-from planner.timing.costs import StageRange, predict
+from planner.timing.costs import predict
 from plans.checkpoint.config import parse_config
 from plans.checkpoint.folder import Checkpoint
 from plans.cluster import Cluster, Device, Link
@@ -19,6 +19,7 @@ from plans.dtypes import STORED_DTYPES
 from plans.memory import StageMemory, device_overhead_bytes, stage_memory
 from plans.plan import Demands, Execution, Plan, Proof, Stage
 from plans.profile import ModelProfile
+from plans.stages import StageRange
 from plans.workload import Workload
 
 TINY: dict[str, Any] = {
@@ -131,15 +132,9 @@ def make_plan(**changes: Any) -> Plan:
     times, prediction = predict(profile, workload=load, cluster=parts, stages=ranges, execution=execution)
     stages = tuple(
         Stage(
-            device=part.device,
-            start_layer=part.start_layer,
-            end_layer=part.end_layer,
-            has_embedding=part.has_embedding,
-            has_head=part.has_head,
+            **asdict(part),
             budget_bytes=parts.device(part.device).budget_bytes,
-            decode_seconds=seconds.decode_seconds,
-            prefill_seconds=seconds.prefill_seconds,
-            hop_seconds=seconds.hop_seconds,
+            **asdict(seconds),
             **asdict(stage_bytes(profile, load, parts, part, execution)),
         )
         for part, seconds in zip(ranges, times, strict=True)
@@ -168,10 +163,7 @@ def stage_bytes(
     return stage_memory(
         profile,
         workload=load,
-        start_layer=part.start_layer,
-        end_layer=part.end_layer,
-        has_embedding=part.has_embedding,
-        has_head=part.has_head,
+        stage=part,
         overhead_bytes=device_overhead_bytes(
             parts.device(part.device), parts, is_process_per_stage=is_process_per_stage
         ),

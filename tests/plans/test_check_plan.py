@@ -49,9 +49,13 @@ def test_the_same_plan_is_written_with_the_same_bytes_twice() -> None:
 TAMPERED: dict[str, tuple[Change, type[LlamaplanError], str]] = {
     "overlap": (stage(1, start_layer=2), InputError, "/stages/1/start_layer: layers from 2 overlap"),
     "gap": (stage(1, start_layer=4), InputError, "/stages/1/start_layer: layers from 4 leave a gap"),
-    "reversed": (stage(0, start_layer=3, end_layer=0), InputError, "/stages/0: layers 3-0 are reversed"),
-    "ends early": (stage(1, end_layer=3), InputError, "/stages/1/end_layer: the stages end at layer 3"),
-    "ends late": (stage(1, end_layer=99), InputError, "/stages/1/end_layer: the stages end at layer 99"),
+    "reversed": (
+        stage(0, start_layer=3, end_layer=0),
+        InputError,
+        "/stages/0/end_layer: end_layer 0 comes before start_layer 3",
+    ),
+    "ends early": (stage(1, end_layer=3), InputError, "/stages/1/end_layer: the stages hold 3 layers"),
+    "ends late": (stage(1, end_layer=99), InputError, "/stages/1/end_layer: the stages hold 99 layers"),
     "no embedding": (stage(0, has_embedding=False), InputError, "/stages/0/has_embedding"),
     "two embeddings": (stage(1, has_embedding=True), InputError, "/stages/1/has_embedding"),
     "no head": (stage(1, has_head=False), InputError, "/stages/1/has_head"),

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from planner.devices.clusters import load_cluster
-from planner.timing.costs import StageRange, predict
+from planner.timing.costs import predict
 from planner.timing.topology import Topology
 from plans.cluster import Cluster
+from plans.stages import StageRange
 from tests.planner.cases import tiny_profile, workload
 
 EXAMPLES = Path(__file__).parents[2] / "plans" / "examples"

@@ -1,5 +1,6 @@
 """The memory model, worked by hand in bytes."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from plans.memory import (
     tied_table_bytes,
 )
 from plans.profile import ModelProfile
+from plans.stages import StageRange
 from tests.planner.cases import cluster, device, tiny_profile, workload
 
 PROFILE = tiny_profile()
@@ -25,8 +27,8 @@ TABLE_BYTES = 2 * 64 * 32
 
 
 def needed(profile: ModelProfile = PROFILE, *, load: dict[str, Any] | None = None, **changes: Any) -> StageMemory:
-    units = {"start_layer": 0, "end_layer": 4, "has_embedding": True, "has_head": True, "overhead_bytes": 7} | changes
-    return stage_memory(profile, workload=workload(**(load or {})), **units)
+    stage = replace(StageRange.whole(4), **changes)
+    return stage_memory(profile, workload=workload(**(load or {})), stage=stage, overhead_bytes=7)
 
 
 def test_weights_are_those_of_the_units() -> None:

@@ -25,7 +25,20 @@ EXTRA = {
 
 FLOORS = {
     "plans": (
-        *("errors", "children", "option_groups", "reading", "console", "engines", "checkpoint", "profile", "cluster"),
+        *(
+            "errors",
+            "dtypes",
+            "machine_memory",
+            "cuts",
+            "children",
+            "option_groups",
+            "reading",
+            "console",
+            "engines",
+            "checkpoint",
+            "profile",
+            "cluster",
+        ),
         *("stages", "workload", "memory", "plan", "run", "check", "export", "schemas"),
     ),
     "planner": (

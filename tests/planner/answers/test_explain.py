@@ -177,7 +177,7 @@ def test_too_many_devices_for_an_even_split(profile: ModelProfile) -> None:
     assert "4 layers cannot be spread evenly over 7 devices" in _no_plan(profile, seven, LOAD, strategy="uniform").what
     five = cluster(*(device(f"d{i}") for i in range(5)))
     plan = solve(profile, cluster=five, workload=LOAD, is_isolated=False, strategy="uniform")
-    assert [stage.num_layers for stage in plan.stages] == [1, 1, 1, 1, 0]
+    assert [stage.num_layers for stage in plan.ranges] == [1, 1, 1, 1, 0]
 
 
 def test_has_plan_is_what_the_certificate_says() -> None:

@@ -16,12 +16,13 @@ from planner.model.workloads import make_workload
 from planner.problem.build import build_problem
 from planner.problem.evaluate import evaluate, time_of
 from planner.problem.problem import StageChoice
-from planner.timing.costs import StageRange, predict
+from planner.timing.costs import predict
 from plans.checkpoint.folder import open_checkpoint
 from plans.cluster import Cluster
 from plans.errors import InfeasibleError, IntegrityError, UsageError
 from plans.plan import Plan
 from plans.profile import ModelProfile
+from plans.stages import StageRange
 from plans.workload import Workload
 from tests.planner.cases import class_link, cluster, device, link, solve, tiny_profile, workload
 
@@ -116,7 +117,7 @@ def test_exact_fit_over_two_devices_is_found_by_every_strategy(profile: ModelPro
     cut = _solve(profile, cluster(device("a"), device("b")), LOAD, strategy="custom", layers="2,2")
     budgets = [stage.total_bytes for stage in cut.stages]
     tight = cluster(*(device(name, budget_bytes=size) for name, size in zip("ab", budgets, strict=True)))
-    assert [s.num_layers for s in _solve(profile, tight, LOAD, strategy=strategy).stages] == [2, 2]
+    assert [s.num_layers for s in _solve(profile, tight, LOAD, strategy=strategy).ranges] == [2, 2]
     short = cluster(device("a", budget_bytes=budgets[0]), device("b", budget_bytes=budgets[1] - 1))
     with pytest.raises(InfeasibleError):
         _solve(profile, short, LOAD, strategy=strategy)
@@ -150,12 +151,12 @@ def test_hand_written_cut_is_costed_and_not_changed(profile: ModelProfile) -> No
 
 def test_open_places_of_a_cut_are_filled_in(profile: ModelProfile) -> None:
     plan = _solve(profile, _roomy(), LOAD, strategy="custom", layers="1,*,2")
-    assert [(s.device, s.num_layers) for s in plan.stages] == [("a", 1), ("b", 1), ("c", 2)]
+    assert [(s.device, s.num_layers) for s in plan.ranges] == [("a", 1), ("b", 1), ("c", 2)]
     pinned = _solve(profile, _roomy(), LOAD, pins=["0-2@a", "head@c"], bans=["b"])
     assert [s.device for s in pinned.stages] == ["a", "c"]
     assert pinned.stages[0].end_layer >= 2
     ends = _solve(profile, _roomy(), LOAD, strategy="custom", layers="0-0@c,4-4@b")
-    assert [(s.device, s.num_layers) for s in ends.stages] == [("c", 0), ("a", 4), ("b", 0)]
+    assert [(s.device, s.num_layers) for s in ends.ranges] == [("c", 0), ("a", 4), ("b", 0)]
 
 
 def test_uniform_that_does_not_fit_names_the_nearest_split(profile: ModelProfile) -> None:

@@ -141,7 +141,7 @@ def test_a_run_on_other_devices_or_with_a_gap_is_refused(
     cases = [
         (0, {"planned_device": "cpu#7"}, 5, "another cluster"),
         (0, {"device": "cuda:0"}, 5, "another placement"),
-        (1, {"start_layer": 4}, 3, "does not continue"),
+        (1, {"start_layer": 4}, 3, "stage 1: layers from 4 leave a gap"),
         (1, {"end_layer": 5}, 5, "5 layers"),
     ]
     for index, change, code, says in cases:

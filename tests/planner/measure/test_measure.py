@@ -53,7 +53,7 @@ def test_a_device_twice_as_slow_gets_half_the_layers_when_stages_take_turns() ->
         objective="throughput",
         is_isolated=False,
     )
-    layers = {stage.device: stage.num_layers for stage in plan.stages}
+    layers = {stage.device: stage.num_layers for stage in plan.ranges}
     assert (layers["cpu#0"], layers["cpu#1"]) == (8, 4)
 
 

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.rivals.compare import Comparison, DeviceUse, Row, compare, memory_use, stages_of
+from planner.rivals.compare import Comparison, DeviceUse, Row, compare, memory_use
 from planner.rivals.rules import RULES, Split, chain_of, from_partition
 from planner.show.compare import comparison_table, layers_text, verdict
-from planner.timing.costs import CostModel, StageRange
+from planner.timing.costs import CostModel
 from plans.cluster import Cluster
 from plans.errors import UsageError
 from plans.plan import Objective
+from plans.stages import StageRange
 from tests.conftest import SHIPPED, RunCommand
 from tests.planner.cases import asked, class_link, cluster, device, link, make_plan, tiny_profile, workload
 
@@ -130,7 +131,7 @@ def test_a_plan_of_ours_is_scored_as_it_predicts() -> None:
     plan = make_plan(workload=workload(requests_in_flight=2))
     found = compare(
         *asked(plan.profile, cluster=plan.cluster, workload=plan.workload, **FAST),
-        partitions=[("mine", Split("mine", stages_of(plan)))],
+        partitions=[("mine", Split("mine", plan.ranges))],
     )
     mine = row_of(found, "mine")
     assert mine.score is not None

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.rivals import rules
-from planner.timing.costs import StageRange
 from plans.cluster import Cluster, Device
 from plans.engines import rules as rules_counts
 from plans.engines.spelling import parse_partition
 from plans.errors import UsageError
 from plans.profile import ModelProfile
+from plans.stages import StageRange
 from tests.planner.cases import TINY, cluster, device, tiny_profile
 
 VLLM = [  # vLLM, tests/distributed/test_pipeline_partition.py, test_uneven_auto_partition

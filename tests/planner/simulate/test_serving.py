@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,9 @@ def test_a_link_that_the_chain_crosses_twice_carries_one_message_at_a_time() -> 
 
 def chain_plan(parts: Any, *, new_tokens: int) -> Plan:
     """One layer on each of four devices, four requests in flight."""
-    from planner.timing.costs import StageRange, predict
+    from planner.timing.costs import predict
     from plans.plan import Stage
+    from plans.stages import StageRange
     from tests.planner.cases import stage_bytes
 
     load = workload(prompt_tokens=1, prefill_chunk_tokens=1, new_tokens=new_tokens, requests_in_flight=4)
@@ -142,12 +144,8 @@ def chain_plan(parts: Any, *, new_tokens: int) -> Plan:
     times, prediction = predict(base.profile, workload=load, cluster=parts, stages=ranges)
     stages = tuple(
         Stage(
-            device=part.device, start_layer=part.start_layer, end_layer=part.end_layer,
-            has_embedding=part.has_embedding, has_head=part.has_head, budget_bytes=1 << 30,
-            decode_seconds=seconds.decode_seconds, prefill_seconds=seconds.prefill_seconds,
-            hop_seconds=seconds.hop_seconds,
-            **{key: getattr(stage_bytes(base.profile, load, parts, part, "one_process"), key)
-               for key in ("weight_bytes", "kv_cache_bytes", "activation_bytes", "overhead_bytes")},
+            **asdict(part), budget_bytes=1 << 30, **asdict(seconds),
+            **asdict(stage_bytes(base.profile, load, parts, part, "one_process")),
         )
         for part, seconds in zip(ranges, times, strict=True)
     )  # fmt: skip

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from planner.simulate.one_plan import Event, simulate, simulate_plan
 from planner.simulate.trace import trace
-from planner.timing.costs import CostModel, StageRange, predict_chain
+from planner.timing.costs import CostModel, predict_chain
 from plans.errors import InfeasibleError
+from plans.stages import StageRange
 from tests.planner.cases import cluster, device, link, make_plan, tiny_profile, workload
 
 PROFILE = tiny_profile(num_hidden_layers=6)

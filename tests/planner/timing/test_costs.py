@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.timing.costs import CostModel, StageRange, predict
+from planner.timing.costs import CostModel, predict
 from planner.timing.roofline import Work, bytes_read, flops
 from planner.timing.unit_times import estimate
 from plans.cluster import Timings
 from plans.errors import InfeasibleError, InputError
+from plans.stages import StageRange
 from tests.planner.cases import class_link, cluster, device, link, tiny_profile, workload
 
 PROFILE = tiny_profile()
@@ -92,7 +93,7 @@ def test_a_larger_batch_touches_more_experts_up_to_all() -> None:
 def test_identical_layers_cost_identical_floats_and_a_stage_their_exact_multiple() -> None:
     costs = model()
     assert len({costs.decode_seconds(layer, "cpu") for layer in PROFILE.layers}) == 1
-    stage = costs.stage_decode_seconds("cpu", 0, 3, has_embedding=False, has_head=False)
+    stage = costs.stage_decode_seconds(StageRange("cpu", 0, 3, has_embedding=False, has_head=False))
     assert stage == 3 * costs.decode_seconds(LAYER, "cpu")
 
 
@@ -220,8 +221,8 @@ def test_the_first_token_of_processes_overlaps_chunks() -> None:
     _stages, prediction = predict(
         PROFILE, workload=load, cluster=two_devices(), stages=TWO, execution="process_per_stage"
     )
-    a = costs.stage_prefill_seconds("a", 0, 3, has_embedding=True, has_head=False)
-    b = costs.stage_prefill_seconds("b", 3, 4, has_embedding=False, has_head=True)
+    a = costs.stage_prefill_seconds(TWO[0])
+    b = costs.stage_prefill_seconds(TWO[1])
     hop = costs.prefill_hop_seconds("a", "b", 64)
     second_arrives = max(a[0] + a[1], a[0] + hop) + hop  # the link carries one chunk at a time
     second_starts = max(second_arrives, a[0] + hop + b[0])

@@ -19,6 +19,7 @@ from planner.problem.build import build_problem
 from plans.cluster import Device
 from plans.memory import StageMemory, stage_memory
 from plans.profile import ModelProfile
+from plans.stages import StageRange
 from plans.workload import Workload
 from tests.planner.cases import cluster, device, tiny_profile, workload
 
@@ -39,15 +40,8 @@ def serving(context_tokens: int) -> Workload:
 
 def needed(profile: ModelProfile, num_layers: int, context_tokens: int) -> StageMemory:
     """What a stage in the middle needs."""
-    return stage_memory(
-        profile,
-        workload=serving(context_tokens),
-        start_layer=0,
-        end_layer=num_layers,
-        has_embedding=False,
-        has_head=False,
-        overhead_bytes=0,
-    )
+    middle = StageRange("cuda:0", 0, num_layers, has_embedding=False, has_head=False)
+    return stage_memory(profile, workload=serving(context_tokens), stage=middle)
 
 
 def weights_and_cache(memory: StageMemory) -> int:

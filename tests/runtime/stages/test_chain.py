@@ -208,5 +208,5 @@ BROKEN_CUTS = {
 def test_stages_that_do_not_cover_the_model_once_are_refused(fault: str) -> None:
     stages = [StageRange("cpu", a, b, has_embedding=e, has_head=h) for a, b, e, h in BROKEN_CUTS[fault]]
     with pytest.raises(InputError) as caught:
-        check_stages(stages, num_hidden_layers=4)
+        check_stages(stages, num_layers=4)
     assert caught.value.code == "E-STAGES"
