@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from plans.console import leave, run_call
+from plans.commands.console import leave, run_call
 from plans.errors import ExitCode, LlamaplanError, PeerError, UsageError
 from runtime.distributed.control.address import Address, connect, parse_address
 from runtime.distributed.control.channel import Channel

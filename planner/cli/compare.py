@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from planner.cli import ask, options
-from plans.console import Output
+from plans.commands.console import Output
 from plans.errors import UsageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from planner.cli import options
-from plans.console import Output
+from plans.commands.console import Output
 
 if TYPE_CHECKING:
     from plans.export.manifest import Manifest

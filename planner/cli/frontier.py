@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from planner.cli import ask, options
-from plans.console import Output
+from plans.commands.console import Output
 
 if TYPE_CHECKING:
     from planner.answers.frontier import FrontierPoint

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from planner.cli import options
-from plans.console import Output
+from plans.commands.console import Output
 from plans.errors import UsageError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from planner.cli import links as cli_links
 from planner.cli import simulate as cli_simulate
 from planner.cli import solve as cli_solve
 from planner.cli.frontier import frontier_command
-from plans.console import Output, leave, run_command
+from plans.commands.console import Output, leave, run_command
 
 app = typer.Typer(
     name="llamaplan",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli import ask, options
-from plans.console import Output
+from plans.commands.console import Output
 
 if TYPE_CHECKING:
     from planner.answers.capacity import Capacity

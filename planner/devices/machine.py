@@ -22,9 +22,9 @@ from planner.devices.catalogue import (
 )
 from planner.devices.nvml import CudaDevice, cuda_devices
 from plans.cluster import Cluster, Device, Host
+from plans.commands.machine_memory import memory_bytes
 from plans.dtypes import DtypeName
 from plans.errors import UsageError, printable
-from plans.machine_memory import memory_bytes
 from plans.reading.sizes import parse_bytes
 
 HOST = "local"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from plans.children import python_command
+from plans.commands.children import python_command
 from plans.dtypes import DtypeName
 from plans.errors import MachineError, printable
 from plans.memory import stage_memory

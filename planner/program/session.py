@@ -21,7 +21,7 @@ from typing import IO, Any, Self, TypeVar
 
 from planner.problem.goal import Goal, IlpAnswer, SolverFault, SolverName
 from planner.problem.problem import Problem
-from plans.children import python_command
+from plans.commands.children import python_command
 from plans.errors import LlamaplanError, MachineError
 
 GRACE_SECONDS = 1.0

@@ -9,7 +9,7 @@ from planner.devices.machine import Machine
 from planner.show.words import count_text
 from planner.timing.topology import Topology
 from plans.cluster import Cluster, Device
-from plans.console import table
+from plans.commands.console import table
 from plans.reading.sizes import format_bytes
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.rivals.compare import Comparison, Row
 from planner.show.words import duration
-from plans.console import table
+from plans.commands.console import table
 from plans.reading.sizes import format_bytes
 from plans.stages import StageRange
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from planner.answers.frontier import FrontierPoint
 from planner.problem.problem import Problem
 from planner.show.words import duration
-from plans.console import table
+from plans.commands.console import table
 
 if TYPE_CHECKING:
     from rich.table import Table

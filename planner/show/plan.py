@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from planner.show.words import duration
-from plans.console import table
+from plans.commands.console import table
 from plans.errors import printable
 from plans.plan import Demands, Plan, Stage
 from plans.reading.sizes import format_bytes

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from planner.show.words import count_text
-from plans.console import table
+from plans.commands.console import table
 from plans.memory import layer_activation_bytes, layer_kv_bytes, tied_table_bytes
 from plans.profile import ModelProfile, UnitProfile
 from plans.reading.sizes import format_bytes

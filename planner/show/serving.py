@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.show.words import duration
 from planner.simulate.numbers import ServingNumbers, Spread
-from plans.console import table
+from plans.commands.console import table
 from plans.plan import Plan
 
 if TYPE_CHECKING:

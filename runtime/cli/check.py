@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from plans.commands.option_groups import with_option_groups
 from plans.errors import IntegrityError
-from plans.option_groups import with_option_groups
 from runtime.cli import options
 from runtime.cli.opening import load, prepare
 

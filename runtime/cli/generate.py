@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plans.console import Output
+from plans.commands.console import Output
+from plans.commands.option_groups import with_option_groups
 from plans.errors import UsageError
-from plans.option_groups import with_option_groups
 from plans.reading.files import read_limited
 from runtime.cli import options
 from runtime.cli import processes as several

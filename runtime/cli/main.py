@@ -4,7 +4,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from plans.console import leave, run_command
+from plans.commands.console import leave, run_command
 from runtime.cli import batch as cli_batch
 from runtime.cli import bench as cli_bench
 from runtime.cli import chat as cli_chat

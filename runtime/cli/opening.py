@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plans.console import Output
+from plans.commands.console import Output
 from plans.errors import UsageError
 from runtime.cli.options import LoadingOptions
 from runtime.fast.speed import Speed

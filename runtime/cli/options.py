@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plans.console import Output
+from plans.commands.console import Output
 from plans.dtypes import DtypeName
 from plans.errors import UsageError
 from runtime.fast.speed import Speed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plans.console import Output
+from plans.commands.console import Output
 from plans.errors import MachineError, PeerError, UsageError
 from runtime.cli.opening import load, prepare
 from runtime.cli.options import LoadingOptions

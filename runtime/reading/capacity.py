@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from plans.checkpoint.folder import Checkpoint, unit_tables
+from plans.commands.machine_memory import memory_bytes
 from plans.dtypes import DTYPES
 from plans.errors import MachineError
-from plans.machine_memory import memory_bytes
 from plans.reading.sizes import format_bytes
 from plans.stages import StageRange
 

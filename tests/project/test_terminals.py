@@ -85,7 +85,7 @@ def _read(descriptor: int) -> bytes:
 
 LEAVING_SLOWLY = """
 import atexit, signal, sys, typer
-from plans.console import leave, run_command
+from plans.commands.console import leave, run_command
 
 app = typer.Typer()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
-from plans.children import python_command
+from plans.commands.children import python_command
 from plans.errors import PeerError
 from runtime.distributed.control.channel import Channel
 from runtime.distributed.control.members import LocalProcess

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO
 
-from plans.console import Terminated
+from plans.commands.console import Terminated
 from plans.errors import (
     ExitCode,
     InputError,

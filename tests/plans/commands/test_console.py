@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from plans.console import Output, table
+from plans.commands.console import Output, table
 
 
 def output(*, is_terminal: bool, quiet: bool = False) -> tuple[Output, io.StringIO]:

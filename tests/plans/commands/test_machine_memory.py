@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from planner.devices.machine import inspect_machine
-from plans import machine_memory
+from plans.commands import machine_memory
 from runtime.reading.capacity import free_bytes
 
 GIB = 1 << 30
