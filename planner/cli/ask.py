@@ -1,14 +1,20 @@
 """What several commands check before they ask the planner."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from planner.cli.options import OfferOptions, WorkloadOptions
+from plans.commands.console import Output
 from plans.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from planner.problem.goal import SolverName
-    from plans.plan import Demands
+    from plans.checkpoint.folder import Checkpoint
+    from plans.cluster import Cluster
+    from plans.profile import ModelProfile
+    from plans.workload import Workload
 
 AUTO = "auto"
 
@@ -39,22 +45,43 @@ def check_number(option: str, value: float, expected: str, *, is_good: bool) -> 
         raise UsageError(f"{option} is {value}", expected=expected)
 
 
-def demands_of(
-    pins: list[str] | None,
-    bans: list[str] | None,
-    *,
-    layers: str | None = None,
-    keep_order: bool = False,
-    use_all: bool = False,
-) -> "Demands":
-    """Return what the options demand."""
-    from plans.plan import Demands
-
-    return Demands(
-        pins=tuple(pins or ()), bans=tuple(bans or ()), layers=layers, keep_order=keep_order, use_all=use_all
-    )
-
-
 def solvers_of(name: Literal["auto", "highs", "cbc"]) -> "tuple[SolverName, ...]":
     """Return the solvers that --solver names."""
     return ("highs", "cbc") if name == "auto" else (name,)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a command is about, read from its model and options."""
+
+    checkpoint: "Checkpoint"
+    profile: "ModelProfile"
+    workload: "Workload"
+    cluster: "Cluster"
+
+
+def read_asked(
+    model: str, workload: WorkloadOptions, offer: OfferOptions, *, prefill_chunk_tokens: int | None, screen: Output
+) -> Asked:
+    """Read the model and the devices, and say what is odd about the checkpoint."""
+    from planner.devices.clusters import load_cluster
+    from planner.model.find import find_model
+    from planner.model.profile import build_profile
+    from planner.model.workloads import make_workload, parse_dtype
+    from plans.checkpoint.folder import open_checkpoint
+
+    chosen, kv_chosen = parse_dtype(workload.dtype), parse_dtype(workload.kv_cache_dtype, option="--kv-cache-dtype")
+    checkpoint = open_checkpoint(find_model(model))
+    profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
+    load = make_workload(
+        profile,
+        ctx_size=workload.ctx_size,
+        prompt_tokens=workload.prompt_tokens,
+        new_tokens=workload.new_tokens,
+        batch_size=workload.batch_size,
+        requests_in_flight=workload.requests_in_flight,
+        prefill_chunk_tokens=prefill_chunk_tokens,
+    )
+    for warning in checkpoint.warnings:
+        screen.warn(warning)
+    return Asked(checkpoint, profile, load, load_cluster(offer.cluster, devices=offer.device, margins=offer.margin))

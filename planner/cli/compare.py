@@ -10,6 +10,7 @@ import typer
 
 from planner.cli import ask, options
 from plans.commands.console import Output
+from plans.commands.option_groups import with_option_groups
 from plans.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,62 +37,36 @@ def register(app: typer.Typer) -> None:
     app.command("report")(report_command)
 
 
+@with_option_groups
 def compare_command(
     model: options.ModelArgument,
     *,
     partition: PartitionOption = None,
     objective: options.ObjectiveOption = "latency",
     weight: options.WeightOption = 0.5,
-    cluster: options.ClusterOption = None,
-    device: options.DeviceOption = None,
-    margin: options.MarginOption = None,
-    ctx_size: options.ContextOption = None,
-    prompt_tokens: options.PromptTokensOption = None,
-    new_tokens: options.NewTokensOption = None,
-    batch_size: options.BatchOption = 1,
-    requests_in_flight: options.InFlightOption = 1,
+    offer: options.OfferOptions,
+    load: options.WorkloadOptions,
     prefill_chunk: options.PrefillChunkOption = None,
-    dtype: options.DtypeOption = None,
-    kv_cache_dtype: options.KvDtypeOption = None,
     execution: options.ExecutionOption = "one_process",
     solver: options.SolverOption = "auto",
     time_limit: options.TimeLimitOption = 60.0,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
+    printed: options.ScreenOptions,
 ) -> None:
     """Put all strategies and the rules of other engines side by side, scored by one simulator.
 
     Example: llamaplan compare my-model/ --device 2xrtx3090=20GiB --device cpu=32GiB --partition vllm:20,12
     """
-    from planner.devices.clusters import load_cluster
-    from planner.model.find import find_model
-    from planner.model.profile import build_profile
-    from planner.model.workloads import make_workload, parse_dtype
     from planner.problem.question import Question
     from planner.program.effort import Effort
     from planner.rivals.compare import compare
     from planner.show import compare as show_compare
-    from plans.checkpoint.folder import open_checkpoint
 
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     check_time_limit(time_limit)
-    chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
-    checkpoint = open_checkpoint(find_model(model))
-    profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
-    workload = make_workload(
-        profile,
-        ctx_size=ctx_size,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch_size=batch_size,
-        requests_in_flight=requests_in_flight,
-        prefill_chunk_tokens=prefill_chunk,
-    )
-    for warning in checkpoint.warnings:
-        screen.warn(warning)
-    offered = load_cluster(cluster, devices=device, margins=margin)
-    given = read_partitions(partition or (), cluster=offered, num_layers=profile.model.num_hidden_layers)
-    question = Question(profile, offered, workload, objective=objective, weight=weight, execution=execution)
+    asked = ask.read_asked(model, load, offer, prefill_chunk_tokens=prefill_chunk, screen=screen)
+    offered = asked.cluster
+    given = read_partitions(partition or (), cluster=offered, num_layers=asked.profile.model.num_hidden_layers)
+    question = Question(asked.profile, offered, asked.workload, objective=objective, weight=weight, execution=execution)
     with screen.spinner(f"comparing on {len(offered.devices)} devices"):
         found = compare(question, Effort(ask.solvers_of(solver), time_limit), partitions=given)
     screen.data(show_compare.as_json(found))

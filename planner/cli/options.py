@@ -1,9 +1,15 @@
 """Command-line options that several commands share, so that they are spelled and explained once."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from plans.commands.console import Output
+
+if TYPE_CHECKING:
+    from plans.plan import Demands
 
 ModelArgument = Annotated[
     str,
@@ -151,4 +157,75 @@ CalibrateOption = Annotated[
         show_default=False,
     ),
 ]
+KeepOrderOption = Annotated[bool, typer.Option("--keep-order", help="Stages follow the order of the devices.")]
+UseAllOption = Annotated[bool, typer.Option("--use-all", help="Every device gets a stage.")]
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan written by 'llamaplan solve'.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferOptions:
+    """The devices on offer."""
+
+    cluster: ClusterOption = None
+    device: DeviceOption = None
+    margin: MarginOption = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadOptions:
+    """What is asked of the model, and in which dtypes."""
+
+    ctx_size: ContextOption = None
+    prompt_tokens: PromptTokensOption = None
+    new_tokens: NewTokensOption = None
+    batch_size: BatchOption = 1
+    requests_in_flight: InFlightOption = 1
+    dtype: DtypeOption = None
+    kv_cache_dtype: KvDtypeOption = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemandOptions:
+    """What is fixed by hand."""
+
+    pin: PinOption = None
+    ban: BanOption = None
+    keep_order: KeepOrderOption = False
+
+    def demands(self) -> "Demands":
+        """Return them as a plan records them."""
+        from plans.plan import Demands
+
+        return Demands(pins=tuple(self.pin or ()), bans=tuple(self.ban or ()), keep_order=self.keep_order)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutOptions(DemandOptions):
+    """The same, and the cut itself."""
+
+    layers: LayersOption = None
+    use_all: UseAllOption = False
+
+    def demands(self) -> "Demands":
+        """Return them as a plan records them."""
+        from plans.plan import Demands
+
+        return Demands(
+            pins=tuple(self.pin or ()),
+            bans=tuple(self.ban or ()),
+            layers=self.layers,
+            keep_order=self.keep_order,
+            use_all=self.use_all,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScreenOptions:
+    """What is printed."""
+
+    as_json: JsonOption = False
+    quiet: QuietOption = False
+
+    def output(self) -> Output:
+        """Return where the command writes."""
+        return Output(json=self.as_json, quiet=self.quiet)

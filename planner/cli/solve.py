@@ -8,6 +8,7 @@ import typer
 
 from planner.cli import ask, options
 from plans.commands.console import Output
+from plans.commands.option_groups import with_option_groups
 
 if TYPE_CHECKING:
     from planner.answers.capacity import Capacity
@@ -24,39 +25,27 @@ def register(app: typer.Typer) -> None:
     app.command("check")(check_command)
 
 
+@with_option_groups
 def solve_command(
     model: options.ModelArgument,
     *,
     strategy: options.StrategyOption = None,
     objective: options.ObjectiveOption = "latency",
     weight: options.WeightOption = 0.5,
-    cluster: options.ClusterOption = None,
-    device: options.DeviceOption = None,
-    margin: options.MarginOption = None,
+    offer: options.OfferOptions,
     speed: options.SpeedOption = "auto",
     calibrate: options.CalibrateOption = None,
-    ctx_size: options.ContextOption = None,
-    prompt_tokens: options.PromptTokensOption = None,
-    new_tokens: options.NewTokensOption = None,
-    batch_size: options.BatchOption = 1,
-    requests_in_flight: options.InFlightOption = 1,
+    load: options.WorkloadOptions,
     prefill_chunk: options.ChunkOption = None,
-    dtype: options.DtypeOption = None,
-    kv_cache_dtype: options.KvDtypeOption = None,
     execution: options.ExecutionOption = "one_process",
-    layers: options.LayersOption = None,
-    pin: options.PinOption = None,
-    ban: options.BanOption = None,
-    keep_order: Annotated[bool, typer.Option("--keep-order", help="Stages follow the order of the devices.")] = False,
-    use_all: Annotated[bool, typer.Option("--use-all", help="Every device gets a stage.")] = False,
+    cut: options.CutOptions,
     solver: options.SolverOption = "auto",
     time_limit: options.TimeLimitOption = 60.0,
     mip_gap: options.GapOption = 0.0,
     max_ctx: options.MaxContextOption = False,
     max_in_flight: options.MaxInFlightOption = False,
     output: options.OutputOption = None,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
+    printed: options.ScreenOptions,
 ) -> None:
     """Find the best split of a model over devices, and prove it.
 
@@ -66,45 +55,27 @@ def solve_command(
 
     from planner.answers.chunking import solve_with_best_chunk
     from planner.answers.solve import solve
-    from planner.devices.clusters import for_speed, load_cluster
-    from planner.model.find import find_model
-    from planner.model.profile import build_profile
-    from planner.model.workloads import make_workload, parse_dtype
+    from planner.devices.clusters import for_speed
     from planner.problem.question import Question
     from planner.program.effort import Effort
     from planner.show import plan as show
-    from plans.checkpoint.folder import open_checkpoint
 
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     ask.check_time_limit(time_limit)
     ask.check_number("--mip-gap", mip_gap, "0 to below 1", is_good=0 <= mip_gap < 1)
-    chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
-    checkpoint = open_checkpoint(find_model(model))
-    ask.refuse_inside(output, checkpoint.directory)
-    profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
-    workload = make_workload(
-        profile,
-        ctx_size=ctx_size,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch_size=batch_size,
-        requests_in_flight=requests_in_flight,
-        prefill_chunk_tokens=ask.chunk_tokens(prefill_chunk),
-    )
-    for warning in checkpoint.warnings:
-        screen.warn(warning)
-    offered = for_speed(load_cluster(cluster, devices=device, margins=margin), speed)
-    calibration = None if calibrate is None else calibration_of(calibrate, offered, profile)
-    offered = offered if calibration is None else calibration.cluster
+    asked = ask.read_asked(model, load, offer, prefill_chunk_tokens=ask.chunk_tokens(prefill_chunk), screen=screen)
+    ask.refuse_inside(output, asked.checkpoint.directory)
+    offered = for_speed(asked.cluster, speed)
+    calibration = None if calibrate is None else calibration_of(calibrate, offered, asked.profile)
     question = Question(
-        profile,
-        cluster=offered,
-        workload=workload,
-        strategy=strategy or ("custom" if layers else "compute"),
+        asked.profile,
+        cluster=offered if calibration is None else calibration.cluster,
+        workload=asked.workload,
+        strategy=strategy or ("custom" if cut.layers else "compute"),
         objective=objective,
         weight=weight,
         execution=execution,
-        demands=ask.demands_of(pin, ban, layers=layers, keep_order=keep_order, use_all=use_all),
+        demands=cut.demands(),
     )
     effort = Effort(ask.solvers_of(solver), time_limit, mip_gap)
     started = time.monotonic()
@@ -120,16 +91,16 @@ def solve_command(
     extra = {} if learnt is None else {"calibration": learnt[0]}
     screen.data(show.as_json(plan, solve_seconds=seconds, capacities=capacities) | extra)
     print_plan(plan, screen)
-    for line in () if learnt is None else learnt[1]:
+    for line in [*(() if learnt is None else learnt[1]), *map(show.capacity_line, capacities)]:
         screen.show(line)
-    for capacity in capacities:
-        screen.show(show.capacity_line(capacity))
     screen.note(f"solved in {seconds:.2f} s" + (f", wrote {output}" if output is not None else ""))
-    written = shlex.quote(str(output)) if output is not None else "plan.json"
+    screen.next_step(_next_step(output, model))
+
+
+def _next_step(output: Path | None, model: str) -> str:
     if output is None:
-        screen.next_step("the same command with -o plan.json, to keep the plan")
-    else:
-        screen.next_step(f"llamaplan export {written} --model {shlex.quote(model)} -o shards/")
+        return "the same command with -o plan.json, to keep the plan"
+    return f"llamaplan export {shlex.quote(str(output))} --model {shlex.quote(model)} -o shards/"
 
 
 def calibration_of(path: Path, cluster: "Cluster", profile: "ModelProfile") -> "Calibration":
