@@ -71,7 +71,7 @@ def test_a_report_holds_other_cuts_against_a_cut_by_hand() -> None:
     found = alternatives_to(plan, Effort(is_isolated=False))
     compute = next(row for row in found.comparison.rows if row.name == "compute")
     assert compute.fits
-    assert [stage.num_layers for stage in plan.stages] != [s.end_layer - s.start_layer for s in compute.stages]
+    assert [stage.range.num_layers for stage in plan.stages] != [s.end_layer - s.start_layer for s in compute.stages]
 
 
 def test_solve_writes_demands_and_show_and_check_know_them(run_command: RunCommand, tmp_path: Path) -> None:
