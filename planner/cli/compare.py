@@ -1,6 +1,5 @@
 """`llamaplan compare` and `report`: they parse, call the planner, and print."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +61,7 @@ def compare_command(
     from planner.show import compare as show_compare
 
     screen = printed.output()
-    check_time_limit(time_limit)
+    ask.check_time_limit(time_limit)
     asked = ask.read_asked(model, load, offer, prefill_chunk_tokens=prefill_chunk, screen=screen)
     offered = asked.cluster
     given = read_partitions(partition or (), cluster=offered, num_layers=asked.profile.model.num_hidden_layers)
@@ -123,7 +122,7 @@ def report_command(
     from plans.reading.files import write_text
 
     screen = Output(json=as_json, quiet=quiet)
-    check_time_limit(time_limit)
+    ask.check_time_limit(time_limit)
     refuse_same_file(plan, output, trace)
     known = read_plan(plan)
     with screen.spinner("comparing with other strategies and engines"):
@@ -142,9 +141,3 @@ def refuse_same_file(plan: Path, *written: Path | None) -> None:
     paths = [path.absolute().resolve() for path in (plan, *written) if path is not None]
     if len(set(paths)) < len(paths):
         raise UsageError("the plan, --output and --trace are not three different files")
-
-
-def check_time_limit(seconds: float) -> None:
-    """Refuse a time limit that is no positive number."""
-    if not 0 < seconds < math.inf:
-        raise UsageError(f"--time-limit is {seconds}", expected="above 0")
