@@ -6,9 +6,10 @@ from fractions import Fraction
 
 from planner.answers.strategies import Outcome, run_strategy
 from planner.problem.evaluate import evaluate
-from planner.problem.problem import Assignment, Problem
+from planner.problem.problem import Problem
 from planner.program.session import SolverSession
 from plans.plan import Objective, SolveStatus
+from plans.stages import StageRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +18,14 @@ class FrontierPoint:
 
     seconds: float
     memory_share: float
-    assignment: Assignment
+    stages: tuple[StageRange, ...]
     status: SolveStatus
     certified_by: str | None
 
     @property
     def num_devices(self) -> int:
         """Devices in use."""
-        return len(self.assignment)
+        return len(self.stages)
 
 
 def frontier_by_share(
@@ -79,7 +80,7 @@ def _point(problem: Problem, outcome: Outcome, objective: Objective) -> Frontier
     return FrontierPoint(
         seconds=problem.seconds(worth.time, objective),
         memory_share=float(worth.share),
-        assignment=outcome.assignment,
+        stages=problem.ranges(outcome.assignment),
         status=outcome.status,
         certified_by=outcome.certified_by,
     )

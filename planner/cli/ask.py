@@ -1,7 +1,7 @@
 """What several commands check before they ask the planner."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +10,8 @@ from plans.commands.console import Output
 from plans.errors import UsageError, printable
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from planner.problem.goal import SolverName
     from plans.checkpoint.folder import Checkpoint
     from plans.cluster import Cluster
@@ -23,6 +25,25 @@ def refuse_inside(output: Path | None, folder: Path | None) -> None:
     """Refuse to write a result into the checkpoint it was made from."""
     if output is not None and folder is not None and output.absolute().parent.resolve() == folder.resolve():
         raise UsageError(f"--output {output} lies inside the checkpoint", hint="choose another folder")
+
+
+def is_plan(target: str) -> bool:
+    """Whether a command was given a plan, and not a model; a file that is no JSON is neither and refused as such."""
+    from plans.reading.strict import read_json
+
+    path = Path(target)
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    document = read_json(path)
+    return isinstance(document, dict) and "stages" in document
+
+
+def refuse_given(why: str, *groups: "DataclassInstance") -> None:
+    """Refuse options of groups that were given although something else decides."""
+    for group in groups:
+        for field in fields(group):
+            if getattr(group, field.name) not in (field.default, []):
+                raise UsageError(f"{why}; --{field.name.replace('_', '-')} cannot change it", hint="leave it out")
 
 
 def check_time_limit(seconds: float) -> None:

@@ -2,14 +2,14 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from planner.cli import ask, options
-from plans.commands.console import Output
-from plans.commands.option_groups import with_option_groups
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,20 +36,37 @@ def register(app: typer.Typer) -> None:
     app.command("report")(report_command)
 
 
+CompareTarget = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|PLAN",
+        help="A model, as for solve; or a plan, whose own question is then answered in every other way.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareOptions:
+    """What is asked, where it is not a plan's own question."""
+
+    objective: options.ObjectiveOption = "latency"
+    weight: options.WeightOption = 0.5
+    prefill_chunk: options.PrefillChunkOption = None
+    execution: options.ExecutionOption = "one_process"
+
+
 @with_option_groups
 def compare_command(
-    model: options.ModelArgument,
+    target: CompareTarget,
     *,
     partition: PartitionOption = None,
-    objective: options.ObjectiveOption = "latency",
-    weight: options.WeightOption = 0.5,
     offer: options.OfferOptions,
     load: options.WorkloadOptions,
-    prefill_chunk: options.PrefillChunkOption = None,
-    execution: options.ExecutionOption = "one_process",
+    wanted: CompareOptions,
     solver: options.SolverOption = "auto",
     time_limit: options.TimeLimitOption = 60.0,
-    printed: options.ScreenOptions,
+    printed: ScreenOptions,
 ) -> None:
     """Put all strategies and the rules of other engines side by side, scored by one simulator.
 
@@ -57,22 +74,44 @@ def compare_command(
     """
     from planner.problem.question import Question
     from planner.program.effort import Effort
+    from planner.rivals.alternatives import compare_plan
     from planner.rivals.compare import compare
     from planner.show import compare as show_compare
+    from plans.check import read_plan
 
     screen = printed.output()
     ask.check_time_limit(time_limit)
-    asked = ask.read_asked(model, load, offer, prefill_chunk_tokens=prefill_chunk, screen=screen)
-    offered = asked.cluster
-    given = read_partitions(partition or (), cluster=offered, num_layers=asked.profile.model.num_hidden_layers)
-    question = Question(asked.profile, offered, asked.workload, objective=objective, weight=weight, execution=execution)
-    with screen.spinner(f"comparing on {len(offered.devices)} devices"):
-        found = compare(question, Effort(ask.solvers_of(solver), time_limit), partitions=given)
+    effort = Effort(ask.solvers_of(solver), time_limit)
+    known = read_plan(Path(target)) if ask.is_plan(target) else None
+    if known is not None:
+        ask.refuse_given("a plan brings its own question", offer, load, wanted)
+        question = Question.of(known)
+    else:
+        asked = ask.read_asked(target, load, offer, prefill_chunk_tokens=wanted.prefill_chunk, screen=screen)
+        question = Question(
+            asked.profile,
+            asked.cluster,
+            asked.workload,
+            objective=wanted.objective,
+            weight=wanted.weight,
+            execution=wanted.execution,
+        )
+    num_layers = question.profile.model.num_hidden_layers
+    given = read_partitions(partition or (), cluster=question.cluster, num_layers=num_layers)
+    with screen.spinner(f"comparing on {len(question.cluster.devices)} devices"):
+        found = (
+            compare(question, effort, partitions=given)
+            if known is None
+            else compare_plan(known, effort, partitions=given)
+        )
     screen.data(show_compare.as_json(found))
     screen.show(show_compare.comparison_table(found))
     for line in show_compare.note_lines(found):
         screen.show(line)
-    screen.next_step(f"llamaplan solve {shlex.quote(model)} with the same options and -o plan.json")
+    if known is None:
+        screen.next_step(f"llamaplan solve {shlex.quote(target)} with the same options and -o plan.json")
+    else:
+        screen.next_step(f"llamaplan report {shlex.quote(target)} -o report.html")
 
 
 def read_partitions(texts: Sequence[str], *, cluster: "Cluster", num_layers: int) -> "list[tuple[str, Split]]":
@@ -94,6 +133,7 @@ def read_partitions(texts: Sequence[str], *, cluster: "Cluster", num_layers: int
     return chains
 
 
+@with_option_groups
 def report_command(
     plan: options.PlanArgument,
     *,
@@ -108,8 +148,7 @@ def report_command(
         bool, typer.Option("--compare/--no-compare", help="Solve again by every strategy, for the comparison.")
     ] = True,
     time_limit: options.TimeLimitOption = 60.0,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
+    printed: ScreenOptions,
 ) -> None:
     """Write a plan as one page that needs nothing else: memory, topology, timeline, alternatives, origins.
 
@@ -121,7 +160,7 @@ def report_command(
     from plans.check import read_plan
     from plans.reading.files import write_text
 
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     ask.check_time_limit(time_limit)
     refuse_same_file(plan, output, trace)
     known = read_plan(plan)

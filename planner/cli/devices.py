@@ -7,6 +7,7 @@ import typer
 
 from planner.cli import options
 from plans.commands.console import Output
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def register(app: typer.Typer) -> None:
     app.command("devices")(devices_command)
 
 
+@with_option_groups
 def devices_command(
     model: ModelArgument = None,
     *,
@@ -54,8 +56,7 @@ def devices_command(
     dtype: options.DtypeOption = None,
     threads: ThreadsOption = None,
     output: options.OutputOption = None,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
+    printed: ScreenOptions,
 ) -> None:
     """Say what this machine, or a described cluster, offers to a plan; with --measure, time it.
 
@@ -66,7 +67,7 @@ def devices_command(
     from planner.show import cluster as show_cluster
     from plans.reading.files import write_text
 
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     if catalogue:
         if device or cluster or margin or output or measure or model:
             raise UsageError("--catalogue lists accelerators and takes no model, devices, cluster, margin or output")
@@ -84,7 +85,7 @@ def devices_command(
         screen.note(f"wrote {output}")
     screen.data(offered.model_dump(mode="json", by_alias=True))
     screen.show(show_cluster.device_table(offered))
-    if not (as_json or device or cluster):
+    if not (printed.as_json or device or cluster):
         for line in show_cluster.machine_lines(inspect_machine()):
             screen.show(line)
     for line in show_cluster.timing_lines(offered):

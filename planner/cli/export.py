@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from planner.cli import options
 from plans.commands.console import Output
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 
 if TYPE_CHECKING:
     from plans.export.manifest import Manifest
@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command("emit")(emit_command)
 
 
+@with_option_groups
 def export_command(
     plan: PlanArgument,
     *,
@@ -47,8 +48,7 @@ def export_command(
     check_values: Annotated[
         bool, typer.Option("--check-values", help="Also name tensors that hold NaN or infinity, or only zeros.")
     ] = False,
-    quiet: options.QuietOption = False,
-    as_json: options.JsonOption = False,
+    printed: ScreenOptions,
 ) -> None:
     """Write one safetensors file per stage, in a folder that is itself a Hugging Face checkpoint.
 
@@ -58,7 +58,7 @@ def export_command(
     from planner.model.find import find_model
     from plans.check import read_plan
 
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     checked = read_plan(plan)
     stages = choose_stages(checked, host=host, stage=stage)
     source = find_model(model)
@@ -98,6 +98,7 @@ def stage_lines(manifest: "Manifest", stages: frozenset[int] | None) -> Iterator
         yield f"{stage.file}  {size:>10}  {stage.device}: {stage.range.words}"
 
 
+@with_option_groups
 def verify_command(
     directory: FolderArgument,
     *,
@@ -108,8 +109,7 @@ def verify_command(
     expect_id: Annotated[
         str | None, typer.Option("--expect-id", metavar="ID", help="The export id it must have.")
     ] = None,
-    quiet: options.QuietOption = False,
-    as_json: options.JsonOption = False,
+    printed: ScreenOptions,
 ) -> None:
     """Read an export back: every byte against its manifest, and every tensor against the model if given.
 
@@ -121,7 +121,7 @@ def verify_command(
     from planner.model.find import find_model
     from plans.reading.sizes import format_bytes
 
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     source = find_model(model) if model is not None else None
     with screen.progress("verify", unit="bytes") as progress:
         found = verify(directory, model=source, stage=stage, expect_id=expect_id, progress=progress)
@@ -156,8 +156,7 @@ def emit_command(
     directory: Annotated[
         str, typer.Option("--directory", metavar="DIR", help="The export, as the commands should name it.")
     ] = "DIR",
-    quiet: options.QuietOption = False,
-    as_json: options.JsonOption = False,
+    printed: ScreenOptions,
 ) -> None:
     """Write a plan as another engine takes it, with the exact command; what it cannot express is said.
 
@@ -168,14 +167,14 @@ def emit_command(
     from exporter.emit import emit
     from plans.check import read_plan
 
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     found = emit(read_plan(plan), engine=engine, directory=directory)
     for text in found.not_expressed:
         screen.warn(f"{engine}: {text}")
     if output is not None:
         written = write_emitted(found.files, output)
         screen.note("wrote " + ", ".join(map(str, written)))
-    elif not as_json:
+    elif not printed.as_json:
         sys.stdout.write("\n".join(found.files.values()))
     screen.data(asdict(found))
     if engine == "accelerate":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from planner.cli import ask, options
-from plans.commands.option_groups import with_option_groups
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 
 if TYPE_CHECKING:
     from planner.answers.frontier import FrontierPoint
@@ -30,7 +30,7 @@ def frontier_command(
     execution: options.ExecutionOption = "one_process",
     fixed: options.DemandOptions,
     time_limit: options.TimeLimitOption = 120.0,
-    printed: options.ScreenOptions,
+    printed: ScreenOptions,
 ) -> None:
     """Say what a smaller memory share, or fewer devices, would cost in time.
 
@@ -60,9 +60,9 @@ def frontier_command(
         if not (shares or counts):
             raise explain_infeasible(question)
     tables = {"time against memory share": shares, "time against number of devices": counts}
-    screen.data({title.replace(" ", "_"): [show.as_json(problem, p) for p in found] for title, found in tables.items()})
+    screen.data({title.replace(" ", "_"): [show.as_json(p) for p in found] for title, found in tables.items()})
     for title, found in tables.items():
         if found:
             screen.show(f"{title} ({objective}):")
-            screen.show(show.frontier_table(problem, found))
+            screen.show(show.frontier_table(found))
     screen.next_step(f"llamaplan solve {shlex.quote(model)} --strategy mixed --weight 0.5 -o plan.json")

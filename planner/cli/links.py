@@ -7,6 +7,7 @@ import typer
 
 from planner.cli import options
 from plans.commands.console import Output
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def register(app: typer.Typer) -> None:
     app.command("links")(links_command)
 
 
+@with_option_groups
 def links_command(
     peers: PeersArgument = None,
     *,
@@ -48,14 +50,13 @@ def links_command(
     here: HereOption = "local",
     cluster: options.ClusterOption = None,
     output: options.OutputOption = None,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
+    printed: ScreenOptions,
 ) -> None:
     """Measure latency and bandwidth between hosts, for a cluster file.
 
     Example: llamaplan links box2=192.168.1.7 --key-file key --cluster cluster.json -o cluster.json
     """
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     if serve == bool(peers):
         raise UsageError("give either --serve or the hosts to measure", expected="llamaplan links --serve, or HOST...")
     from planner.measure.links import read_key

@@ -1,9 +1,7 @@
 """`llamaplan`: the planner's command line. Commands parse, call and print; heavy imports happen when one runs."""
 
 import shlex
-from typing import Annotated, NoReturn
-
-import typer
+from typing import NoReturn
 
 from planner.cli import ask, options
 from planner.cli import compare as cli_compare
@@ -13,16 +11,11 @@ from planner.cli import links as cli_links
 from planner.cli import simulate as cli_simulate
 from planner.cli import solve as cli_solve
 from planner.cli.frontier import frontier_command
-from plans.commands.console import Output, leave, run_command
+from plans.commands.app import new_app
+from plans.commands.console import leave, run_command
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 
-app = typer.Typer(
-    name="llamaplan",
-    help="Plan how a Llama-family model is cut over the devices you own, and export the cut.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = new_app("llamaplan", summary="Plan how a Llama-family model is cut over the devices you own, and export the cut.")
 
 
 def main() -> NoReturn:
@@ -35,25 +28,8 @@ def run() -> int:
     return run_command(app, name="llamaplan")
 
 
-def _version(value: bool) -> None:
-    if value:
-        from importlib.metadata import version
-
-        typer.echo(f"llamaplan {version('llamaplan')}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    *,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
-    ] = False,
-) -> None:
-    """Plan how a Llama-family model is cut over the devices you own, and export the cut."""
-
-
 @app.command()
+@with_option_groups
 def analyze(
     model: options.ModelArgument,
     *,
@@ -62,8 +38,7 @@ def analyze(
     dtype: options.DtypeOption = None,
     kv_cache_dtype: options.KvDtypeOption = None,
     output: options.OutputOption = None,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
+    printed: ScreenOptions,
 ) -> None:
     """Say what every layer of a model costs, without loading weights.
 
@@ -77,7 +52,7 @@ def analyze(
     from plans.checkpoint.folder import open_checkpoint
     from plans.reading.files import write_text
 
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
     checkpoint = open_checkpoint(find_model(model))
     profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)

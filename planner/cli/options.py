@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from plans.commands.console import Output
-
 if TYPE_CHECKING:
     from plans.plan import Demands
 
@@ -81,8 +79,6 @@ MarginOption = Annotated[
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON file here.", show_default=False)
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only data, warnings and errors.")]
 StrategyOption = Annotated[
     Literal["uniform", "memory", "compute", "mixed", "custom"] | None,
     typer.Option("--strategy", help="What to minimise; unset: compute, or custom with --layers.", show_default=False),
@@ -208,24 +204,4 @@ class CutOptions(DemandOptions):
 
     def demands(self) -> "Demands":
         """Return them as a plan records them."""
-        from plans.plan import Demands
-
-        return Demands(
-            pins=tuple(self.pin or ()),
-            bans=tuple(self.ban or ()),
-            layers=self.layers,
-            keep_order=self.keep_order,
-            use_all=self.use_all,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScreenOptions:
-    """What is printed."""
-
-    as_json: JsonOption = False
-    quiet: QuietOption = False
-
-    def output(self) -> Output:
-        """Return where the command writes."""
-        return Output(json=self.as_json, quiet=self.quiet)
+        return DemandOptions.demands(self).model_copy(update={"layers": self.layers, "use_all": self.use_all})

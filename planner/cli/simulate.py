@@ -3,13 +3,14 @@
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from planner.cli import options
-from plans.commands.console import Output
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,19 +55,26 @@ def register(app: typer.Typer) -> None:
     app.command("simulate")(simulate_command)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalOptions:
+    """Which requests come, and when."""
+
+    requests: RequestsOption = None
+    rate: RateOption = None
+    arrivals: ArrivalsOption = "poisson"
+    prompt_tokens: options.PromptTokensOption = None
+    new_tokens: options.NewTokensOption = None
+    seed: SeedOption = 0
+
+
+@with_option_groups
 def simulate_command(
     plan: options.PlanArgument,
     *,
-    requests: RequestsOption = None,
-    rate: RateOption = None,
-    arrivals: ArrivalsOption = "poisson",
-    prompt_tokens: options.PromptTokensOption = None,
-    new_tokens: options.NewTokensOption = None,
+    coming: ArrivalOptions,
     in_flight: PlacesOption = None,
-    seed: SeedOption = 0,
     trace: TraceOption = None,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
+    printed: ScreenOptions,
 ) -> None:
     """Let requests arrive at a plan's chain: throughput, waiting, percentiles, who is busy.
 
@@ -80,22 +88,14 @@ def simulate_command(
     from plans.reading.files import write_text
     from plans.reading.strict import dump_json
 
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     known = read_plan(plan)
     if trace is not None and trace.absolute().resolve() == plan.absolute().resolve():
         raise UsageError("--trace would overwrite the plan")
-    coming, words = _requests(
-        known,
-        count=requests,
-        rate=rate,
-        arrivals=arrivals,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        seed=seed,
-    )
-    with screen.spinner(f"simulating {len(coming)} requests"):
+    requests, words = _requests(known, coming)
+    with screen.spinner(f"simulating {len(requests)} requests"):
         served = simulate_requests(
-            known, requests=coming, in_flight=in_flight, most_events=MAX_EVENTS if trace is not None else 0
+            known, requests=requests, in_flight=in_flight, most_events=MAX_EVENTS if trace is not None else 0
         )
     numbers = numbers_of(served)
     if trace is not None:
@@ -109,45 +109,36 @@ def simulate_command(
     screen.next_step(f"llamaplan report {shlex.quote(str(plan))} -o report.html")
 
 
-def _requests(
-    plan: "Plan",
-    *,
-    count: int | None,
-    rate: float | None,
-    arrivals: str,
-    prompt_tokens: int | None,
-    new_tokens: int | None,
-    seed: int,
-) -> "tuple[Sequence[Request], str]":
+def _requests(plan: "Plan", asked: ArrivalOptions) -> "tuple[Sequence[Request], str]":
     """Return the requests, and in words what they are."""
-    _check_range("--requests", count, most=MAX_REQUESTS)
+    arrivals, rate = asked.arrivals, asked.rate
+    _check_range("--requests", asked.requests, most=MAX_REQUESTS)
     if arrivals not in ("poisson", "uniform"):
-        if rate is not None or prompt_tokens is not None or new_tokens is not None:
+        if (rate, asked.prompt_tokens, asked.new_tokens) != (None, None, None):
             raise UsageError(f"--arrivals {arrivals} says when requests come and how long they are", hint=(
                 "leave --rate, --prompt-tokens and --max-tokens out, or choose poisson or uniform"))  # fmt: skip
-        return _recorded(Path(arrivals), count)
+        return _recorded(Path(arrivals), asked.requests)
     from planner.model.workloads import MAX_TOKENS
     from planner.simulate.serving import make_requests
 
     if rate is not None and not 0 < rate < math.inf:
         raise UsageError(f"--rate is {rate}", expected="above 0")
-    _check_range("--prompt-tokens", prompt_tokens, most=MAX_TOKENS)
-    _check_range("--max-tokens", new_tokens, most=MAX_TOKENS)
-    prompt = prompt_tokens or plan.workload.prompt_tokens
-    new = new_tokens or plan.workload.new_tokens
+    _check_range("--prompt-tokens", asked.prompt_tokens, most=MAX_TOKENS)
+    _check_range("--max-tokens", asked.new_tokens, most=MAX_TOKENS)
+    prompt = asked.prompt_tokens or plan.workload.prompt_tokens
+    new = asked.new_tokens or plan.workload.new_tokens
     if new < 1:
         raise UsageError("the plan generates no token", hint="say how many with --max-tokens")
-    num = count or DEFAULT_REQUESTS
-    coming = make_requests(
-        num,
+    requests = make_requests(
+        asked.requests or DEFAULT_REQUESTS,
         rate=rate,
         process="poisson" if arrivals == "poisson" else "uniform",
         prompt_tokens=prompt,
         new_tokens=new,
-        seed=seed,
+        seed=asked.seed,
     )
     when = "all at once" if rate is None else f"{arrivals}, {rate:g} per second"
-    return coming, f"{prompt} + {new} tokens, {when}"
+    return requests, f"{prompt} + {new} tokens, {when}"
 
 
 def _recorded(path: Path, count: int | None) -> "tuple[Sequence[Request], str]":

@@ -8,7 +8,7 @@ import typer
 
 from planner.cli import ask, options
 from plans.commands.console import Output
-from plans.commands.option_groups import with_option_groups
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 
 if TYPE_CHECKING:
     from planner.answers.capacity import Capacity
@@ -45,7 +45,7 @@ def solve_command(
     max_ctx: options.MaxContextOption = False,
     max_in_flight: options.MaxInFlightOption = False,
     output: options.OutputOption = None,
-    printed: options.ScreenOptions,
+    printed: ScreenOptions,
 ) -> None:
     """Find the best split of a model over devices, and prove it.
 
@@ -134,9 +134,8 @@ def capacities_of(plan: "Plan", *, max_ctx: bool, max_in_flight: bool, time_limi
         return [measure_capacity(plan, key, session=session) for key in wanted]
 
 
-def show_command(
-    plan: options.PlanArgument, *, as_json: options.JsonOption = False, quiet: options.QuietOption = False
-) -> None:
+@with_option_groups
+def show_command(plan: options.PlanArgument, *, printed: ScreenOptions) -> None:
     """Print a plan again; it is checked first.
 
     Example: llamaplan show plan.json
@@ -144,13 +143,14 @@ def show_command(
     from planner.show import plan as show
     from plans.check import read_plan
 
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     known = read_plan(plan)
     screen.data(show.as_json(known))
     print_plan(known, screen)
     screen.next_step(f"llamaplan export {shlex.quote(str(plan))} --model MODEL -o shards/")
 
 
+@with_option_groups
 def check_command(
     plan: options.PlanArgument,
     *,
@@ -158,8 +158,7 @@ def check_command(
         str | None,
         typer.Option("--model", metavar="MODEL", help="Also compare with this checkpoint.", show_default=False),
     ] = None,
-    as_json: options.JsonOption = False,
-    quiet: options.QuietOption = False,
+    printed: ScreenOptions,
 ) -> None:
     """Recompute a plan's memory and times from what it carries, and compare it with a checkpoint.
 
@@ -169,7 +168,7 @@ def check_command(
     from planner.model.find import find_model
     from plans.check import read_plan
 
-    screen = Output(json=as_json, quiet=quiet)
+    screen = printed.output()
     known = read_plan(plan)
     predicted = recompute(known, where=plan)
     if model is not None:

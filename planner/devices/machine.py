@@ -80,17 +80,6 @@ def this_machine(margins: Margins | None = None) -> Cluster:
     return with_budgets(machine.cluster, margins, free_bytes=machine.free_bytes)
 
 
-def device_from_option(text: str) -> Device:
-    """Return the device of one ``--device`` value: ``cpu=4GiB``, ``cuda:0=20GiB``, ``rtx4090``, ``a100-80g=70GiB``.
-
-    The size is its budget; without one the budget follows from its memory and margin.
-
-    Raises:
-        UsageError: unknown name or malformed size.
-    """
-    return cluster_from_options([text]).devices[0]
-
-
 def cluster_from_options(options: Sequence[str], *, margins: Margins | None = None) -> Cluster:
     """Return the cluster that repeated ``--device`` options describe, in their order, on one host.
 
@@ -194,7 +183,6 @@ def _named_device(name: str, label: str, budget: int | None, machine: Machine) -
 __all__ = [
     "Machine",
     "cluster_from_options",
-    "device_from_option",
     "inspect_machine",
     "parse_margins",
     "this_machine",

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from planner.answers.frontier import FrontierPoint
 from planner.report.drawing import number
 from planner.report.memory import PARTS, memory_drawing
 from planner.report.origins import MEANINGS, Origin, decode_origin, hop_origin, sources_of
 from planner.report.timeline import decode_drawing, prefill_drawing
 from planner.report.topology import topology_drawing
 from planner.report.tradeoff import Point, tradeoff_drawing
-from planner.rivals.alternatives import Alternatives, Option
+from planner.rivals.alternatives import Alternatives
 from planner.rivals.compare import Comparison, Row
 from planner.show import compare as show_compare
 from planner.show.plan import demands_line, objective_text, proof_line, unused_devices
@@ -133,7 +134,7 @@ def _alternatives(found: Alternatives | None) -> dict[str, Any]:
     }
 
 
-def _option_row(option: Option, best_seconds: float) -> OptionRow:
+def _option_row(option: FrontierPoint, best_seconds: float) -> OptionRow:
     return OptionRow(
         num_devices=len(option.stages),
         layers=show_compare.layers_text(option.stages).split(", "),

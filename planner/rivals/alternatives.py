@@ -1,26 +1,14 @@
 """What else could be done than a given plan: other strategies, other engines, a smaller memory share, fewer devices."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from planner.answers.frontier import FrontierPoint, frontier_by_devices, frontier_by_share
-from planner.problem.problem import Problem
 from planner.problem.question import Question
 from planner.program.effort import USUAL, Effort
 from planner.rivals.compare import Comparison, compare
 from planner.rivals.rules import Split
-from plans.plan import Plan, SolveStatus
-from plans.stages import StageRange
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One point of a frontier."""
-
-    seconds: float
-    """By the plan's objective."""
-    memory_share: float
-    stages: tuple[StageRange, ...]
-    status: SolveStatus
+from plans.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +17,24 @@ class Alternatives:
 
     comparison: Comparison
     """The plan itself is its first row."""
-    by_share: tuple[Option, ...] = ()
+    by_share: tuple[FrontierPoint, ...] = ()
     """The least time for a memory share, by increasing share."""
-    by_devices: tuple[Option, ...] = ()
+    by_devices: tuple[FrontierPoint, ...] = ()
     """The least time with at most so many devices."""
 
 
+def compare_plan(plan: Plan, effort: Effort = USUAL, *, partitions: Iterable[tuple[str, Split]] = ()) -> Comparison:
+    """Answer a plan's own question by every strategy and rule, under its demands; the plan itself is the first row.
+
+    Only a cut by hand is not demanded of the strategies; arguments and errors as `planner.rivals.compare.compare`.
+    """
+    given = [*partitions, ("this plan", Split("this plan", plan.ranges))]
+    comparison = compare(Question.of(plan), effort, partitions=given)
+    return replace(comparison, rows=(comparison.rows[-1], *comparison.rows[:-1]))
+
+
 def alternatives_to(plan: Plan, effort: Effort = USUAL) -> Alternatives:
-    """Answer a plan's own question in every other way, under its demands; only a cut by hand is not demanded again.
+    """Answer a plan's own question in every other way, as `compare_plan`, and with less memory or fewer devices.
 
     Args:
         effort: for each strategy, and for each of the two frontiers.
@@ -44,17 +42,9 @@ def alternatives_to(plan: Plan, effort: Effort = USUAL) -> Alternatives:
     Raises:
         MachineError: no solver works here.
     """
-    question = Question.of(plan)
-    comparison = compare(question, effort, partitions=[("this plan", Split("this plan", plan.ranges))])
-    comparison = replace(comparison, rows=(comparison.rows[-1], *comparison.rows[:-1]))
-    problem = question.by("compute").problem()
-    found: list[tuple[Option, ...]] = []
-    for frontier in (frontier_by_share, frontier_by_devices):
-        with effort.session() as session:
-            points = frontier(problem, objective=plan.objective, session=session)
-        found.append(tuple(_option(problem, point) for point in points))
-    return Alternatives(comparison, *found)
-
-
-def _option(problem: Problem, point: FrontierPoint) -> Option:
-    return Option(point.seconds, point.memory_share, problem.ranges(point.assignment), point.status)
+    problem = Question.of(plan).by("compute").problem()
+    with effort.session() as session:
+        by_share = frontier_by_share(problem, objective=plan.objective, session=session)
+    with effort.session() as session:
+        by_devices = frontier_by_devices(problem, objective=plan.objective, session=session)
+    return Alternatives(compare_plan(plan, effort), tuple(by_share), tuple(by_devices))

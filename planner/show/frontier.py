@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.answers.frontier import FrontierPoint
-from planner.problem.problem import Problem
 from planner.show.words import duration
 from plans.commands.console import table
 
@@ -12,19 +11,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def frontier_table(problem: Problem, points: Sequence[FrontierPoint]) -> "Table":
+def frontier_table(points: Sequence[FrontierPoint]) -> "Table":
     """Return one row per point, with what it costs in time against the fastest."""
     rows = table(numbers=("time", "slower by", "share", "devices"), folded=("layers per device",))
     best = min(point.seconds for point in points)
     for point in points:
         slower = f"{point.seconds / best - 1:.1%}" if best else ""
-        cut = ", ".join(f"{problem.devices[s.device].name} {s.end - s.start}" for s in point.assignment)
+        cut = ", ".join(f"{stage.device} {stage.num_layers}" for stage in point.stages)
         proof = "" if point.status == "optimal" else " (not proved)"
         rows.add_row(duration(point.seconds), slower, f"{point.memory_share:.1%}", str(point.num_devices), cut + proof)
     return rows
 
 
-def as_json(problem: Problem, point: FrontierPoint) -> dict[str, Any]:
+def as_json(point: FrontierPoint) -> dict[str, Any]:
     """Return one point as plain data."""
     return {
         "seconds": point.seconds,
@@ -33,7 +32,7 @@ def as_json(problem: Problem, point: FrontierPoint) -> dict[str, Any]:
         "status": point.status,
         "certified_by": point.certified_by,
         "stages": [
-            {"device": problem.devices[s.device].name, "start_layer": s.start, "end_layer": s.end}
-            for s in point.assignment
+            {"device": stage.device, "start_layer": stage.start_layer, "end_layer": stage.end_layer}
+            for stage in point.stages
         ],
     }

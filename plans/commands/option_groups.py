@@ -3,9 +3,27 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+from plans.commands.console import Output
+
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only data, warnings and errors.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScreenOptions:
+    """What is printed."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")] = False
+    quiet: QuietOption = False
+
+    def output(self) -> Output:
+        """Return where the command writes."""
+        return Output(json=self.as_json, quiet=self.quiet)
 
 
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:

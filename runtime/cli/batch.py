@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plans.commands.console import Output
-from plans.commands.option_groups import with_option_groups
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
 from runtime.cli import options
 from runtime.cli import processes as several
@@ -30,7 +30,7 @@ def batch(
     loading: options.LoadingOptions,
     team: several.RestartOptions,
     in_flight: several.InFlightOption = None,
-    screen: options.ScreenOptions,
+    screen: ScreenOptions,
 ) -> None:
     """Continue every line of a file; killed at any moment, the same command goes on where it was.
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from plans.commands.option_groups import with_option_groups
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
 from runtime.cli import options
 from runtime.cli import processes as several
@@ -26,7 +26,7 @@ def bench(
     trace: Annotated[
         Path | None, typer.Option("--trace", help="Write what every stage did, for Perfetto; needs --processes.")
     ] = None,
-    screen: options.ScreenOptions,
+    screen: ScreenOptions,
 ) -> None:
     """Measure loading, prefill, decode and every stage, against the bandwidth of this machine and the plan.
 

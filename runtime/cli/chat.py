@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plans.commands.console import Output
-from plans.commands.option_groups import with_option_groups
+from plans.commands.option_groups import QuietOption, with_option_groups
 from plans.errors import LlamaplanError, UsageError
 from runtime.chat.input import LineReader
 from runtime.cli import options
@@ -30,7 +30,7 @@ def chat(
     sampling: options.SamplingOptions,
     loading: options.LoadingOptions,
     team: several.RestartOptions,
-    quiet: options.QuietOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Talk with a model that has a chat template. Type /help for what can be done in a conversation.
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from plans.commands.option_groups import with_option_groups
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import IntegrityError
 from runtime.cli import options
 from runtime.cli.opening import load, prepare
@@ -25,7 +25,7 @@ def check(
     device_map: options.DeviceMapOption = None,
     dtype: options.DtypeOption = None,
     threads: options.ThreadsOption = None,
-    screen: options.ScreenOptions,
+    screen: ScreenOptions,
 ) -> None:
     """Compare a split model with the unsplit one: logits bit for bit, and greedy tokens.
 

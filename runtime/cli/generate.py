@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plans.commands.console import Output
-from plans.commands.option_groups import with_option_groups
+from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
 from plans.reading.files import read_limited
 from runtime.cli import options
@@ -38,7 +38,7 @@ def generate(
     loading: options.LoadingOptions,
     team: several.RestartOptions,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Walk through the chain step by step.")] = False,
-    screen: options.ScreenOptions,
+    screen: ScreenOptions,
 ) -> None:
     """Continue a text.
 

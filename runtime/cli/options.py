@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from plans.commands.console import Output
 from plans.dtypes import DtypeName
 from plans.errors import UsageError
 from runtime.fast.speed import Speed
@@ -36,8 +35,6 @@ SpeedOption = Annotated[
     Speed,
     typer.Option("--speed", help="transformers' code, native kernels (CPU) and graphs (CUDA), or the faster."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only data, warnings and errors.")]
 MaxTokensOption = Annotated[
     int | None,
     typer.Option(
@@ -117,15 +114,3 @@ class LoadingOptions:
     ctx_size: ContextOption = None
     expect_id: ExpectOption = None
     verify: VerifyOption = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScreenOptions:
-    """What is printed."""
-
-    as_json: JsonOption = False
-    quiet: QuietOption = False
-
-    def output(self) -> Output:
-        """Return where the command writes."""
-        return Output(json=self.as_json, quiet=self.quiet)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from planner.answers.frontier import FrontierPoint, frontier_by_devices, frontier_by_share
-from planner.problem.problem import Problem
+from planner.problem.problem import Assignment, Problem, StageChoice
 from planner.program.session import SolverSession
 from plans.plan import Objective
 from tests.conftest import RunCommand
@@ -25,6 +25,12 @@ def _values(problem: Problem, objective: Objective) -> list[tuple[int, Fraction,
     return [(worth.time, worth.share, len(chain)) for worth, chain in zip(worths, chains, strict=True)]
 
 
+def _chain(problem: Problem, point: FrontierPoint) -> Assignment:
+    """Return a point's stages as brute force knows them."""
+    places = {device.name: place for place, device in enumerate(problem.devices)}
+    return tuple(StageChoice(places[stage.device], stage.start_layer, stage.end_layer) for stage in point.stages)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_every_point_by_share_is_unbeaten_and_both_ends_are_there(seed: int) -> None:
     rng = random.Random(seed)
@@ -34,7 +40,7 @@ def test_every_point_by_share_is_unbeaten_and_both_ends_are_there(seed: int) -> 
             points = frontier_by_share(problem, objective=objective, session=session, num_points=4)
         values = _values(problem, objective)
         assert bool(points) == bool(values)
-        found = [worth_of(problem, point.assignment, objective=objective) for point in points]
+        found = [worth_of(problem, _chain(problem, point), objective=objective) for point in points]
         for worth in found:
             assert not any(
                 (t <= worth.time and s < worth.share) or (t < worth.time and s <= worth.share) for t, s, _ in values
@@ -48,10 +54,10 @@ def test_every_point_by_share_is_unbeaten_and_both_ends_are_there(seed: int) -> 
 
 def _check_seconds(problem: Problem, points: list[FrontierPoint], objective: Objective) -> None:
     for point in points:
-        worth = worth_of(problem, point.assignment, objective=objective)
+        worth = worth_of(problem, _chain(problem, point), objective=objective)
         assert point.seconds == problem.seconds(worth.time, objective)
         assert point.memory_share == float(worth.share)
-        assert point.num_devices == len(point.assignment)
+        assert point.num_devices == len({stage.device for stage in point.stages})
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -67,7 +73,7 @@ def test_points_by_devices_are_the_least_times(seed: int) -> None:
             times = [t for t, _, n in values if n <= most]
             if times and min(times) < min(best.values(), default=min(times) + 1):
                 best[most] = min(times)
-        found = [worth_of(problem, p.assignment, objective=objective).time for p in points]
+        found = [worth_of(problem, _chain(problem, p), objective=objective).time for p in points]
         assert found == list(best.values())
 
 

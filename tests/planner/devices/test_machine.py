@@ -13,7 +13,7 @@ from planner.devices import machine, nvml
 from planner.devices.budgets import KIND_MARGINS, parse_margins, with_budgets
 from planner.devices.catalogue import CATALOGUE, find_accelerator, recognise
 from planner.devices.clusters import load_cluster
-from planner.devices.machine import cluster_from_options, device_from_option, inspect_machine, this_machine
+from planner.devices.machine import cluster_from_options, inspect_machine, this_machine
 from planner.devices.nvml import CudaDevice, cuda_devices
 from plans.cluster import Cluster, Host
 from plans.errors import InputError, UsageError
@@ -148,9 +148,9 @@ def test_the_real_library_never_raises() -> None:
 
 
 def test_a_size_is_the_budget() -> None:
-    assert device_from_option("cpu=1GiB").budget_bytes == GIB
-    assert device_from_option("cuda:0=20GiB").kind == "cuda"
-    assert device_from_option("cuda:0=20GiB").budget_bytes == 20 * GIB
+    assert cluster_from_options(["cpu=1GiB"]).devices[0].budget_bytes == GIB
+    assert cluster_from_options(["cuda:0=20GiB"]).devices[0].kind == "cuda"
+    assert cluster_from_options(["cuda:0=20GiB"]).devices[0].budget_bytes == 20 * GIB
 
 
 def test_repeated_names_are_numbered_in_their_order() -> None:
@@ -174,7 +174,7 @@ def test_a_larger_machine_than_this_one_can_be_planned_for() -> None:
 
 
 def test_a_device_of_the_catalogue_keeps_a_margin_free() -> None:
-    budget = device_from_option("a100-80g").budget_bytes
+    budget = cluster_from_options(["a100-80g"]).devices[0].budget_bytes
     assert budget == 80 * GIB - math.ceil(80 * GIB * KIND_MARGINS["cuda"])
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,6 +212,27 @@ def test_the_command_compares_and_its_json_says_the_same(run_command: RunCommand
     assert [stage["end_layer"] for stage in rows["vllm:5,2"]["stages"]] == [5, 7]
     assert all(row["fits"] or row["reason"] or row["devices"] for row in document["rows"])
     assert rows["compute"]["objective_seconds"] <= rows["vllm"]["objective_seconds"]
+
+
+def test_a_plan_is_compared_under_its_own_question(run_command: RunCommand, tmp_path: Path) -> None:
+    plan, devices = tmp_path / "plan.json", ("--device", "cpu=400MiB", "--device", "rtx4090=610MiB")
+    asked = (*devices, "--ban", "4-5@cpu", "--objective", "throughput", "--requests-in-flight", 2)
+    assert run_command("llamaplan", "solve", SHIPPED, *asked, "--layers", "3,4", "-o", plan).code == 0
+    document = json.loads(run_command("llamaplan", "compare", plan, "--json").out)
+    rows = document["rows"]
+    assert document["objective"] == "throughput"
+    assert [row["name"] for row in rows[:2]] == ["this plan", "compute"]
+    assert [stage["end_layer"] for stage in rows[0]["stages"]] == [3, 7]
+    for row in rows[1:3]:  # the ban still holds, the cut does not
+        assert all(stage["device"] == "rtx4090" or stage["end_layer"] <= 4 for stage in row["stages"])
+
+
+def test_a_plan_cannot_be_compared_under_another_question(run_command: RunCommand, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    assert run_command("llamaplan", "solve", SHIPPED, "--device", "cpu=1GiB", "-o", plan).code == 0
+    for other in (("--batch-size", 4), ("--device", "cpu=2GiB"), ("--objective", "request")):
+        done = run_command("llamaplan", "compare", plan, *other)
+        assert (done.code, other[0] in done.err) == (UsageError.exit_code, True), done.err
 
 
 def test_a_partition_that_is_none_is_a_usage_error(run_command: RunCommand) -> None:
