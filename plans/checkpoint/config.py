@@ -55,6 +55,15 @@ _LIMITS = {
     "num_experts_per_tok": 1 << 16,
 }
 
+_IMPLEMENTATION_KEYS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
+_OWN_IMPLEMENTATIONS = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
+"""Parts of torch and transformers themselves."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -136,10 +145,23 @@ def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> 
         num_experts=experts,
         num_experts_per_tok=experts_per_token,
         quantization=_quantization(fields),
-        runs_custom_code=bool(raw.get("auto_map")) or raw.get("trust_remote_code") is True,
+        runs_custom_code=(
+            bool(raw.get("auto_map")) or raw.get("trust_remote_code") is True or without_foreign_code(raw) != raw
+        ),
         sha256=sha256,
         raw=raw,
     )
+
+
+def without_foreign_code(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the keys by which it could have transformers fetch and run code from elsewhere.
+
+    An attention named ``org/repository`` is downloaded and imported as soon as a model is built, even from a local
+    folder; ``flash_attention_2`` is fetched in the same way where it is not installed.
+    """
+    return {
+        key: value for key, value in raw.items() if key not in _IMPLEMENTATION_KEYS or value in _OWN_IMPLEMENTATIONS
+    }
 
 
 def _with_family_defaults(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -198,7 +198,7 @@ def _is_downloading(folder: Path) -> bool:
 
 def _custom_code_warnings(config: ModelConfig, names: set[str]) -> list[str]:
     if config.runs_custom_code or any(name.endswith(".py") for name in names):
-        return ["the checkpoint brings Python code of its own; it is ignored and never run"]
+        return ["the checkpoint brings Python code of its own, or names some elsewhere; it is ignored and never run"]
     return []
 
 

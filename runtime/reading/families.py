@@ -13,6 +13,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from plans.checkpoint.config import without_foreign_code
 from plans.errors import InputError, printable
 
 CAUSAL_LM_CLASSES: Mapping[str, str] = {
@@ -68,7 +69,7 @@ def check_family(model_type: object, *, is_quantized: bool) -> None:
 
 
 def parse_model_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
-    """Build the transformers configuration from the parsed `config.json`; never runs code of the checkpoint.
+    """Build the transformers configuration from the parsed `config.json`; no code that it brings or names is run.
 
     Both spellings of rotary settings are read: `rope_parameters`, and `rope_theta` with `rope_scaling`.
 
@@ -77,7 +78,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     """
     check_family(raw.get("model_type"), is_quantized=raw.get("quantization_config") is not None)
     try:
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(dict(raw)))
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(without_foreign_code(raw)))
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"transformers refuses it: {error}", where="config.json", code="E-CONFIG") from None
 

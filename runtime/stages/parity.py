@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from plans.checkpoint.config import read_config
+from plans.checkpoint.folder import CONFIG_NAME
+from runtime.reading.families import parse_model_config
 from runtime.stages.chain import Chain
 
 
@@ -30,9 +33,10 @@ class Comparison:
 
 
 def load_unsplit(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the whole model with transformers, as its users would."""
+    """Load the whole model with transformers, as its users would; errors as `parse_model_config`."""
+    config = parse_model_config(read_config(folder / CONFIG_NAME).raw)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False
+        str(folder), config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
     )
     model.eval()  # type: ignore[no-untyped-call]
     return model

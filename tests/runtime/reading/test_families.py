@@ -1,5 +1,7 @@
 """Every admitted family, with the features that make it differ from Llama, cut and compared with transformers."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from plans.errors import InputError
 from runtime.generate.limits import Limits
 from runtime.generate.loop import generate
 from runtime.generate.sampling import Sampling
-from runtime.reading.families import CAUSAL_LM_CLASSES, check_config, parse_model_config
+from runtime.reading.families import CAUSAL_LM_CLASSES, build_skeleton, check_config, family_class, parse_model_config
 from runtime.stages.loading import FolderTensors, load
 from runtime.stages.stage import build_stage
+from tests.conftest import RunCommand
 
 # hidden_size 40 is no square: Gemma multiplies embeddings by its rounded square root.
 COMMON = {
@@ -144,3 +147,27 @@ def test_an_untested_family_is_refused_with_the_list_of_tested_ones() -> None:
 def test_quantised_weights_are_refused() -> None:
     with pytest.raises(InputError, match="quantised weights cannot run"):
         parse_model_config({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}})
+
+
+@pytest.mark.row("C9")
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_experts_implementation"])
+@pytest.mark.parametrize(
+    "value", ["somebody/kernel", "somebody/kernel:name", "flash_attention_2", {"": "somebody/kernel"}]
+)
+def test_code_that_a_configuration_names_elsewhere_is_never_fetched(
+    key: str, value: object, shipped: Path, run_command: RunCommand, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(shipped, folder)
+    raw = json.loads((folder / "config.json").read_text()) | {key: value}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert open_checkpoint(folder).config.runs_custom_code
+    assert build_skeleton(parse_model_config(raw), family_class("llama")).config._attn_implementation == "sdpa"
+    done = run_command("llamarun", "check", folder, "--against", folder, "-n", 1)
+    assert done.code == 0, done.err
+    assert "names some elsewhere; it is ignored and never run" in done.err
+
+
+def test_an_attention_of_transformers_itself_is_kept(shipped: Path) -> None:
+    raw = json.loads((shipped / "config.json").read_text()) | {"attn_implementation": "eager"}
+    assert parse_model_config(raw)._attn_implementation == "eager"
