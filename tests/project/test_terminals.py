@@ -103,7 +103,6 @@ leave(run_command(app, name="wait"))
 @pytest.mark.row("R13")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_a_command_that_is_slow_to_leave(number: signal.Signals) -> None:
-    """Twice."""
     line = [sys.executable, "-c", LEAVING_SLOWLY]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=PLAIN) as process:
         assert process.stdout is not None

@@ -284,7 +284,6 @@ def test_two_runs_on_one_bundle_at_once_are_both_right(shards: dict[str, Path], 
 def test_memory_that_runs_out_while_loading_or_generating_is_said(
     shipped: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     def fails(*_arguments: Any, **_settings: Any) -> Any:
         return torch.empty(1 << 60)
 

@@ -1,5 +1,6 @@
 """Hosts for tests: network namespaces of this machine with cables between them. Skipped where they may not be made."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -58,8 +59,9 @@ def cables(*pairs: tuple[str, str]) -> Iterator[list[Cable]]:
     """Hosts with a cable between each pair; everything is gone afterwards."""
     if shutil.which("ip") is None or shutil.which("tc") is None:
         pytest.skip("there is no ip command")
-    made = [Cable(pair, number) for number, pair in enumerate(pairs)]
-    hosts = sorted({host for pair in pairs for host in pair})
+    named = [(f"{a}-{os.getpid()}", f"{b}-{os.getpid()}") for a, b in pairs]  # several may test on one machine
+    made = [Cable(pair, number) for number, pair in enumerate(named)]
+    hosts = sorted({host for pair in named for host in pair})
     try:
         for host in hosts:
             ip("netns", "add", host)

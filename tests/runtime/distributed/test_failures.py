@@ -40,6 +40,7 @@ def reach(job, phase: str) -> bytes:
     return job.first_text() if phase == WRITING else b""
 
 
+@pytest.mark.alone
 @pytest.mark.row("N5", "N14")
 @pytest.mark.parametrize(("rank", "phase"), [(1, AT_THE_START), (2, LOADING), (1, READING), (2, WRITING)])
 def test_when_a_worker_is_killed_everybody_leaves_in_two_seconds_naming_it(
@@ -60,6 +61,7 @@ def test_when_a_worker_is_killed_everybody_leaves_in_two_seconds_naming_it(
         assert not any(map(is_alive, others))
 
 
+@pytest.mark.alone
 @pytest.mark.row("N9")
 @pytest.mark.parametrize("phase", PHASES)
 def test_when_the_driver_is_killed_its_workers_leave(exports: Exports, phase: str) -> None:
@@ -71,6 +73,7 @@ def test_when_the_driver_is_killed_its_workers_leave(exports: Exports, phase: st
         wait_for(lambda: not any(map(is_alive, workers)), seconds=5)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("phase", PHASES)
 def test_ctrl_c_ends_everybody_in_a_second_and_keeps_the_text(exports: Exports, phase: str) -> None:
     with started(*arguments(exports(2), phase)) as job:
@@ -86,6 +89,7 @@ def test_ctrl_c_ends_everybody_in_a_second_and_keeps_the_text(exports: Exports, 
         wait_for(lambda: not is_alive(worker), seconds=1)  # the kernel ends one that is still starting
 
 
+@pytest.mark.alone
 def test_ctrl_c_at_a_worker_ends_everybody_too(exports: Exports) -> None:
     with started(*generate(exports(2), "-c", 1024)) as job:
         worker = job.rank(1)
@@ -116,6 +120,7 @@ def test_a_process_that_stands_still_for_a_while_costs_nothing_but_time(
     assert first + rest == greedy_text(100)
 
 
+@pytest.mark.alone
 @pytest.mark.row("N6")
 def test_a_worker_that_stands_still_for_too_long_is_lost(exports: Exports) -> None:
     """After the timeout. A stopped process keeps its connections open."""
@@ -145,6 +150,7 @@ def test_a_worker_without_memory_ends_the_run_with_its_last_error(exports: Expor
     assert "memory" in said
 
 
+@pytest.mark.alone
 @pytest.mark.row("N13")
 def test_a_local_job_listens_on_nothing_but_loopback_and_leaves_nothing_behind(exports: Exports) -> None:
     """No store, no control port; only gloo's own sockets, bound to 127.0.0.1."""

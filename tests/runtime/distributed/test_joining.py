@@ -126,6 +126,7 @@ def test_a_worker_of_another_export_is_refused_and_ends_the_job_with_both_ids(ex
             assert all(id_ in said for id_ in ids), said
 
 
+@pytest.mark.alone
 @pytest.mark.row("N1")
 def test_a_worker_that_never_joins_is_named_on_every_rank(exports: Exports, key: Path) -> None:
     with driver(exports(3), key, "--join-timeout", 6) as job, worker(exports(3), address_of(job), key, 1) as member:

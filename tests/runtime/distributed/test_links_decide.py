@@ -85,6 +85,7 @@ def measured_seconds(plan: Plan, path: Path, model: Path, key: Path, cable: Cabl
     return float(document["time_to_first_token_seconds"])
 
 
+@pytest.mark.alone
 def test_the_plan_that_is_preferred_for_the_links_is_the_one_that_is_faster(
     star: dict[str, Cable], make_whole: Callable[[PreTrainedConfig], Path], run_command: RunCommand, tmp_path: Path
 ) -> None:

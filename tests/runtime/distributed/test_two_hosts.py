@@ -45,6 +45,7 @@ def test_a_chain_over_two_hosts_writes_the_text_of_one_process(
             assert worker.end(within=20)[0] == 0
 
 
+@pytest.mark.alone
 @pytest.mark.row("N7")
 def test_a_cut_cable_ends_both_hosts_within_the_heartbeat_timeout(
     exports: Exports, cable: Cable, tmp_path: Path
