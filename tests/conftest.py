@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Tests run tiny models: one thread is faster than two that wait for each other, and numbers never depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,8 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Started in the background, a shell has SIGINT ignored, and every process started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A busy machine is no failure: properties have no time limit per example.
-settings.register_profile("llamaplan", deadline=None)
+# A busy machine is no failure: properties have no time limit, neither to be tested nor to be thought of.
+settings.register_profile("llamaplan", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("llamaplan")
 
 SHIPPED = Path(__file__).parent / "checkpoint" / "python-llama"

@@ -22,6 +22,7 @@ from runtime.generate import loop
 from runtime.reading import capacity
 from tests.conftest import RunCommand
 from tests.exporter.export_helpers import make_plan
+from tests.runtime.distributed.jobs import started
 
 PROMPT = "def __init__(self, "
 CUTS = ([7], [2, 4, 1], [0, 7, 0])
@@ -175,31 +176,28 @@ def test_check_says_identical_for_a_split_and_tells_a_different_model(
     assert "differ" in different.out
 
 
+def long_text(model: Path) -> list[object]:
+    return ["generate", model, "-p", PROMPT, "-n", 900, "--ignore-eos"]
+
+
 def test_ctrl_c_keeps_the_text_so_far_and_leaves_with_130(shipped: Path) -> None:
-    command = [sys.executable, "-m", "runtime.cli", "generate", str(shipped), "-p", PROMPT, "-n", "900", "--ignore-eos"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None
-        first = process.stdout.read(1)
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=30)
-    assert process.returncode == 130, errors
+    with started(*long_text(shipped), is_held=True) as job:
+        first = job.first_text()
+        job.process.send_signal(signal.SIGINT)
+        code, rest, said = job.end(within=30)
+    assert code == 130, said
     assert first + rest
-    assert b"Traceback" not in errors
+    assert "Traceback" not in said
 
 
 @pytest.mark.row("R14")
 def test_a_reader_that_goes_away_stops_the_run(shipped: Path) -> None:
-    command = [sys.executable, "-m", "runtime.cli", "generate", str(shipped), "-p", PROMPT, "-n", "900", "--ignore-eos"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.read(1)
-        process.stdout.close()
-        errors = process.stderr.read()
-        assert process.wait(timeout=60) == 141, errors
-    assert b"Traceback" not in errors
+    with started(*long_text(shipped), is_held=True) as job:
+        job.first_text()
+        job.process.stdout.close()
+        said = job.process.stderr.read()
+        assert job.process.wait(timeout=60) == 141, said
+    assert b"Traceback" not in said
 
 
 @pytest.fixture

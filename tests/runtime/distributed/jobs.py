@@ -1,7 +1,9 @@
 """Real jobs of several processes for the tests of failures: start them, look at them, hurt them."""
 
 import contextlib
+import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -10,12 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import psutil
 
 T = TypeVar("T")
 PROMPT = "def __init__(self, "
+PAGE = os.sysconf("SC_PAGE_SIZE")
+ROOM = 64
+"""Bytes that a held job may write; more than the text of any token."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
 
 
@@ -24,6 +29,7 @@ class Job:
     """A driver and its local workers."""
 
     process: subprocess.Popen[bytes]
+    is_held: bool = False
 
     @property
     def pid(self) -> int:
@@ -43,9 +49,17 @@ class Job:
         return self.pid if number == 0 else wait_for(lambda: self.workers().get(number))
 
     def first_text(self) -> bytes:
-        """Wait for the first byte of text."""
+        """Wait for the first byte of text. A held job writes a few tokens more, and waits."""
         assert self.process.stdout is not None
+        if self.is_held:
+            self.process.stdout.read(1)
         return self.process.stdout.read(1)
+
+    def let_go(self) -> bytes:
+        """Read what a held job has written by now, maybe nothing; it has room for a page then."""
+        assert self.process.stdout is not None
+        has_text = select.select([self.process.stdout], [], [], 0)[0]
+        return self.process.stdout.read(PAGE) if has_text else b""
 
     def end(self, *, within: float) -> tuple[int, bytes, str]:
         """Wait for the end; returns the exit code, the rest of the text and what was said."""
@@ -67,20 +81,41 @@ def wait_for(look: Callable[[], T | None], *, seconds: float = 60) -> T:
     raise AssertionError("waited in vain")
 
 
+def almost_full_pipe() -> tuple[IO[bytes], int]:
+    """Return both ends of a pipe that takes `ROOM` bytes more. One byte that counts for nothing comes before them.
+
+    Whoever writes more than that waits until it is read, however long a busy machine keeps the reader from reading.
+    """
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PAGE)
+    os.write(writer, bytes(PAGE - ROOM))
+    os.read(reader, PAGE - ROOM - 1)
+    return os.fdopen(reader, "rb", buffering=0), writer
+
+
 @contextmanager
-def started(*arguments: object, module: str = "runtime.cli", host: str | None = None) -> Iterator[Job]:
-    """Start a command, in a network namespace if one is named; nothing of it is left afterwards."""
+def started(
+    *arguments: object, module: str = "runtime.cli", host: str | None = None, is_held: bool = False
+) -> Iterator[Job]:
+    """Start a command, in a network namespace if one is named; nothing of it is left afterwards.
+
+    A held one cannot end before its text is read: what is done to it after `first_text` comes in time on any machine.
+    """
     where = ["ip", "netns", "exec", host] if host else []
     command = [*where, sys.executable, "-m", module, *map(str, arguments)]
+    reader, writer = almost_full_pipe() if is_held else (None, subprocess.PIPE)
     process = subprocess.Popen(
         command,
         bufsize=0,
-        stdout=subprocess.PIPE,
+        stdout=writer,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         env=ENVIRONMENT,
     )
-    job = Job(process)
+    if reader is not None:
+        os.close(writer)
+        process.stdout = reader
+    job = Job(process, is_held)
     known: set[int] = set()
     try:
         yield job

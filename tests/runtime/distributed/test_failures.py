@@ -107,11 +107,12 @@ def test_a_process_that_stands_still_for_a_while_costs_nothing_but_time(
 ) -> None:
     """Before the timeout."""
     options = ["-c", 1024, "--temp", 0, "--heartbeat-timeout", 20]
-    with started(*generate(exports(2), *options, tokens=100)) as job:
+    with started(*generate(exports(2), *options, tokens=100), is_held=True) as job:
         victim = job.rank(rank)
         first = job.first_text()
         os.kill(victim, signal.SIGSTOP)
         wait_for(lambda: psutil.Process(victim).status() == psutil.STATUS_STOPPED)
+        first += job.let_go()
         with pytest.raises(AssertionError):
             wait_for(lambda: job.process.poll() is not None, seconds=2)
         os.kill(victim, signal.SIGCONT)
@@ -140,7 +141,7 @@ def test_a_worker_that_stands_still_for_too_long_is_lost(exports: Exports) -> No
 
 @pytest.mark.row("N14")
 def test_a_worker_without_memory_ends_the_run_with_its_last_error(exports: Exports) -> None:
-    with started(*generate(exports(2), "-c", 1024)) as job:
+    with started(*generate(exports(2), "-c", 1024), is_held=True) as job:
         worker = psutil.Process(job.rank(1))
         job.first_text()
         worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms, worker.memory_info().vms))
