@@ -1,5 +1,6 @@
 """Nothing in the current folder is imported or run, whatever it is called."""
 
+import json
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ RUNS: dict[str, list[object]] = {
     "frontier": ["llamaplan", "frontier", SHIPPED, "--device", "cpu=1GiB", "-c", "64"],
     "report": ["llamaplan", "report", "plan.json", "-o", "report.html"],
     "simulate": ["llamaplan", "simulate", "plan.json", "--requests", "3", "--rate", "2"],
-    "measure": ["llamaplan", "devices", SHIPPED, "--measure"],
+    "measure": ["llamaplan", "devices", "small.json", "--measure"],
     "emit": ["llamaplan", "emit", "plan.json", "--for", "transformers"],
     "verify": ["llamaplan", "verify", "shards", "--model", SHIPPED],
     "generate": ["llamarun", "generate", "shards", *PROMPT],
@@ -44,6 +45,9 @@ def trapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["--device", "cpu=1GiB", "--device", "cpu=1GiB", "--layers", "4,3", "-o", "plan.json"]
     run(folder, *SOLVE, *options)
     run(folder, "llamaplan", "export", "plan.json", "--model", SHIPPED, "-o", "shards")
+    config = json.loads((SHIPPED / "config.json").read_text())
+    small = config | {"num_hidden_layers": 1, "max_position_embeddings": 64}  # what is timed is not the point here
+    (folder / "small.json").write_text(json.dumps(small))
     (folder / "prompts.jsonl").write_text('{"id": "a", "prompt": "def"}\n')
     trap = "from os import environ\nopen(environ['TRAP_MARKS'] + '/' + __name__, 'w').close()\n"
     for name in {

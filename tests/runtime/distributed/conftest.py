@@ -1,16 +1,19 @@
 """Exports of the shipped checkpoint cut into 2, 3 and 4 stages, and sessions whose stages are processes."""
 
+import io
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
 import pytest
-from jobs import generate, started
+from jobs import generate
 from transformers import PreTrainedConfig
 
 from exporter import export
+from runtime.cli import run as llamarun
 from runtime.distributed.control.launch import LocalWorkers
 from runtime.distributed.opening import open_processes
 from runtime.distributed.session import ProcessSession, ProcessSettings
@@ -55,18 +58,24 @@ def make_whole(
 
 
 @pytest.fixture(scope="session")
-def greedy_text(exports: Callable[[int], Path]) -> Callable[[int], bytes]:
-    """What one process writes for so many tokens."""
+def one_process_text(exports: Callable[[int], Path]) -> Callable[..., bytes]:
+    """What the same command writes without --processes, in this process; the options are those of `generate`."""
 
-    @cache
-    def write(num_tokens: int) -> bytes:
-        words = generate(exports(3), "--temp", 0, "-c", 1024, tokens=num_tokens)
-        with started(*(word for word in words if word != "--processes")) as job:
-            code, text, said = job.end(within=60)
-        assert code == 0, said
-        return text
+    def write(*options: object, tokens: int) -> bytes:
+        words = [word for word in generate(exports(3), *options, tokens=tokens) if word != "--processes"]
+        with pytest.MonkeyPatch.context() as patch, io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as out:
+            patch.setattr(sys, "argv", ["llamarun", *map(str, words)])
+            patch.setattr(sys, "stdout", out)
+            assert llamarun() == 0
+            return out.buffer.getvalue()
 
     return write
+
+
+@pytest.fixture(scope="session")
+def greedy_text(one_process_text: Callable[..., bytes]) -> Callable[[int], bytes]:
+    """What one process writes for so many tokens."""
+    return cache(lambda num_tokens: one_process_text("--temp", 0, "-c", 1024, tokens=num_tokens))
 
 
 @pytest.fixture(scope="session")

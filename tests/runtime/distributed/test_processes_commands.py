@@ -1,12 +1,12 @@
 """`chat`, `batch` and `bench` with a process per stage do what they do in one process."""
 
+import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs import ENVIRONMENT
+import pytest
 
 from tests.conftest import RunCommand
 
@@ -14,17 +14,18 @@ Exports = Callable[[int], Path]
 PLAIN = ["--temp", 0, "--speed", "reference", "--threads", 1]
 
 
-def chat(folder: Path, *options: object) -> str:
-    command = [sys.executable, "-m", "runtime.cli", "chat", *map(str, [folder, *PLAIN, "-n", 12, *options])]
-    lines = "hello\nand more\n/undo\nagain\n/reset\nhello\n"
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    read = next(line for line in done.stderr.splitlines() if "prompt tokens read" in line)
-    return done.stdout + read[: read.index("; time")]
+def test_a_chat_gives_the_same_answers_and_reads_no_more_of_the_prompt(
+    exports: Exports, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chat(*options: object) -> str:
+        lines = b"hello\nand more\n/undo\nagain\n/reset\nhello\n"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        done = run_command("llamarun", "chat", exports(3), *PLAIN, "-n", 12, *options)
+        assert done.code == 0, done.err
+        read = next(line for line in done.err.splitlines() if "prompt tokens read" in line)
+        return done.out + read[: read.index("; time")]
 
-
-def test_a_chat_gives_the_same_answers_and_reads_no_more_of_the_prompt(exports: Exports) -> None:
-    assert chat(exports(3), "--processes") == chat(exports(3))
+    assert chat("--processes") == chat()
 
 
 def test_a_batch_gives_the_same_results_with_several_in_flight(
