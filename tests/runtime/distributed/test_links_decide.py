@@ -14,7 +14,7 @@ from plans.check import read_plan
 from plans.plan import Plan
 from tests.conftest import RunCommand
 
-FAST_MBIT, SLOW_MBIT = 1000, 30
+FAST_MBIT, SLOW_MBIT = 1000, 100
 PROMPT_TOKENS = 512
 WIDE = LlamaConfig(
     hidden_size=4096,
@@ -28,8 +28,7 @@ WIDE = LlamaConfig(
     dtype="float32",
 )
 """Much to send and little to compute, so that what this machine does beside cannot turn the order round: the prompt's
-hidden states are 8.4 MB, 2.2 s on the slow cable and a thirtieth of that on the fast one. The slow one is no program's
-work, so a busy machine has that time over for computing."""
+hidden states are 8.4 MB, 0.67 s on the slow cable and a tenth of that on the fast one."""
 WORKLOAD = ["--prompt-tokens", PROMPT_TOKENS, "-n", 2, "-c", 1024, "--execution", "process_per_stage"]
 WORKLOAD += ["--objective", "request"]
 BYTES_PER_MBIT = 125_000
@@ -86,6 +85,7 @@ def measured_seconds(plan: Plan, path: Path, model: Path, key: Path, cable: Cabl
     return float(document["time_to_first_token_seconds"])
 
 
+@pytest.mark.alone
 def test_the_plan_that_is_preferred_for_the_links_is_the_one_that_is_faster(
     star: dict[str, Cable], make_whole: Callable[[PreTrainedConfig], Path], run_command: RunCommand, tmp_path: Path
 ) -> None:
