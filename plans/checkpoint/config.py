@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plans.checkpoint.fields import Fields
 from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import InputError, printable
 from plans.reading.files import read_limited, sha256_hex
@@ -42,19 +43,6 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """What transformers' configuration classes assume for a key that is absent (not for one that is null)."""
 
-_LIMITS = {
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 24,
-    "num_hidden_layers": 10_000,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 16,
-    "vocab_size": 1 << 24,
-    "max_position_embeddings": 1 << 31,
-    "num_experts": 1 << 16,
-    "num_experts_per_tok": 1 << 16,
-}
-
 _IMPLEMENTATION_KEYS = (
     "attn_implementation",
     "_attn_implementation",
@@ -63,7 +51,6 @@ _IMPLEMENTATION_KEYS = (
 )
 _OWN_IMPLEMENTATIONS = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 """Parts of torch and transformers themselves."""
-
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -110,7 +97,7 @@ def read_config(path: Path) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> ModelConfig:
     """Check a configuration that is already parsed; errors as `read_config`."""
-    fields = _Fields(_with_family_defaults(raw), where)
+    fields = Fields(_with_family_defaults(raw), where)
     model_type = fields.text("model_type")
     heads = fields.count("num_attention_heads")
     hidden = fields.count("hidden_size")
@@ -172,73 +159,26 @@ def _with_family_defaults(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return defaults | dict(raw)
 
 
-class _Fields:
-    """Typed access to a configuration, with errors that name the field and the range."""
-
-    def __init__(self, raw: Mapping[str, Any], where: object) -> None:
-        self.raw = raw
-        self.where = where
-
-    def error(self, name: str, what: str, *, expected: str = "") -> InputError:
-        return InputError(what, where=f"{self.where}:/{name}", expected=expected, code="E-CONFIG")
-
-    def count(self, name: str, *, default: int | None = None) -> int:
-        return self.count_of((name,), limit=name, default=default)
-
-    def count_of(self, names: tuple[str, ...], *, limit: str, default: int | None) -> int:
-        """Return a whole number above zero; absent (or null, where there is a default) means the default."""
-        name = next((n for n in names if n in self.raw), names[0])
-        value = self.raw.get(name)
-        if value is None and default is not None:
-            return default
-        if type(value) is not int or not 1 <= value <= _LIMITS[limit]:
-            found = "is missing" if name not in self.raw else f"is {printable(value, limit=40)}"
-            raise self.error(name, found, expected=f"an integer from 1 to {_LIMITS[limit]}")
-        return value
-
-    def flag(self, name: str, *, default: bool) -> bool:
-        value = self.raw.get(name)
-        if value is None:
-            return default
-        if type(value) is not bool:
-            raise self.error(name, f"is {printable(value, limit=40)}", expected="true or false")
-        return value
-
-    def text(self, name: str) -> str:
-        value = self.raw.get(name)
-        if not isinstance(value, str) or not value:
-            found = "is missing" if value is None else f"is {printable(value, limit=40)}"
-            raise self.error(name, found, expected="a name such as 'llama'")
-        return value
-
-    def number(self, table: Mapping[str, Any], name: str, path: str) -> float:
-        value = table.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            found = "is missing" if name not in table else f"is {printable(value, limit=40)}"
-            raise self.error(f"{path}/{name}", found, expected="a number above 0")
-        return float(value)
-
-
-def _architecture(fields: _Fields) -> str:
+def _architecture(fields: Fields) -> str:
     names = fields.raw.get("architectures") or [""]
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise fields.error("architectures", "is not a list of names")
     return names[0]
 
 
-def _head_dim(fields: _Fields, hidden: int, heads: int) -> int:
+def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
     # head_dim is an independent field: several families store one that is not hidden_size / heads.
     return fields.count("head_dim", default=max(1, hidden // heads))
 
 
-def _dtype(fields: _Fields) -> DtypeName:
+def _dtype(fields: Fields) -> DtypeName:
     value = fields.raw.get("dtype", fields.raw.get("torch_dtype")) or "float32"
     if not isinstance(value, str) or value not in DTYPE_NAMES:
         raise fields.error("dtype", f"is {printable(value, limit=40)}", expected="float32, float16 or bfloat16")
     return DTYPE_NAMES[value]
 
 
-def _rope_type(fields: _Fields) -> str:
+def _rope_type(fields: Fields) -> str:
     name = "rope_parameters" if fields.raw.get("rope_parameters") else "rope_scaling"
     table = fields.raw.get(name)
     if not table:
@@ -252,7 +192,7 @@ def _rope_type(fields: _Fields) -> str:
     return _check_rope(fields, table, name)
 
 
-def _check_rope(fields: _Fields, table: Mapping[str, Any], path: str) -> str:
+def _check_rope(fields: Fields, table: Mapping[str, Any], path: str) -> str:
     kind = table.get("rope_type", table.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise fields.error(
@@ -267,7 +207,7 @@ def _check_rope(fields: _Fields, table: Mapping[str, Any], path: str) -> str:
     return kind
 
 
-def _sliding_windows(fields: _Fields, layers: int) -> tuple[int | None, ...]:
+def _sliding_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
     raw = fields.raw
     window = raw.get("sliding_window")
     if window is None or raw.get("use_sliding_window") is False:
@@ -295,7 +235,7 @@ def _default_layer_types(raw: Mapping[str, Any], layers: int) -> list[str]:
     return [sliding] * layers
 
 
-def _quantization(fields: _Fields) -> str | None:
+def _quantization(fields: Fields) -> str | None:
     table = fields.raw.get("quantization_config")
     if table is None:
         return None
