@@ -50,9 +50,10 @@ def _check_unit(unit: UnitProfile, table: UnitTable, *, profile: ModelProfile, c
     _compare(f"{where}/stored_weight_bytes", unit.stored_weight_bytes, table.size_bytes)
     _compare(f"{where}/weight_bytes", unit.weight_bytes, _bytes_at(table, profile.dtype, config))
     if unit.kind == "layer":
-        width = 2 * config.num_key_value_heads * config.head_dim * DTYPES[profile.kv_cache_dtype].size_bytes
+        kept = config.attention[unit.index]
+        width = kept.kv_width * DTYPES[profile.kv_cache_dtype].size_bytes
         _compare(f"{where}/kv_bytes_per_token", unit.kv_bytes_per_token, width)
-        _compare(f"{where}/kv_window_tokens", unit.kv_window_tokens, config.sliding_windows[unit.index])
+        _compare(f"{where}/kv_window_tokens", unit.kv_window_tokens, kept.window)
 
 
 def _bytes_at(table: UnitTable, dtype: str, config: ModelConfig) -> int:

@@ -1,8 +1,8 @@
 """The model profile: what every unit of a model costs, whatever device it will run on."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from plans.dtypes import DtypeName
 from plans.reading.strict import SchemaVersion, StrictModel
@@ -75,6 +75,16 @@ class Difference(StrictModel):
     note: str
 
 
+class Origin(StrictModel):
+    """Where a number comes from that does not follow from the usual keys."""
+
+    number: str
+    """Field of the profile."""
+    key: str
+    """Key of `config.json`, or part of tensor names."""
+    how: str
+
+
 class ModelProfile(StrictModel):
     """What `llamaplan analyze` writes."""
 
@@ -88,6 +98,13 @@ class ModelProfile(StrictModel):
     total_weight_bytes: Count
     """Bytes of all weights at the chosen dtype, a tied table once."""
     differences: tuple[Difference, ...]
+    origins: tuple[Origin, ...] = ()
+    """For families outside the allow-list; absent for the others, whose numbers follow from the usual keys."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty_origins(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return written if self.origins else {k: v for k, v in written.items() if k != "origins"}
 
     @model_validator(mode="after")
     def _is_a_chain(self) -> "ModelProfile":

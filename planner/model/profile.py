@@ -10,13 +10,14 @@ from pydantic import ValidationError
 
 from planner.model import formula
 from planner.model.crosscheck import differences
+from planner.model.evidence import prove
 from planner.model.find import find_model, model_name
 from planner.model.units import Rows, Sizing, profile_unit
 from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import Checkpoint, UnitKey, local_name, unit_keys, unit_tables
 from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName
 from plans.errors import InputError
-from plans.profile import Difference, ModelIdentity, ModelProfile, ShardIdentity, UnitProfile
+from plans.profile import Difference, ModelIdentity, ModelProfile, Origin, ShardIdentity, UnitProfile
 
 
 def build_profile(
@@ -42,6 +43,8 @@ def build_profile(
         1100048384
     """
     rows = _header_rows(checkpoint) if checkpoint.has_weights else _formula_rows(checkpoint)
+    if not checkpoint.config.is_supported:
+        prove(checkpoint, rows)
     stored = {dtype for unit in rows.values() for dtype, _shape in unit.values()}
     chosen = dtype or _default_dtype(checkpoint.config, stored)
     try:
@@ -94,6 +97,7 @@ def _assemble(checkpoint: Checkpoint, rows: Mapping[UnitKey, Rows], stored: set[
         total_parameters=sum(unit.parameters for unit in units) - tied_parameters,
         total_weight_bytes=sum(unit.weight_bytes for unit in units) - tied_bytes,
         differences=_named_differences(checkpoint),
+        origins=tuple(Origin(number=o.number, key=o.key, how=o.how) for o in config.origins),
     )
 
 
@@ -102,7 +106,7 @@ def _profile_units(rows: Mapping[UnitKey, Rows], sizing: Sizing) -> Iterator[Uni
     for key, unit in rows.items():
         if id(unit) not in sized:
             sized[id(unit)] = profile_unit(key, unit, sizing=sizing)
-        window = sizing.config.sliding_windows[key[1]] if key[0] == "layer" else None
+        window = sizing.config.attention[key[1]].window if key[0] == "layer" else None
         yield sized[id(unit)].model_copy(update={"index": key[1], "kv_window_tokens": window})
 
 

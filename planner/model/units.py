@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from planner.model import formula
+from planner.model.experts import is_expert
+from planner.model.packing import logical_shape
+from plans.checkpoint.attention import LayerAttention
 from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import UnitKey, hash_shapes
 from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName
@@ -18,10 +21,8 @@ from plans.profile import UnitProfile
 Rows = Mapping[str, tuple[str, formula.Shape]]
 """Local tensor name -> (stored dtype, shape)."""
 
-_EXPERTS = ".experts."
-KV_TENSORS = 2
 FLOPS_PER_WEIGHT = 2
-FLOPS_PER_SCORE = 4
+NO_ATTENTION = LayerAttention(kv_width=0, score_width=0, window=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,10 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
     is_layer, is_embedding = kind == "layer", kind == "embedding"
     shapes = _logical_shapes(key, rows, sizing)
     weight_bytes = {name: _bytes_at_dtype(row, sizing) for name, row in rows.items()}
+    experts = {name for name, (_dtype, shape) in rows.items() if is_expert(name, shape, config)} if is_layer else set()
+    idle_bytes = _idle(sum(size for name, size in weight_bytes.items() if name in experts), config)
     total_bytes = sum(weight_bytes.values())
-    kv_width = KV_TENSORS * config.num_key_value_heads * config.head_dim
+    attention = config.attention[key[1]] if is_layer else NO_ATTENTION
     row_bytes = config.hidden_size * DTYPES[sizing.dtype].size_bytes
     return UnitProfile(
         kind="layer" if is_layer else "embedding" if is_embedding else "head",
@@ -53,13 +56,11 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         stored_weight_bytes=sum(_stored_bytes(row) for row in rows.values()),
         weight_bytes=total_bytes,
-        decode_read_bytes=row_bytes if is_embedding else total_bytes - _idle_expert_bytes(weight_bytes, config),
-        kv_bytes_per_token=kv_width * DTYPES[sizing.kv_cache_dtype].size_bytes if is_layer else 0,
-        kv_window_tokens=config.sliding_windows[key[1]] if is_layer else None,
+        decode_read_bytes=row_bytes if is_embedding else total_bytes - idle_bytes,
+        kv_bytes_per_token=attention.kv_width * DTYPES[sizing.kv_cache_dtype].size_bytes,
+        kv_window_tokens=attention.window,
         flops_per_token=0 if is_embedding else _flops_per_token(shapes, config),
-        attention_flops_per_token_per_context=(
-            FLOPS_PER_SCORE * config.num_attention_heads * config.head_dim if is_layer else 0
-        ),
+        attention_flops_per_token_per_context=FLOPS_PER_WEIGHT * attention.score_width,
         shapes_sha256=hash_shapes(rows),
     )
 
@@ -67,7 +68,7 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
 def _logical_shapes(key: UnitKey, rows: Rows, sizing: Sizing) -> formula.Shapes:
     """Quantised tensors are packed: count what they stand for where the family is known, else what is stored."""
     if not sizing.has_logical_shapes:
-        return {name: shape for name, (_dtype, shape) in rows.items()}
+        return {name: logical_shape(name, row, rows, sizing.config) for name, row in rows.items()}
     by_kind = {"embedding": formula.embedding_shapes, "layer": formula.layer_shapes, "head": formula.head_shapes}
     return by_kind[key[0]](sizing.config)
 
@@ -84,17 +85,12 @@ def _bytes_at_dtype(row: tuple[str, formula.Shape], sizing: Sizing) -> int:
     return math.prod(shape) * DTYPES[sizing.dtype].size_bytes
 
 
-def _idle_expert_bytes(weight_bytes: Mapping[str, int], config: ModelConfig) -> int:
-    """Expert weights that one token does not touch."""
-    experts = sum(size for name, size in weight_bytes.items() if _EXPERTS in name)
-    return experts - _active(experts, config)
+def _idle(experts: int, config: ModelConfig) -> int:
+    """The part of all experts that one token does not touch."""
+    return experts - (experts * config.num_experts_per_tok // config.num_experts if config.num_experts else experts)
 
 
 def _flops_per_token(shapes: formula.Shapes, config: ModelConfig) -> int:
     linear = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) >= 2}
-    experts = sum(size for name, size in linear.items() if _EXPERTS in name)
-    return FLOPS_PER_WEIGHT * (sum(linear.values()) - experts + _active(experts, config))
-
-
-def _active(experts: int, config: ModelConfig) -> int:
-    return experts * config.num_experts_per_tok // config.num_experts if config.num_experts else experts
+    experts = sum(size for name, size in linear.items() if is_expert(name, shapes[name], config))
+    return FLOPS_PER_WEIGHT * (sum(linear.values()) - _idle(experts, config))

@@ -85,9 +85,14 @@ def _kv_cache(plan: Plan) -> Source:
     model, work = plan.profile.model, plan.workload
     width = DTYPES[work.kv_cache_dtype].size_bytes
     per_token = 2 * model.num_key_value_heads * model.head_dim * width
+    rule = f"2 (key, value) x {model.num_key_value_heads} heads x {model.head_dim} x {width} bytes = {per_token} bytes"
+    kept = {layer.kv_bytes_per_token for layer in plan.profile.layers}
+    if kept != {per_token}:
+        sizes = " or ".join(str(size) for size in sorted(kept))
+        said = (f"{o.key}: {o.how}" for o in plan.profile.origins if o.number == "kv_bytes_per_token")
+        rule = f"{'; '.join(said)}; {sizes} bytes"
     how = (
-        f"2 (key, value) x {model.num_key_value_heads} heads x {model.head_dim} x {width} bytes = {per_token} bytes "
-        f"per token and layer, for {work.context_tokens} tokens (or its window) x "
+        f"{rule} per token and layer, for {work.context_tokens} tokens (or its window) x "
         f"batch {work.batch_size} x {work.requests_in_flight} in flight"
     )
     total = sum(stage.kv_cache_bytes for stage in plan.stages)

@@ -65,6 +65,8 @@ def summary_lines(profile: ModelProfile, workload: Workload) -> Iterator[str]:
     if profile.tied:
         shared = format_bytes(tied_table_bytes(profile))
         yield f"embedding and head share one table of {shared}: it counts twice when they are on different devices"
+    for origin in profile.origins:
+        yield f"{origin.number} from {origin.key}: {origin.how}"
     for difference in profile.differences[:MAX_DIFFERENCES]:
         size = f" ({format_bytes(difference.size_bytes)})" if difference.size_bytes else ""
         yield f"difference: {difference.name}{size}: {difference.note}"

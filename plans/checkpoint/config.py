@@ -9,6 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plans.checkpoint.attention import (
+    FULL,
+    SLIDING,
+    Heads,
+    LayerAttention,
+    Origin,
+    block_intermediate_size,
+    check_layer_types,
+    is_latent,
+    plain_layers,
+    query_head_dim,
+    read_layers,
+)
+from plans.checkpoint.experts import ACTIVE_KEYS, TOTAL_KEYS, read_experts
+from plans.checkpoint.families import class_defaults
 from plans.checkpoint.fields import Fields
 from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import InputError, printable
@@ -52,6 +67,7 @@ _IMPLEMENTATION_KEYS = (
 _OWN_IMPLEMENTATIONS = (None, "eager", "sdpa", "batched_mm", "grouped_mm")
 """Parts of torch and transformers themselves."""
 
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The checked configuration of a decoder-only model. Sizes are element counts."""
@@ -71,14 +87,28 @@ class ModelConfig:
     mlp_bias: bool
     dtype: DtypeName
     rope_type: str
-    sliding_windows: tuple[int | None, ...]
-    """Per layer: how many past tokens its attention sees, None for all."""
+    attention: tuple[LayerAttention, ...]
+    """Per layer: what it keeps of a token, and of how many."""
+    num_mtp_layers: int
+    """Layers stored behind the last one that only predict further tokens; they are no part of the chain."""
     num_experts: int
     num_experts_per_tok: int
     quantization: str | None
     runs_custom_code: bool
+    origins: tuple[Origin, ...]
+    """Where numbers of a family outside the allow-list come from."""
     sha256: str
     raw: Mapping[str, Any]
+
+    @property
+    def sliding_windows(self) -> tuple[int | None, ...]:
+        """Per layer: how many past tokens its attention sees, None for all."""
+        return tuple(layer.window for layer in self.attention)
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the family is on the allow-list."""
+        return self.model_type in SUPPORTED_FAMILIES
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -99,28 +129,18 @@ def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> 
     """Check a configuration that is already parsed; errors as `read_config`."""
     fields = Fields(_with_family_defaults(raw), where)
     model_type = fields.text("model_type")
-    heads = fields.count("num_attention_heads")
-    hidden = fields.count("hidden_size")
-    kv_heads = fields.count("num_key_value_heads", default=heads)
-    layers = fields.count("num_hidden_layers")
-    has_head_dim = fields.raw.get("head_dim") is not None
-    if not has_head_dim and hidden % heads:
-        raise fields.error("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
-    if heads % kv_heads:
-        raise fields.error("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
-    experts = fields.count_of(("num_local_experts", "num_experts"), limit="num_experts", default=0)
-    experts_per_token = fields.count("num_experts_per_tok", default=min(2, experts)) if experts else 0
-    if experts_per_token > experts:
-        raise fields.error("num_experts_per_tok", f"{experts_per_token} is more than the {experts} experts")
+    heads, layers = _heads(fields), fields.count("num_hidden_layers")
+    attention, origins = _attention(fields, heads, layers)
+    experts, experts_per_token, more_origins = _experts(fields)
     return ModelConfig(
         model_type=model_type,
         architecture=_architecture(fields),
-        hidden_size=hidden,
-        intermediate_size=fields.count("intermediate_size"),
+        hidden_size=fields.count("hidden_size"),
+        intermediate_size=_intermediate_size(fields, experts_per_token),
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=_head_dim(fields, hidden, heads),
+        num_attention_heads=heads.heads,
+        num_key_value_heads=heads.kv_heads,
+        head_dim=heads.head_dim,
         vocab_size=fields.count("vocab_size"),
         max_position_embeddings=fields.count("max_position_embeddings", default=2048),
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
@@ -128,13 +148,15 @@ def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> 
         mlp_bias=fields.flag("mlp_bias", default=False),
         dtype=_dtype(fields),
         rope_type=_rope_type(fields),
-        sliding_windows=_sliding_windows(fields, layers),
+        attention=attention,
+        num_mtp_layers=fields.whole("num_nextn_predict_layers"),
         num_experts=experts,
         num_experts_per_tok=experts_per_token,
         quantization=_quantization(fields),
         runs_custom_code=(
             bool(raw.get("auto_map")) or raw.get("trust_remote_code") is True or without_foreign_code(raw) != raw
         ),
+        origins=origins + more_origins + _other_origins(raw, fields),
         sha256=sha256,
         raw=raw,
     )
@@ -153,10 +175,87 @@ def without_foreign_code(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_family_defaults(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     family = raw.get("model_type")
-    defaults = dict(FAMILY_DEFAULTS.get(family, {})) if isinstance(family, str) else {}
+    if not _is_supported(raw):
+        return _without_other_spellings(class_defaults(family), raw) | dict(raw)
+    defaults = dict(FAMILY_DEFAULTS.get(str(family), {}))
     if "num_experts" in raw:
         defaults.pop("num_local_experts", None)
     return defaults | dict(raw)
+
+
+def _without_other_spellings(defaults: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A default counts only where no spelling of its key is there."""
+    said = {key for names in (TOTAL_KEYS, ACTIVE_KEYS) if raw.keys() & set(names) for key in names}
+    return {key: value for key, value in defaults.items() if key not in said}
+
+
+def _is_supported(raw: Mapping[str, Any]) -> bool:
+    family = raw.get("model_type")
+    return isinstance(family, str) and family in SUPPORTED_FAMILIES
+
+
+def _heads(fields: Fields) -> Heads:
+    heads, hidden = fields.count("num_attention_heads"), fields.count("hidden_size")
+    if not _is_supported(fields.raw) and is_latent(fields.raw):
+        return Heads(heads, fields.count("num_key_value_heads", default=heads), query_head_dim(fields))
+    kv_heads = fields.count("num_key_value_heads", default=heads)
+    if fields.raw.get("head_dim") is None and hidden % heads:
+        raise fields.error("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
+    if heads % kv_heads:
+        raise fields.error("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
+    # head_dim is an independent field: several families store one that is not hidden_size / heads.
+    return Heads(heads, kv_heads, fields.count("head_dim", default=max(1, hidden // heads)))
+
+
+def _attention(fields: Fields, heads: Heads, layers: int) -> tuple[tuple[LayerAttention, ...], tuple[Origin, ...]]:
+    if not _is_supported(fields.raw):
+        return read_layers(fields, heads, layers)
+    return plain_layers(heads, _sliding_windows(fields, layers)), ()
+
+
+def _experts(fields: Fields) -> tuple[int, int, tuple[Origin, ...]]:
+    if not _is_supported(fields.raw):
+        return read_experts(fields)
+    names = ("num_local_experts", "num_experts")
+    if fields.raw.get("model_type") != "mixtral" and all(fields.raw.get(name) in (None, 0) for name in names):
+        return 0, 0, ()  # "num_local_experts": 0 is a dense model
+    experts = fields.count_of(names, limit="num_experts", default=0)
+    active = fields.count("num_experts_per_tok", default=min(2, experts)) if experts else 0
+    if active > experts:
+        raise fields.error("num_experts_per_tok", f"{active} is more than the {experts} experts")
+    return experts, active, ()
+
+
+def _intermediate_size(fields: Fields, experts_per_token: int) -> int:
+    """The widest row inside a layer: of a dense one, or of the experts that one token uses."""
+    if _is_supported(fields.raw):
+        return fields.count("intermediate_size")
+    blocks = block_intermediate_size(fields)
+    dense = [fields.count(key) for key in _DENSE_WIDTHS if fields.raw.get(key) is not None]
+    routed = [experts_per_token * fields.count(key) for key in _EXPERT_WIDTHS if fields.raw.get(key) is not None]
+    shared = [fields.count(key) for key in _SHARED_WIDTHS if fields.raw.get(key)]
+    widest = max([blocks, *dense, sum(routed[:1]) + sum(shared)])
+    return widest or fields.count("intermediate_size")
+
+
+_DENSE_WIDTHS = ("intermediate_size", "intermediate_size_mlp", "ffn_hidden_size", "dense_intermediate_size")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size", "expert_dim")
+_SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
+
+
+def _other_origins(raw: Mapping[str, Any], fields: Fields) -> tuple[Origin, ...]:
+    family = raw.get("model_type")
+    if _is_supported(raw):
+        return ()
+    found = []
+    if "tie_word_embeddings" not in raw and "tie_word_embeddings" in fields.raw:
+        how = f"not in config.json; the class of {family} ties head and embedding in transformers"
+        found.append(Origin("tied", "tie_word_embeddings", how))
+    extra = fields.whole("num_nextn_predict_layers")
+    if extra:
+        how = f"{extra} stored behind the last layer, for predicting further tokens: left out"
+        found.append(Origin("num_hidden_layers", "num_nextn_predict_layers", how))
+    return tuple(found)
 
 
 def _architecture(fields: Fields) -> str:
@@ -164,11 +263,6 @@ def _architecture(fields: Fields) -> str:
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise fields.error("architectures", "is not a list of names")
     return names[0]
-
-
-def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
-    # head_dim is an independent field: several families store one that is not hidden_size / heads.
-    return fields.count("head_dim", default=max(1, hidden // heads))
 
 
 def _dtype(fields: Fields) -> DtypeName:
@@ -209,6 +303,8 @@ def _check_rope(fields: Fields, table: Mapping[str, Any], path: str) -> str:
 
 def _sliding_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
     raw = fields.raw
+    if raw.get("layer_types") is not None:
+        check_layer_types(fields, raw["layer_types"], layers, allowed=(FULL, SLIDING))
     window = raw.get("sliding_window")
     if window is None or raw.get("use_sliding_window") is False:
         return (None,) * layers
@@ -217,22 +313,19 @@ def _sliding_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
     kinds = raw.get("layer_types")
     if kinds is None:
         kinds = _default_layer_types(raw, layers)
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        raise fields.error("layer_types", f"does not list {layers} layers")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def _default_layer_types(raw: Mapping[str, Any], layers: int) -> list[str]:
     """The attention kinds transformers assumes for a family when `layer_types` is absent."""
     family = raw.get("model_type")
-    sliding, full = "sliding_attention", "full_attention"
     if family == "gemma2":
-        return [sliding if (i + 1) % 2 else full for i in range(layers)]
+        return [SLIDING if (i + 1) % 2 else FULL for i in range(layers)]
     if family in {"qwen2", "qwen3"}:
         first = raw.get("max_window_layers")
         first = first if type(first) is int else 28
-        return [sliding if i >= first else full for i in range(layers)]
-    return [sliding] * layers
+        return [SLIDING if i >= first else FULL for i in range(layers)]
+    return [SLIDING] * layers
 
 
 def _quantization(fields: Fields) -> str | None:

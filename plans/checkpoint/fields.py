@@ -5,6 +5,7 @@ from typing import Any
 
 from plans.errors import InputError, printable
 
+MAX_COUNT = 1 << 24
 _LIMITS = {
     "hidden_size": 1 << 20,
     "intermediate_size": 1 << 24,
@@ -40,10 +41,15 @@ class Fields:
         value = self.raw.get(name)
         if value is None and default is not None:
             return default
-        if type(value) is not int or not 1 <= value <= _LIMITS[limit]:
+        most = _LIMITS.get(limit, MAX_COUNT)
+        if type(value) is not int or not 1 <= value <= most:
             found = "is missing" if name not in self.raw else f"is {printable(value, limit=40)}"
-            raise self.error(name, found, expected=f"an integer from 1 to {_LIMITS[limit]}")
+            raise self.error(name, found, expected=f"an integer from 1 to {most}")
         return value
+
+    def whole(self, name: str) -> int:
+        """Return a whole number, 0 where it is absent or null."""
+        return self.count(name) if self.raw.get(name) not in (None, 0) else 0
 
     def flag(self, name: str, *, default: bool) -> bool:
         """Return true or false; absent or null means the default."""

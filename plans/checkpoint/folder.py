@@ -25,6 +25,10 @@ MAX_TENSORS = 500_000
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+_BY_NAME: Mapping[str, "UnitKey"] = {
+    EMBEDDING: ("embedding", 0),
+    **dict.fromkeys((FINAL_NORM, "model.norm.bias", HEAD, "lm_head.bias"), ("head", 0)),
+}
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*\.rotary_emb\.cos_cached|.*\.rotary_emb\.sin_cached")
 
@@ -102,7 +106,7 @@ def unit_of(name: str) -> UnitKey | None:
     match = _LAYER.fullmatch(name)
     if match:
         return ("layer", int(match.group(1)))
-    return {EMBEDDING: ("embedding", 0), FINAL_NORM: ("head", 0), HEAD: ("head", 0)}.get(name)
+    return _BY_NAME.get(name)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -300,7 +304,7 @@ def _check_units(folder: Path, config: ModelConfig, tensors: Mapping[str, Stored
     """Every unit must be there and nothing may lie beyond the last layer."""
     owners = {unit_of(name) for name in tensors}
     present = {key[1] for key in owners if key and key[0] == "layer"}
-    beyond = sorted(i for i in present if i >= config.num_hidden_layers)
+    beyond = sorted(i for i in present if i >= config.num_hidden_layers + config.num_mtp_layers)
     gaps = sorted(set(range(config.num_hidden_layers)) - present)
     if beyond:
         raise InputError(
@@ -318,7 +322,10 @@ def _check_units(folder: Path, config: ModelConfig, tensors: Mapping[str, Stored
     required = [EMBEDDING, FINAL_NORM] + ([] if config.tie_word_embeddings else [HEAD])
     for name in required:
         if name not in tensors:
-            tied = " and tie_word_embeddings is false" if name == HEAD else ""
+            says = "is false" + (
+                "" if "tie_word_embeddings" in config.raw else " by default (config.json says nothing)"
+            )
+            tied = f" and tie_word_embeddings {says}" if name == HEAD else ""
             raise InputError(f"no tensor {name}{tied}", where=folder, code="E-LAYERS")
     rows = [config.vocab_size, config.hidden_size]
     for name in (EMBEDDING, HEAD):
@@ -338,7 +345,7 @@ def unit_tables(checkpoint: Checkpoint) -> tuple[UnitTable, ...]:
     owned: dict[UnitKey, dict[str, StoredTensor]] = {key: {} for key in unit_keys(checkpoint.config)}
     for name, stored in checkpoint.tensors.items():
         key = unit_of(name)
-        if key is not None:
+        if key is not None and key in owned:  # a layer that only predicts further tokens is no unit
             owned[key][name] = stored
     head = owned["head", 0]
     if checkpoint.config.tie_word_embeddings:
@@ -356,7 +363,8 @@ def unit_keys(config: ModelConfig) -> tuple[UnitKey, ...]:
 
 def unexpected_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the names of stored tensors that no unit owns and that are not known leftovers."""
-    return tuple(n for n in checkpoint.tensors if unit_of(n) is None and not _IGNORED.fullmatch(n))
+    units = set(unit_keys(checkpoint.config))
+    return tuple(n for n in checkpoint.tensors if unit_of(n) not in units and not _IGNORED.fullmatch(n))
 
 
 def require_full(checkpoint: Checkpoint) -> Path:

@@ -57,10 +57,9 @@ def stage_need(
     tensors = {name: stored for table in owned for name, stored in table.tensors.items()}
     places = {(stored.file, stored.entry.begin): stored.entry for stored in tensors.values()}  # a tied table once
     weights = sum(entry.num_elements * DTYPES[dtype].size_bytes for entry in places.values())
-    per_token = 2 * config.num_key_value_heads * config.head_dim * DTYPES[kv_cache_dtype].size_bytes
-    windows = config.sliding_windows[spec.start_layer : spec.end_layer]
-    tokens = sum(min(context_tokens, window or context_tokens) for window in windows)
-    return Need(weights, per_token * tokens * batch_size)
+    layers = config.attention[spec.start_layer : spec.end_layer]
+    numbers = sum(layer.kv_width * min(context_tokens, layer.window or context_tokens) for layer in layers)
+    return Need(weights, numbers * DTYPES[kv_cache_dtype].size_bytes * batch_size)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,0 +1,44 @@
+"""Which tensors of a layer hold routed experts: by name, or as one tensor over all experts."""
+
+import re
+from collections.abc import Mapping
+
+from plans.checkpoint.config import ModelConfig
+from plans.errors import InputError, printable
+
+Shape = tuple[int, ...]
+_NUMBERED = re.compile(r"(?:^|.*\.)experts\.([0-9]+)\..*")
+_TOGETHER = re.compile(r"(?:^|.*\.)experts\..*")
+MATRIX = 2
+
+
+def is_expert(name: str, shape: Shape, config: ModelConfig) -> bool:
+    """Return whether a layer's tensor belongs to routed experts; shared ones (`shared_experts.`) are read always."""
+    if _TOGETHER.fullmatch(name):
+        return True
+    return config.num_experts > 1 and len(shape) > MATRIX and shape[0] == config.num_experts
+
+
+def check_experts(shapes: Mapping[str, Shape], config: ModelConfig, *, where: object) -> bool:
+    """Check a layer's experts against the configuration; return whether it has any.
+
+    Raises:
+        InputError: another number of experts than the configuration says.
+    """
+    numbered = {int(match.group(1)) for name in shapes if (match := _NUMBERED.fullmatch(name))}
+    if numbered and (len(numbered) != config.num_experts or max(numbered) >= config.num_experts):
+        raise _other_number(f"the tensors of {len(numbered)} experts", config, where)
+    together = [n for n, s in shapes.items() if not _NUMBERED.fullmatch(n) and is_expert(n, s, config)]
+    for name in together:
+        if not shapes[name] or shapes[name][0] != config.num_experts:
+            raise _other_number(f"{printable(name)} of shape {list(shapes[name])}", config, where)
+    return bool(numbered or together)
+
+
+def _other_number(found: str, config: ModelConfig, where: object) -> InputError:
+    return InputError(
+        f"holds {found}, config.json says {config.num_experts} experts",
+        where=where,
+        expected="one of num_local_experts, num_experts, n_routed_experts, moe_num_experts that agrees",
+        code="E-EXPERTS",
+    )

@@ -1,0 +1,68 @@
+"""What packed tensors stand for, where the family's own shapes are not known.
+
+Sources: OCP Microscaling (MXFP4: two values in a byte, one scale per 32), GPTQ and AWQ (32 / bits values in an I32),
+bitsandbytes (two 4-bit values in a byte), DeepSeek's and compressed-tensors' FP8 (a value in a byte).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from plans.checkpoint.config import ModelConfig
+from plans.dtypes import STORED_DTYPES
+from plans.errors import InputError, printable
+
+Shape = tuple[int, ...]
+Row = tuple[str, Shape]
+WORD_BITS = 32
+VALUES_PER_BYTE = 2
+MATRIX = 2
+_SCALES = re.compile(
+    r".*(_scales?(_inv|_2)?|\.scales|\.qzeros|\.g_idx|\.input_scale|\.absmax|\.nested_absmax|\.quant_map"
+    r"|\.nested_quant_map|\.quant_state\..*|\.weight_zero_point|\.weight_shape|\.weight_g_idx)"
+)
+
+
+def logical_shape(name: str, row: Row, rows: Mapping[str, Row], config: ModelConfig) -> Shape:
+    """Return the shape of the weights a stored tensor stands for; scales stand for none.
+
+    Raises:
+        InputError: whole numbers that hold weights in a way which is not known.
+    """
+    dtype, shape = row
+    if _SCALES.fullmatch(name) and (config.quantization is not None or _has_packed_sibling(name, rows)):
+        return (0,)
+    if dtype == "U8" and name.endswith("_blocks") and len(shape) >= MATRIX and name[:-6] + "scales" in rows:
+        return (*shape[:-2], shape[-2] * shape[-1] * VALUES_PER_BYTE)
+    if STORED_DTYPES[dtype].is_float or len(shape) < MATRIX:
+        return shape
+    bits = _bits(config)
+    if dtype == "U8" and config.quantization == "bitsandbytes" and f"{name}.absmax" in rows:
+        return (math.prod(shape) * VALUES_PER_BYTE, 1)
+    if dtype == "I32" and name.endswith((".qweight", ".weight_packed")) and bits:
+        return (*shape[:-1], shape[-1] * WORD_BITS // bits)
+    raise InputError(
+        f"{printable(name)} holds {dtype} of shape {list(shape)} (quant_method {config.quantization or 'none'}), and "
+        "how many weights that is is not understood",
+        where="config.json:/quantization_config",
+        hint="this model cannot be sized here",
+        code="E-PACKED",
+    )
+
+
+def _has_packed_sibling(name: str, rows: Mapping[str, Row]) -> bool:
+    return name.endswith("_scales") and name[:-6] + "blocks" in rows
+
+
+def _bits(config: ModelConfig) -> int:
+    """Bits per weight, from where GPTQ, AWQ or compressed-tensors say it; 0 where nothing does."""
+    table: Any = config.raw.get("quantization_config")
+    if not isinstance(table, dict):
+        return 0
+    groups = table.get("config_groups")
+    if isinstance(groups, dict) and len(groups) == 1:
+        group = next(iter(groups.values()))
+        table = group.get("weights") if isinstance(group, dict) else None
+    found = (table.get("bits") or table.get("num_bits")) if isinstance(table, dict) else None
+    return found if type(found) is int and 0 < found <= WORD_BITS else 0

@@ -1,0 +1,44 @@
+"""Which keys of `config.json` may change what a layer keeps, and which of those are understood.
+
+Families outside the allow-list are sized from their headers, and headers do not say how many tokens a layer keeps,
+whether layers share a cache, or that a state is kept beside it. A key whose name tells of such things and which nothing
+here reads is refused by its name: a size that ignores it could be wrong.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_TELLING = re.compile(
+    r"attn|attention|window|chunk|cache|kv|lora_rank|latent|head_dim|num_heads|n_heads|query|sink|swa|"
+    r"mamba|ssm|rnn|recurrent|rwkv|time_mix|retention|memory|conv|linear_|_state|state_size|d_state|"
+    r"index_|indexer|sparse|layer_types|layers_type|block_|blocks|pattern|hybrid|per_layer|share_|shared_layers|cla_|"
+    r"local_|global_|layer_group|compress_rat|mtp|nextn"
+)
+_HARMLESS = re.compile(
+    r"dropout|pdrop|bias|softmax|softcap|implementation|flash|scal|multiplier|norm|init|temperature|freq|theta"
+)
+"""Parts of names that tell of how attention is computed, not of what is kept."""
+
+_READ_OR_HARMLESS = (
+    # read in plans.checkpoint
+    "num_attention_heads head_dim kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim sliding_window "
+    "sliding_window_pattern _sliding_window_pattern use_sliding_window max_window_layers layer_types "
+    "attention_chunk_size no_rope_layers no_rope_layer_interval global_attn_every_n_layers block_configs "
+    "num_nextn_predict_layers num_local_experts "
+    # what the headers show: ranks and biases of projections, which layers have experts
+    "q_lora_rank qk_head_dim clip_qkv decoder_sparse_step mlp_layer_types "
+    # how it is computed, not what is kept
+    "use_cache output_attentions output_hidden_states attn_output_gate use_attention_gate attn_pdrop "
+    "chunk_size_feed_forward add_cross_attention cross_attention_hidden_size query_pre_attn_scalar"
+)
+_UNDERSTOOD = frozenset(_READ_OR_HARMLESS.split())
+
+
+def unknown_keys(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys that say something (not null, false, 0 or empty) which nothing here understands."""
+    return tuple(key for key, value in raw.items() if value and _is_unknown(key))
+
+
+def _is_unknown(key: str) -> bool:
+    return bool(_TELLING.search(key)) and key not in _UNDERSTOOD and not _HARMLESS.search(key)
