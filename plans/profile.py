@@ -38,11 +38,25 @@ class ModelIdentity(StrictModel):
     head_dim: Count
     vocab_size: Count
     max_position_embeddings: Count
+    scaled_context_tokens: Count | None = None
+    """The longest context where rope scaling reaches beyond max_position_embeddings; absent elsewhere."""
     num_experts: Count
     num_experts_per_tok: Count
     stored_dtype: str
     """The dtype the weights are stored in ("mixed" if several)."""
     quantization: str | None
+
+    @model_serializer(mode="wrap")
+    def _without_null_scaling(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        if self.scaled_context_tokens is None:
+            del written["scaled_context_tokens"]
+        return written
+
+    @property
+    def longest_context_tokens(self) -> int:
+        """The longest context the model allows."""
+        return self.scaled_context_tokens or self.max_position_embeddings
 
 
 class UnitProfile(StrictModel):

@@ -3,8 +3,22 @@
 from collections.abc import Callable, Mapping
 
 from exporter.emit.plan_view import hosts_of, kind_of
+from plans.checkpoint.context import beyond_context
 from plans.errors import UsageError
 from plans.plan import Plan
+
+# vLLM and SGLang have environment variables that make them go on; nobody should need those.
+_REFUSES = "this engine refuses them"
+_GOES_ON = "this engine runs them all the same, and the text is likely to be poor"
+_AT_LONGER_CONTEXTS: Mapping[str, str] = {
+    "vllm": _REFUSES,
+    "sglang": _REFUSES,
+    "tensorrt-llm": "whether this engine takes them depends on its version",
+    "torchrun": _REFUSES,
+    "accelerate": _GOES_ON,
+    "transformers": _GOES_ON,
+    "llama.cpp": _GOES_ON,
+}
 
 
 def not_expressed(plan: Plan, *, engine: str) -> tuple[str, ...]:
@@ -23,6 +37,12 @@ def _common_limits(plan: Plan, engine: str) -> list[str]:
         limits.append(f"the KV cache is planned in {workload.kv_cache_dtype}; {engine} keeps it in {workload.dtype}")
     if plan.profile.model.quantization and engine == "torchrun":
         limits.append(f"our own runtime does not run {plan.profile.model.quantization} weights")
+    model = plan.profile.model
+    if workload.context_tokens > model.longest_context_tokens:
+        what = beyond_context(
+            workload.context_tokens, longest=model.longest_context_tokens, trained=model.max_position_embeddings
+        )
+        limits.append(f"{what}; {_AT_LONGER_CONTEXTS[engine]}")
     return limits
 
 

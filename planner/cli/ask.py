@@ -88,7 +88,7 @@ def read_asked(
     from planner.devices.clusters import load_cluster
     from planner.model.find import find_model
     from planner.model.profile import build_profile
-    from planner.model.workloads import make_workload, parse_dtype
+    from planner.model.workloads import context_warnings, make_workload, parse_dtype
     from plans.checkpoint.folder import open_checkpoint
 
     chosen, kv_chosen = parse_dtype(workload.dtype), parse_dtype(workload.kv_cache_dtype, option="--kv-cache-dtype")
@@ -103,6 +103,6 @@ def read_asked(
         requests_in_flight=workload.requests_in_flight,
         prefill_chunk_tokens=prefill_chunk_tokens,
     )
-    for warning in checkpoint.warnings:
+    for warning in checkpoint.warnings + context_warnings(profile, load):
         screen.warn(warning)
     return Asked(checkpoint, profile, load, load_cluster(offer.cluster, devices=offer.device, margins=offer.margin))

@@ -46,7 +46,7 @@ def analyze(
     """
     from planner.model.find import find_model
     from planner.model.profile import build_profile
-    from planner.model.workloads import make_workload, parse_dtype
+    from planner.model.workloads import context_warnings, make_workload, parse_dtype
     from planner.show.profile import as_json as to_json
     from planner.show.profile import headline, summary_lines, unit_table
     from plans.checkpoint.folder import open_checkpoint
@@ -57,13 +57,14 @@ def analyze(
     checkpoint = open_checkpoint(find_model(model))
     profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
     workload = make_workload(profile, ctx_size=ctx_size, batch_size=batch_size)
-    for warning in checkpoint.warnings:
+    warnings = checkpoint.warnings + context_warnings(profile, workload)
+    for warning in warnings:
         screen.warn(warning)
     if output is not None:
         ask.refuse_inside(output, checkpoint.directory)
         write_text(output, profile.to_json())
         screen.note(f"wrote {output}")
-    screen.data(to_json(profile, workload, checkpoint.warnings))
+    screen.data(to_json(profile, workload, warnings))
     screen.show(headline(profile))
     screen.show(unit_table(profile, workload))
     for line in summary_lines(profile, workload):

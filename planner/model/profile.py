@@ -123,6 +123,7 @@ def _named_differences(checkpoint: Checkpoint) -> tuple[Difference, ...]:
 def _identity(checkpoint: Checkpoint, stored: set[str]) -> ModelIdentity:
     config = checkpoint.config
     names = [STORED_DTYPES[dtype].name or dtype for dtype in stored]
+    longest = config.longest_context_tokens
     return ModelIdentity(
         name=model_name(checkpoint.path),
         model_type=config.model_type,
@@ -141,6 +142,7 @@ def _identity(checkpoint: Checkpoint, stored: set[str]) -> ModelIdentity:
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
+        scaled_context_tokens=longest if longest > config.max_position_embeddings else None,
         num_experts=config.num_experts,
         num_experts_per_tok=config.num_experts_per_tok,
         stored_dtype=names[0] if len(names) == 1 else "mixed",

@@ -1,5 +1,6 @@
 """Options of a command -> a workload, with defaults that fit the model."""
 
+from plans.checkpoint.context import beyond_context
 from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import UsageError, printable
 from plans.profile import ModelProfile
@@ -70,6 +71,16 @@ def make_workload(
         dtype=profile.dtype,
         kv_cache_dtype=profile.kv_cache_dtype,
     )
+
+
+def context_warnings(profile: ModelProfile, workload: Workload) -> tuple[str, ...]:
+    """Return what is to be said about a context that is planned for, but longer than the model takes."""
+    model = profile.model
+    longest = model.longest_context_tokens
+    if workload.context_tokens <= longest:
+        return ()
+    what = beyond_context(workload.context_tokens, longest=longest, trained=model.max_position_embeddings)
+    return (f"{what}; memory is planned for them, llamarun and most engines refuse to run them",)
 
 
 def _check(option: str, value: int | None, *, minimum: int) -> None:

@@ -22,9 +22,11 @@ from plans.checkpoint.attention import (
     query_head_dim,
     read_layers,
 )
+from plans.checkpoint.context import longest_context, rope_table
 from plans.checkpoint.experts import ACTIVE_KEYS, TOTAL_KEYS, read_experts
 from plans.checkpoint.families import class_defaults
 from plans.checkpoint.fields import Fields
+from plans.checkpoint.values import CONFIG_VALUES, ROPE_VALUES, check_values
 from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import InputError, printable
 from plans.reading.files import read_limited, sha256_hex
@@ -110,6 +112,11 @@ class ModelConfig:
         """Whether the family is on the allow-list."""
         return self.model_type in SUPPORTED_FAMILIES
 
+    @property
+    def longest_context_tokens(self) -> int:
+        """The longest context it allows; see `plans.checkpoint.context`."""
+        return longest_context(self.raw, max_position_embeddings=self.max_position_embeddings)
+
 
 def read_config(path: Path) -> ModelConfig:
     """Read and check a `config.json`.
@@ -127,6 +134,7 @@ def read_config(path: Path) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> ModelConfig:
     """Check a configuration that is already parsed; errors as `read_config`."""
+    check_values(raw, CONFIG_VALUES, where=where)
     fields = Fields(_with_family_defaults(raw), where)
     model_type = fields.text("model_type")
     heads, layers = _heads(fields), fields.count("num_hidden_layers")
@@ -259,27 +267,27 @@ def _other_origins(raw: Mapping[str, Any], fields: Fields) -> tuple[Origin, ...]
 
 
 def _architecture(fields: Fields) -> str:
-    names = fields.raw.get("architectures") or [""]
-    if not isinstance(names, list) or not isinstance(names[0], str):
-        raise fields.error("architectures", "is not a list of names")
-    return names[0]
+    names = fields.raw.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise fields.error("architectures", f"is {printable(names, limit=40)}", expected="a list of names")
+    return names[0] if names else ""
 
 
 def _dtype(fields: Fields) -> DtypeName:
-    value = fields.raw.get("dtype", fields.raw.get("torch_dtype")) or "float32"
+    value = fields.raw.get("dtype", fields.raw.get("torch_dtype"))
+    value = "float32" if value is None else value
     if not isinstance(value, str) or value not in DTYPE_NAMES:
         raise fields.error("dtype", f"is {printable(value, limit=40)}", expected="float32, float16 or bfloat16")
     return DTYPE_NAMES[value]
 
 
 def _rope_type(fields: Fields) -> str:
-    name = "rope_parameters" if fields.raw.get("rope_parameters") else "rope_scaling"
-    table = fields.raw.get(name)
+    name, table = rope_table(fields.raw)
     if not table:
         return "default"
     if not isinstance(table, dict):
         raise fields.error(name, "is not a table")
-    tables = {k: v for k, v in table.items() if isinstance(v, dict)}
+    tables = {k: v for k, v in table.items() if k.endswith("_attention") and isinstance(v, dict)}
     if tables:  # one set of parameters per attention kind
         kinds = {_check_rope(fields, value, f"{name}/{key}") for key, value in tables.items()}
         return sorted(kinds)[0]
@@ -292,12 +300,11 @@ def _check_rope(fields: Fields, table: Mapping[str, Any], path: str) -> str:
         raise fields.error(
             path, f"rope type {printable(kind, limit=40)} is not known", expected=" or ".join(ROPE_TYPES)
         )
+    check_values(table, ROPE_VALUES, where=fields.where, inside=f"/{path}")
     for name in ROPE_TYPES[kind]:
         if name.endswith("_factor") and isinstance(table.get(name), list):
             continue  # longrope lists one factor per frequency
         fields.number(table, name, path)
-    if "rope_theta" in table:
-        fields.number(table, "rope_theta", path)
     return kind
 
 
