@@ -9,17 +9,30 @@ from typing import Any, Protocol
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from plans.checkpoint.context import beyond_context
 from plans.checkpoint.folder import require_full
 from plans.dtypes import DTYPE_NAMES
 from plans.errors import UsageError
 from runtime.generate.kept_cache import KeptCache
+from runtime.generate.limits import Limits
 from runtime.generate.loop import Generation, Request, generate_requests
+from runtime.generate.rules import check_rules
+from runtime.generate.stop_tokens import TokenStops
 from runtime.generate.text import Decode
 from runtime.generate.writer import OnText
 from runtime.reading.capacity import check_room, memory_faults, peak_memory_bytes, stage_need
 from runtime.reading.families import parse_model_config
+from runtime.reading.generation_config import (
+    GENERATION_CONFIG_NAME,
+    end_tokens,
+    generation_defaults,
+    not_done,
+    read_generation_config,
+    score_rules,
+)
+from runtime.reading.generation_config import stop_strings as stated_stop_strings
 from runtime.reading.opening import Source, open_source
-from runtime.reading.tokenizer import eos_token_ids, load_tokenizer
+from runtime.reading.tokenizer import load_tokenizer
 from runtime.reading.verification import Verification
 from runtime.stage_time import OnStep, StageView
 from runtime.stages.chain import Chain
@@ -27,7 +40,6 @@ from runtime.stages.loading import (
     FolderTensors,
     load_chain,
     place_stages,
-    read_generation_config,
     set_speed,
     stored_dtype,
     torch_dtype,
@@ -51,6 +63,8 @@ class Prepared:
         generation_config: the checkpoint's defaults.
         context_tokens: prompt and new tokens together may not exceed this.
         eos_token_ids: tokens that end a sequence.
+        token_stops: finds the checkpoint's stop strings, if it has some.
+        warnings: remarks for a person.
     """
 
     source: Source
@@ -61,6 +75,8 @@ class Prepared:
     generation_config: GenerationConfig
     context_tokens: int
     eos_token_ids: frozenset[int]
+    token_stops: TokenStops | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -74,6 +90,28 @@ class Prepared:
         if workload is not None and workload.prefill_chunk_tokens < workload.prompt_tokens:
             return workload.prefill_chunk_tokens
         return DEFAULT_PREFILL_CHUNK_TOKENS
+
+    def limits(
+        self,
+        *,
+        max_tokens: int | None,
+        stop_strings: tuple[str, ...] = (),
+        prefill_chunk_tokens: int | None = None,
+        ignores_eos: bool = False,
+    ) -> Limits:
+        """Return where a sequence ends: where it was asked to, else where the checkpoint says."""
+        asked = self.generation_config
+        stated = () if stop_strings else stated_stop_strings(asked)
+        return Limits(
+            context_tokens=self.context_tokens,
+            max_tokens=max_tokens,
+            default_max_tokens=asked.max_new_tokens,
+            max_length=asked.max_length,
+            eos_token_ids=frozenset() if ignores_eos else self.eos_token_ids,
+            stop_strings=stop_strings or stated,
+            is_stop=self.token_stops if stated else None,
+            prefill_chunk_tokens=prefill_chunk_tokens or self.prefill_chunk_tokens,
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens left out."""
@@ -198,14 +236,25 @@ def prepare_session(
         place_stages(source.stages, device_map=device_map)
     vocab_size = source.checkpoint.config.vocab_size
     chosen_dtype, context = _choose_dtype(source, dtype), _choose_context(source, context_tokens)
-    model_config = parse_model_config(source.checkpoint.config.raw)
+    raw = source.checkpoint.config.raw
+    model_config = parse_model_config(raw)
     tokenizer = load_tokenizer(source.folder, vocab_size=vocab_size)
-    defaults = read_generation_config(require_full(source.checkpoint)) or GenerationConfig.from_model_config(
-        model_config
+    defaults = generation_defaults(require_full(source.checkpoint), model_config, raw=raw)
+    ends, unknown = end_tokens(defaults, default=tokenizer.eos_token_id, vocab_size=vocab_size)
+    stops = stated_stop_strings(defaults)
+    check_rules(score_rules(defaults), vocab_size=vocab_size, eos_token_ids=ends, where=GENERATION_CONFIG_NAME)
+    return Prepared(
+        source=source,
+        device_map=device_map,
+        dtype=chosen_dtype,
+        kv_cache_dtype=_choose_kv_dtype(source, kv_cache_dtype, dtype=chosen_dtype),
+        tokenizer=tokenizer,
+        generation_config=defaults,
+        context_tokens=context,
+        eos_token_ids=ends,
+        token_stops=TokenStops(tokenizer, stops, where=GENERATION_CONFIG_NAME) if stops else None,
+        warnings=not_done(defaults) + _unknown_ends(unknown, vocab_size) + _shorter_context(source, context_tokens),
     )
-    ends = eos_token_ids(defaults, tokenizer, vocab_size=vocab_size)
-    kv_chosen = _choose_kv_dtype(source, kv_cache_dtype, dtype=chosen_dtype)
-    return Prepared(source, device_map, chosen_dtype, kv_chosen, tokenizer, defaults, context, ends)
 
 
 def load_session(
@@ -285,16 +334,27 @@ def _choose_kv_dtype(source: Source, kv_cache_dtype: str | None, *, dtype: str) 
 
 
 def _choose_context(source: Source, context_tokens: int | None) -> int:
-    limit = source.checkpoint.config.max_position_embeddings
+    config = source.checkpoint.config
+    longest, trained = config.longest_context_tokens, config.max_position_embeddings
     if context_tokens is None:
-        return min(source.plan.workload.context_tokens, limit) if source.plan else limit
-    if context_tokens > limit:
-        raise UsageError(
-            f"{context_tokens} tokens are more than the model was trained for ({limit})",
-            where="--ctx-size",
-            expected=f"1 to {limit}",
-        )
+        return min(source.plan.workload.context_tokens, longest) if source.plan else trained
+    if context_tokens > longest:
+        what = beyond_context(context_tokens, longest=longest, trained=trained)
+        raise UsageError(what, where="--ctx-size", expected=f"1 to {longest}")
     return context_tokens
+
+
+def _unknown_ends(token_ids: Sequence[int], vocab_size: int) -> tuple[str, ...]:
+    ids = ", ".join(map(str, token_ids))
+    return (f"eos_token_id {ids} is outside the vocabulary (0 to {vocab_size - 1}) and ends nothing",) if ids else ()
+
+
+def _shorter_context(source: Source, context_tokens: int | None) -> tuple[str, ...]:
+    longest = source.checkpoint.config.longest_context_tokens
+    if context_tokens is not None or source.plan is None or source.plan.workload.context_tokens <= longest:
+        return ()
+    planned = source.plan.workload.context_tokens
+    return (f"the plan has a context of {planned} tokens, the model takes {longest}: {longest} are used",)
 
 
 def load(

@@ -372,7 +372,7 @@ def set_eos(value: object) -> Prepare:
     return prepare
 
 
-for value in (2048, [2, 4096], -1):
+for value in ("</s>", [2, "</s>"], 1.5):
     rows("K3", INPUT, {f"eos {value}": (set_eos(value), "eos_token_id")})
 
 

@@ -124,6 +124,7 @@ def _job(index: int, line: BatchLine, prepared: Prepared, defaults: Defaults, *,
             defaults.limits,
             max_tokens=defaults.limits.max_tokens if line.max_tokens is None else line.max_tokens,
             stop_strings=defaults.limits.stop_strings if line.stop is None else line.stop,
+            is_stop=defaults.limits.is_stop if line.stop is None else None,
         )
         room = check_prompt(ids, limits, vocab_size=prepared.vocab_size, where="")
     except LlamaplanError as error:
@@ -156,11 +157,27 @@ def _hash(request: Request, line: BatchLine, model_id: str) -> str:
         "model": model_id,
         "id": line.id,
         "prompt_ids": list(request.prompt_ids),
-        "sampling": asdict(request.sampling),
+        "sampling": {name: value for name, value in asdict(request.sampling).items() if name != "rules"},
         "sequence_index": request.sequence_index,
         "max_tokens": limits.max_tokens,
         "context_tokens": limits.context_tokens if limits.max_tokens is None else None,
         "eos_token_ids": sorted(limits.eos_token_ids),
         "stop_strings": list(limits.stop_strings),
     }
+    facts |= _checkpoint_facts(request)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _checkpoint_facts(request: Request) -> dict[str, Any]:
+    """What the checkpoint asks beside; left out where it asks nothing, so that older results stay what they are."""
+    limits = request.limits
+    lengths = (
+        {}
+        if limits.max_tokens is not None
+        else {
+            "max_new_tokens": limits.default_max_tokens,
+            "max_length": limits.max_length,
+        }
+    )
+    facts = {**lengths, "rules": dict(request.sampling.rules)}
+    return {name: value for name, value in facts.items() if value}

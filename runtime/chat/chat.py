@@ -10,7 +10,6 @@ from plans.errors import UsageError
 from plans.run import FinishReason
 from runtime.chat.conversation import Conversation
 from runtime.chat.template import encode_chat
-from runtime.generate.limits import Limits
 from runtime.generate.loop import Generation, Request
 from runtime.generate.sampling import Sampling
 from runtime.reading.capacity import memory_faults
@@ -137,12 +136,10 @@ class Chat:
         room = prepared.context_tokens - len(ids)
         if room < 1:
             raise _context_is_full(len(ids), prepared.context_tokens)
-        limits = Limits(
-            max_tokens=min(self._max_tokens or room, room),
-            context_tokens=prepared.context_tokens,
-            eos_token_ids=prepared.eos_token_ids,
+        limits = prepared.limits(
+            max_tokens=None if self._max_tokens is None else min(self._max_tokens, room),
             stop_strings=self._stop_strings,
-            prefill_chunk_tokens=self._chunk_tokens or prepared.prefill_chunk_tokens,
+            prefill_chunk_tokens=self._chunk_tokens,
         )
         request = Request(
             prompt_ids=ids, sampling=self._sampling, limits=limits, sequence_index=self.numbers.num_answers

@@ -50,14 +50,9 @@ def batch(
     from runtime.batch.input import Defaults, read_jobs
     from runtime.batch.output import ResultFile
     from runtime.batch.run import model_id, run_jobs
-    from runtime.generate.limits import Limits
 
-    limits = Limits(
-        max_tokens=length.max_tokens,
-        context_tokens=prepared.context_tokens,
-        eos_token_ids=prepared.eos_token_ids,
-        stop_strings=stop_strings,
-        prefill_chunk_tokens=loading.prefill_chunk or prepared.prefill_chunk_tokens,
+    limits = prepared.limits(
+        max_tokens=length.max_tokens, stop_strings=stop_strings, prefill_chunk_tokens=loading.prefill_chunk
     )
     defaults = Defaults(merge_sampling(prepared, choices), limits)
     jobs = read_jobs(prompts, prepared, defaults, model_id=model_id(prepared))

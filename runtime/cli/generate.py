@@ -58,17 +58,16 @@ def generate(
     run = several.open_run(context, target, output=output, loading=loading, team=team)
     prepared = run.prepared
 
-    from runtime.generate.limits import Limits, check_prompt
+    from runtime.generate.limits import check_prompt
     from runtime.generate.loop import Request
     from runtime.reading.tokenizer import encode_prompt
 
     ids = given_ids or encode_prompt(prepared.tokenizer, text, parses_special=special)
-    limits = Limits(
+    limits = prepared.limits(
         max_tokens=length.max_tokens,
-        context_tokens=prepared.context_tokens,
-        eos_token_ids=frozenset() if ignore_eos else prepared.eos_token_ids,
         stop_strings=stop_strings,
-        prefill_chunk_tokens=loading.prefill_chunk or prepared.prefill_chunk_tokens,
+        prefill_chunk_tokens=loading.prefill_chunk,
+        ignores_eos=ignore_eos,
     )
     room = check_prompt(ids, limits, vocab_size=prepared.vocab_size, where="prompt")
     request = Request(prompt_ids=ids, sampling=merge_sampling(prepared, choices), limits=limits)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plans.commands.console import Output
-from plans.errors import UsageError
+from plans.errors import InputError, UsageError
 from runtime.cli.options import LoadingOptions
 from runtime.fast.speed import Speed
 
@@ -51,7 +51,7 @@ def prepare(
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         if loading.threads is not None:
             torch.set_num_threads(loading.threads)
-        return prepare_session(
+        prepared = prepare_session(
             source,
             device_map=places,
             dtype=loading.dtype,
@@ -59,6 +59,9 @@ def prepare(
             context_tokens=loading.ctx_size,
             only_stage=only_stage,
         )
+        for warning in prepared.warnings:
+            output.warn(warning)
+        return prepared
 
 
 def load(
@@ -90,9 +93,15 @@ def load(
 def merge_sampling(prepared: "Prepared", choices: dict[str, Any], *, where: str = "--top-k") -> "Sampling":
     """Return the model's own defaults with the given choices on top."""
     from runtime.generate.sampling import Sampling
+    from runtime.reading.generation_config import GENERATION_CONFIG_NAME
 
     if choices.get("top_k", 0) > prepared.vocab_size:
         raise UsageError(
             f"{choices['top_k']} is more than the vocabulary has", where=where, expected=f"0 to {prepared.vocab_size}"
         )
-    return replace(Sampling.from_generation_config(prepared.generation_config), **choices)
+    try:
+        defaults = Sampling.from_generation_config(prepared.generation_config)
+    except UsageError as error:
+        what = error.what.removeprefix("--").replace("-", "_", 1)
+        raise InputError(what, where=GENERATION_CONFIG_NAME, expected=error.expected, code="E-CONFIG") from None
+    return replace(defaults, **choices)

@@ -9,8 +9,9 @@ from plans.errors import IntegrityError
 from runtime.distributed.control.messages import Open
 from runtime.distributed.slots import drawing_of
 from runtime.generate.limits import check_prompts
-from runtime.generate.loop import Generation, Request
+from runtime.generate.loop import Generation, Request, make_writer
 from runtime.generate.text import Decode
+from runtime.generate.token_chooser import depends_on_tokens
 from runtime.generate.tokens import TokenBatch
 from runtime.generate.writer import OnText, SequenceWriter
 
@@ -51,6 +52,7 @@ class Flow:
 
     Attributes:
         requests: one per sequence.
+        rooms: new tokens each may get.
         writers: what was made of the tokens so far.
         batch: the token ids, padded on the left.
         num_prompt_columns: columns of the prompts.
@@ -68,6 +70,7 @@ class Flow:
     """
 
     requests: Sequence[Request]
+    rooms: Sequence[int]
     writers: list[SequenceWriter]
     batch: TokenBatch
     num_prompt_columns: int
@@ -99,8 +102,8 @@ class Flow:
 
     def opening(self, *, for_last_stage: bool) -> Open:
         """Return what a stage has to know before the first step."""
-        drawings = tuple(drawing_of(r.sampling, sequence_index=r.sequence_index) for r in self.requests)
-        needs_prompts = for_last_stage and any(d.repetition_penalty != 1 for d in drawings)
+        drawings = tuple(map(drawing_of, self.requests, self.rooms))
+        needs_prompts = for_last_stage and any(depends_on_tokens(request.sampling) for request in self.requests)
         return Open(
             group=self.group,
             lengths=tuple(len(request.prompt_ids) for request in self.requests),
@@ -202,21 +205,14 @@ def make_flow(
     rooms = check_prompts(prompts, limits=limits, vocab_size=vocab_size, has_decode=decode is not None)
     batch = TokenBatch(prompts, num_new_tokens=max(rooms), pad_token_id=pad_token_id)
     writers = [
-        SequenceWriter(
-            place,
-            prompt_ids=request.prompt_ids,
-            max_tokens=room,
-            eos_token_ids=request.limits.eos_token_ids,
-            stop_strings=request.limits.stop_strings,
-            decode=decode,
-            on_text=on_text,
-        )
+        make_writer(request, place=place, room=room, decode=decode, on_text=on_text)
         for place, (request, room) in enumerate(zip(requests, rooms, strict=True))
     ]
     held = cache or HeldCache()
     kept = [Span(s.start, min(s.end, held.keeps), needs_tokens=False) for s in held.spans if s.start < held.keeps]
     return Flow(
         requests=requests,
+        rooms=rooms,
         writers=writers,
         batch=batch,
         num_prompt_columns=batch.length,

@@ -22,6 +22,7 @@ from runtime.distributed.pipeline import Pipeline
 from runtime.distributed.slots import StageRunner
 from runtime.generate.loop import Generation, Request
 from runtime.generate.text import Decode
+from runtime.generate.tokens import padding_token
 from runtime.generate.writer import OnText
 from runtime.reading.capacity import peak_memory_bytes
 from runtime.reading.families import rope_switch
@@ -218,11 +219,11 @@ class ProcessSession:
     def _flow(
         self, requests: Sequence[Request], *, decode: Decode | None, on_text: OnText | None, cache: HeldCache | None
     ) -> Flow:
-        pad = self.prepared.generation_config.pad_token_id
+        vocab_size = self.prepared.vocab_size
         return make_flow(
             requests,
-            vocab_size=self.prepared.vocab_size,
-            pad_token_id=pad if isinstance(pad, int) else 0,
+            vocab_size=vocab_size,
+            pad_token_id=padding_token(self.prepared.generation_config, vocab_size=vocab_size),
             decode=decode,
             on_text=on_text,
             cache=cache,

@@ -11,6 +11,8 @@ import torch
 from plans.errors import NumericalError, PeerError
 from runtime.distributed.control.messages import Drawing, Open
 from runtime.distributed.header import CLOSE, DTYPE_CODES, STEP, Header, check_against
+from runtime.generate.loop import Request
+from runtime.generate.rules import Ending
 from runtime.generate.sampling import Sampling
 from runtime.generate.token_chooser import TokenChooser
 from runtime.generate.tokens import TokenBatch
@@ -164,8 +166,10 @@ class StageRunner:
         )
 
 
-def drawing_of(sampling: Sampling, *, sequence_index: int) -> Drawing:
-    """Return sampling settings as they are sent."""
+def drawing_of(request: Request, room: int) -> Drawing:
+    """Return how the tokens of a request are chosen, as it is sent; it gets at most `room` of them."""
+    sampling = request.sampling
+    ending = request.ending(room)
     return Drawing(
         temperature=float(sampling.temperature),
         top_k=sampling.top_k,
@@ -173,13 +177,17 @@ def drawing_of(sampling: Sampling, *, sequence_index: int) -> Drawing:
         min_p=None if sampling.min_p is None else float(sampling.min_p),
         repetition_penalty=float(sampling.repetition_penalty),
         seed=sampling.seed,
-        sequence_index=sequence_index,
+        rules=dict(sampling.rules),
+        sequence_index=request.sequence_index,
+        max_length=ending.max_length,
+        eos_token_ids=ending.eos_token_ids,
     )
 
 
 def _chooser(drawing: Drawing) -> TokenChooser:
-    settings = drawing.model_dump(exclude={"sequence_index"})
-    return TokenChooser(Sampling(**settings), sequence_index=drawing.sequence_index)
+    ending = Ending(max_length=drawing.max_length, eos_token_ids=drawing.eos_token_ids)
+    settings = drawing.model_dump(exclude={"sequence_index", "max_length", "eos_token_ids"})
+    return TokenChooser(Sampling(**settings), sequence_index=drawing.sequence_index, ending=ending)
 
 
 def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

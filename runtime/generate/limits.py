@@ -1,6 +1,6 @@
 """How long a generation may become, and whether the prompts fit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from plans.errors import UsageError
@@ -13,15 +13,21 @@ class Limits:
     Attributes:
         context_tokens: prompt and new tokens of a sequence together never exceed this.
         max_tokens: new tokens per sequence; None goes on until end-of-sequence or the context's end.
+        default_max_tokens: new tokens where `max_tokens` is None, as far as they fit: the checkpoint's max_new_tokens.
+        max_length: prompt and new tokens together where both are None: the checkpoint's max_length.
         eos_token_ids: tokens that end a sequence.
         stop_strings: strings that end a sequence; they need `decode`.
+        is_stop: asked with all ids, prompt included, whether the last of them ends the sequence beside that.
         prefill_chunk_tokens: prompt tokens per forward; None reads the prompt at once.
     """
 
     context_tokens: int
     max_tokens: int | None = None
+    default_max_tokens: int | None = None
+    max_length: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
+    is_stop: Callable[[Sequence[int]], bool] | None = None
     prefill_chunk_tokens: int | None = None
 
 
@@ -84,4 +90,23 @@ def check_prompt(prompt: Sequence[int], limits: Limits, *, vocab_size: int, wher
             hint=f"shorten the prompt, or ask for at most {max(room, 0)} new tokens, or raise --ctx-size",
             code="E-CONTEXT",
         )
-    return room if limits.max_tokens is None else limits.max_tokens
+    if limits.max_tokens is not None:
+        return limits.max_tokens
+    return min(room, _default_room(len(prompt), limits, where=where, otherwise=room))
+
+
+def _default_room(num_prompt_tokens: int, limits: Limits, *, where: object, otherwise: int) -> int:
+    """Return how many new tokens the checkpoint asks for; max_new_tokens goes before max_length, as in `generate()`."""
+    if limits.default_max_tokens is not None:
+        return limits.default_max_tokens
+    if limits.max_length is None:
+        return otherwise
+    if num_prompt_tokens >= limits.max_length:
+        raise UsageError(
+            f"has {num_prompt_tokens} tokens, and generation_config.json ends every sequence at max_length "
+            f"{limits.max_length}",
+            where=where,
+            hint="shorten the prompt, or ask for new tokens with --max-tokens",
+            code="E-CONTEXT",
+        )
+    return limits.max_length - num_prompt_tokens

@@ -18,10 +18,11 @@ from transformers.cache_utils import Cache
 from runtime.generate.clock import cache_clock, stage_clock
 from runtime.generate.limits import Limits, check_cached, check_prompts
 from runtime.generate.numerics import require_finite
+from runtime.generate.rules import Ending
 from runtime.generate.sampling import Sampling
 from runtime.generate.text import Decode
 from runtime.generate.token_chooser import TokenChooser
-from runtime.generate.tokens import TokenBatch
+from runtime.generate.tokens import TokenBatch, padding_token
 from runtime.generate.writer import GeneratedSequence, OnText, SequenceWriter
 from runtime.stage_time import OnStep, StageTime, StepTrace, since
 from runtime.stages.chain import Chain
@@ -42,6 +43,10 @@ class Request:
     sampling: Sampling
     limits: Limits
     sequence_index: int = 0
+
+    def ending(self, room: int) -> Ending:
+        """Return how it may end if it gets `room` new tokens."""
+        return Ending(max_length=len(self.prompt_ids) + room, eos_token_ids=tuple(sorted(self.limits.eos_token_ids)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +176,15 @@ def generate_requests(
     num_cached = int(cache.get_seq_length())
     check_cached(prompts, num_cached_tokens=num_cached)
     writers = [
-        _writer(request, place=place, room=room, decode=decode, on_text=on_text)
+        make_writer(request, place=place, room=room, decode=decode, on_text=on_text)
         for place, (request, room) in enumerate(zip(requests, rooms, strict=True))
     ]
-    choosers = [TokenChooser(request.sampling, sequence_index=request.sequence_index) for request in requests]
-    batch = TokenBatch(prompts, num_new_tokens=max(rooms), pad_token_id=_pad_token_id(chain))
+    choosers = [
+        TokenChooser(request.sampling, sequence_index=request.sequence_index, ending=request.ending(room))
+        for request, room in zip(requests, rooms, strict=True)
+    ]
+    pad = padding_token(chain.generation_config, vocab_size=chain.config.vocab_size)
+    batch = TokenBatch(prompts, num_new_tokens=max(rooms), pad_token_id=pad)
     state = Decoding(batch, cache)
     watch = _Watch(on_step=on_step, should_stop=should_stop, measures_stages=measure_stages)
     timing = _run(chain, state, writers, choosers, watch, chunk_tokens=limits[0].prefill_chunk_tokens)
@@ -198,15 +207,17 @@ class _Watch:
     measures_stages: bool
 
 
-def _writer(
+def make_writer(
     request: Request, *, place: int, room: int, decode: Decode | None, on_text: OnText | None
 ) -> SequenceWriter:
+    """Return what collects the tokens of a request: at most `room` of them."""
     return SequenceWriter(
         place,
         prompt_ids=request.prompt_ids,
         max_tokens=room,
         eos_token_ids=request.limits.eos_token_ids,
         stop_strings=request.limits.stop_strings,
+        is_stop=request.limits.is_stop,
         decode=decode,
         on_text=on_text,
     )
@@ -301,8 +312,3 @@ def _choose(
         batch.pad_token_id if writer.is_finished else chooser.choose(logits[row], token_ids=batch.sequence(row))
         for row, (writer, chooser) in enumerate(zip(writers, choosers, strict=True))
     ]
-
-
-def _pad_token_id(chain: Chain) -> int:
-    value = chain.generation_config.pad_token_id
-    return value if isinstance(value, int) else 0

@@ -1,8 +1,9 @@
 """The settings of sampling, checked. Nothing large is imported here: a command refuses what is wrong at once."""
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 from plans.errors import UsageError
 
@@ -23,6 +24,8 @@ class Sampling:
         min_p: drop tokens below this share of the likeliest one's probability; None keeps all.
         repetition_penalty: above 1 makes tokens that already occurred less likely.
         seed: seed of all draws.
+        rules: what the checkpoint asks of scores beside these settings, by the names of generation_config.json; see
+            `runtime.reading.generation_config.score_rules`.
 
     Raises:
         UsageError: a value is out of range.
@@ -34,6 +37,7 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int = 0
+    rules: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or a number above 0")
@@ -50,17 +54,26 @@ class Sampling:
 
     @classmethod
     def from_generation_config(cls, config: "GenerationConfig", *, seed: int = 0) -> Self:
-        """Return what `generate()` would do with the checkpoint's defaults."""
+        """Return what `generate()` would do with the checkpoint's defaults.
+
+        What is stated about drawing is kept where nothing is drawn: it counts once a temperature is given.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        from runtime.reading.generation_config import score_rules
+
+        draws = bool(config.do_sample)
         # transformers fills what a checkpoint leaves open with values of its own, top_k=50 among them.
-        if not config.do_sample:
-            return cls(repetition_penalty=config.repetition_penalty or 1.0, seed=seed)
+        top_k = (50 if draws else 0) if config.top_k is None else config.top_k
         return cls(
-            temperature=1.0 if config.temperature is None else config.temperature,
-            top_k=50 if config.top_k is None else config.top_k,
-            top_p=1.0 if config.top_p is None else config.top_p,
+            temperature=(1.0 if config.temperature is None else config.temperature) if draws else 0.0,
+            top_k=top_k,
+            top_p=config.top_p if config.top_p or (draws and config.top_p is not None) else 1.0,
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty or 1.0,
             seed=seed,
+            rules=score_rules(config),
         )
 
 

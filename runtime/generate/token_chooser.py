@@ -6,19 +6,13 @@ those of `torch.manual_seed(seed)` followed by `generate()`.
 """
 
 import hashlib
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from transformers import LogitsProcessorList
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from plans.errors import NumericalError
+from runtime.generate.rules import ENDLESS, Ending, make_processors
 from runtime.generate.sampling import Sampling
 
 
@@ -28,10 +22,12 @@ class TokenChooser:
     Args:
         sampling: how to choose.
         sequence_index: position of the sequence in the request; decides its random draws.
+        ending: how the sequence may end.
     """
 
-    def __init__(self, sampling: Sampling, *, sequence_index: int) -> None:
-        self._processors = make_processors(sampling)
+    def __init__(self, sampling: Sampling, *, sequence_index: int, ending: Ending = ENDLESS) -> None:
+        self._sampling, self._ending = sampling, ending
+        self._processors: LogitsProcessorList | None = None
         self._generator: torch.Generator | None = None
         if not sampling.is_greedy:
             self._generator = torch.Generator().manual_seed(sequence_seed(sampling.seed, sequence_index))
@@ -39,10 +35,10 @@ class TokenChooser:
     @property
     def is_plain_argmax(self) -> bool:
         """Whether the choice is the largest logit and nothing else."""
-        return self._generator is None and not self._processors
+        return not depends_on_tokens(self._sampling) and self._sampling.is_greedy
 
     def choose(self, logits: torch.Tensor, *, token_ids: torch.Tensor) -> int:
-        """Return the next token.
+        """Return the next token; the first time, `token_ids` is the prompt.
 
         Args:
             logits: fp32 [V] of the last position, on the CPU.
@@ -51,21 +47,32 @@ class TokenChooser:
         Raises:
             NumericalError: no token is left to choose from.
         """
-        scores = (
-            self._processors(cast("torch.LongTensor", token_ids[None]), logits[None])
-            if self._processors
-            else logits[None]
-        )
-        if self._generator is None:
-            return int(torch.argmax(scores, dim=-1))
-        probabilities = torch.softmax(scores, dim=-1)
-        if not torch.isfinite(probabilities).all():
-            raise NumericalError(
-                "the sampling settings leave no token to choose from",
-                hint="raise --temp, --top-p or --top-k",
-                code="E-MASKED",
+        if self._processors is None:
+            self._processors = make_processors(
+                self._sampling, vocab_size=logits.shape[-1], prompt_ids=token_ids, ending=self._ending
             )
+        ids, scores = cast("torch.LongTensor", token_ids[None]), cast("torch.FloatTensor", logits[None])
+        processed: torch.Tensor = self._processors(ids, scores)
+        if self._generator is None:
+            best = int(torch.argmax(processed, dim=-1))
+            return best if processed[0, best] > -torch.inf else self._refuse()
+        probabilities = torch.softmax(processed, dim=-1)
+        if not torch.isfinite(probabilities).all():
+            self._refuse()
         return int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
+
+    def _refuse(self) -> NoReturn:
+        rules = "".join(f", {name}" for name in self._sampling.rules)
+        raise NumericalError(
+            "the sampling settings leave no token to choose from",
+            hint=f"raise --temp, --top-p or --top-k{' or change generation_config.json: ' * bool(rules)}{rules[2:]}",
+            code="E-MASKED",
+        )
+
+
+def depends_on_tokens(sampling: Sampling) -> bool:
+    """Whether the scores of a token depend on what the sequence consists of so far, or on where it is."""
+    return sampling.repetition_penalty != 1 or bool(sampling.rules)
 
 
 def sequence_seed(seed: int, sequence_index: int) -> int:
@@ -74,21 +81,3 @@ def sequence_seed(seed: int, sequence_index: int) -> int:
         return seed
     digest = hashlib.sha256(f"{seed}/{sequence_index}".encode()).digest()
     return int.from_bytes(digest[:8], "big")
-
-
-def make_processors(sampling: Sampling) -> LogitsProcessorList:
-    """Return the processors in the order `generate()` applies them."""
-    chosen = LogitsProcessorList()
-    if sampling.repetition_penalty != 1.0:
-        chosen.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.is_greedy:
-        return chosen
-    if sampling.temperature != 1.0:
-        chosen.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        chosen.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        chosen.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p is not None:
-        chosen.append(MinPLogitsWarper(sampling.min_p))
-    return chosen

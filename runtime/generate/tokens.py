@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from transformers import GenerationConfig
 
 
 class TokenBatch:
@@ -48,3 +49,9 @@ class TokenBatch:
         """Add one column of B tokens."""
         self._ids[:, self.length] = torch.tensor(tokens, dtype=torch.long)
         self.length += 1
+
+
+def padding_token(config: GenerationConfig, *, vocab_size: int) -> int:
+    """Return the id that fills shorter prompts: the checkpoint's, or any where it has none that the model knows."""
+    stated = config.pad_token_id
+    return stated if isinstance(stated, int) and 0 <= stated < vocab_size else 0

@@ -30,6 +30,7 @@ class SequenceWriter:
         max_tokens: new tokens at most.
         eos_token_ids: tokens that end it.
         stop_strings: strings that end it and are not part of its text.
+        is_stop: whether all ids so far, prompt included, end with a stop string that text does not show.
         decode: token ids -> text, or None to collect tokens only.
         on_text: receives text as soon as it is certain.
     """
@@ -42,6 +43,7 @@ class SequenceWriter:
         max_tokens: int,
         eos_token_ids: frozenset[int],
         stop_strings: Sequence[str],
+        is_stop: Callable[[Sequence[int]], bool] | None,
         decode: Decode | None,
         on_text: OnText | None,
     ) -> None:
@@ -51,6 +53,7 @@ class SequenceWriter:
         self._max_tokens = max_tokens
         self._eos_token_ids = eos_token_ids
         self._stream = None if decode is None else TextStream(decode, prompt_ids=prompt_ids)
+        self._is_stop, self._prompt_ids = is_stop, prompt_ids
         self._stops = StopMatcher(stop_strings)
         self._on_text = on_text
         self._pieces: list[str] = []
@@ -70,6 +73,8 @@ class SequenceWriter:
             self._show(self._stops.push(self._stream.push(token_id)))
         if self._stops.is_stopped:
             self.finish_reason = "stop_string"
+        elif self._is_stop is not None and self._is_stop([*self._prompt_ids, *self.token_ids]):
+            self._finish("stop_string")
         elif len(self.token_ids) >= self._max_tokens:
             self._finish("length")
 

@@ -5,12 +5,15 @@ model. Everything else is refused here, in one place.
 """
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from plans.checkpoint.config import without_foreign_code
@@ -33,6 +36,8 @@ CAUSAL_LM_CLASSES: Mapping[str, str] = {
 
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers")
 """Configuration lists with one entry per layer; a stage keeps only its own range of them."""
+
+_FIELD = re.compile(r"[Ff]ield '(\w+)'")
 
 
 def family_class(model_type: str) -> type[PreTrainedModel]:
@@ -77,18 +82,54 @@ def parse_model_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
         InputError: the family is not supported, or transformers refuses a value.
     """
     check_family(raw.get("model_type"), is_quantized=raw.get("quantization_config") is not None)
-    try:
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(without_foreign_code(raw)))
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"transformers refuses it: {error}", where="config.json", code="E-CONFIG") from None
+    with _named_refusals():
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(without_foreign_code(raw)))
+    _check_names_and_ids(config)
+    return config
+
+
+def _check_names_and_ids(config: PreTrainedConfig) -> None:
+    """Refuse what transformers notices only when it builds the model, and then without naming the key."""
+    activation = getattr(config, "hidden_act", None)
+    if activation is not None and activation not in ACT2FN:
+        raise InputError(
+            f"activation '{printable(activation, limit=40)}' does not exist",
+            where="config.json:/hidden_act",
+            expected="one that transformers knows, such as 'silu'",
+            code="E-CONFIG",
+        )
+    pad = config.pad_token_id
+    if pad is not None and pad >= config.vocab_size:
+        raise InputError(
+            f"token id {pad} is outside the vocabulary",
+            where="config.json:/pad_token_id",
+            expected=f"0 to {config.vocab_size - 1}",
+            code="E-CONFIG",
+        )
 
 
 def build_skeleton(config: PreTrainedConfig, family: type[PreTrainedModel]) -> PreTrainedModel:
-    """Build the whole model without memory (meta device), in evaluation mode, on a private copy of `config`."""
-    with torch.device("meta"):
+    """Build the whole model without memory (meta device), in evaluation mode, on a private copy of `config`.
+
+    Raises:
+        InputError: a value of the configuration builds no model, such as an activation that does not exist.
+    """
+    with torch.device("meta"), _named_refusals():
         model = family(copy.deepcopy(config))
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+@contextmanager
+def _named_refusals() -> Iterator[None]:
+    """Turn whatever transformers says about a configuration, in whichever exception, into an error of ours."""
+    try:
+        yield
+    except Exception as error:
+        what = printable(" ".join(f"{error}".split()) or type(error).__name__, limit=300)
+        field = _FIELD.search(what)
+        where = f"config.json:/{field[1]}" if field else "config.json"
+        raise InputError(f"transformers refuses it: {what}", where=where, code="E-CONFIG") from None
 
 
 def rope_switch(config: PreTrainedConfig) -> int | None:

@@ -1,6 +1,5 @@
 """Load a checkpoint's tokenizer and turn prompts into token ids, refusing what would go wrong later."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,23 +102,3 @@ def read_prompt(data: bytes, *, where: object) -> str:
     if "\0" in text:
         raise InputError(f"a NUL character at byte {data.index(0)}", where=where, code="E-PROMPT")
     return text
-
-
-def eos_token_ids(generation_config: Any, tokenizer: "PreTrainedTokenizerBase", *, vocab_size: int) -> frozenset[int]:
-    """Return the ids that end a sequence: the generation config's one or several, else the tokenizer's.
-
-    Raises:
-        InputError: an id outside the vocabulary.
-    """
-    stated = generation_config.eos_token_id
-    values: Sequence[Any] = stated if isinstance(stated, list) else [stated]
-    ids = [value for value in values if value is not None] or [tokenizer.eos_token_id]
-    bad = next((i for i in ids if i is not None and (type(i) is not int or not 0 <= i < vocab_size)), None)
-    if bad is not None:
-        raise InputError(
-            f"eos_token_id {printable(bad, limit=30)} is outside the vocabulary",
-            where="generation_config.json",
-            expected=f"0 to {vocab_size - 1}",
-            code="E-TOKENIZER",
-        )
-    return frozenset(i for i in ids if i is not None)

@@ -17,10 +17,9 @@ from runtime.fast.setup import set_up
 from runtime.fast.speed import Speed, parse_speed
 from runtime.reading.devices import planned_device, torch_device
 from runtime.reading.families import parse_model_config
+from runtime.reading.generation_config import read_generation_config
 from runtime.reading.weights import TensorSource
 from runtime.stages.chain import Chain, build_chain
-
-GENERATION_CONFIG_NAME = "generation_config.json"
 
 
 class FolderTensors(Mapping[str, torch.Tensor]):
@@ -172,10 +171,3 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
         return checkpoint.config.dtype
     first = next(iter(checkpoint.tensors.values()))
     return STORED_DTYPES[first.entry.dtype].name or checkpoint.config.dtype
-
-
-def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """Return the checkpoint's defaults for `generate()`, or None if it has none."""
-    if not (folder / GENERATION_CONFIG_NAME).is_file():
-        return None
-    return GenerationConfig.from_pretrained(str(folder), local_files_only=True)

@@ -3,14 +3,14 @@
 Hidden states and token ids never come this way; see `runtime.distributed.links`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
 from plans.errors import PeerError
 from plans.reading.strict import StrictModel, parse_json
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of both planes; driver and workers must agree."""
 
 Text = Annotated[str, Field(max_length=4000)]
@@ -108,7 +108,7 @@ class Formed(StrictModel):
 
 
 class Drawing(StrictModel):
-    """How the tokens of one sequence are chosen; see `runtime.generate.sampling.Sampling`."""
+    """How the tokens of one sequence are chosen; see `Sampling` and `Ending` in `runtime.generate`."""
 
     temperature: float
     top_k: Natural
@@ -116,7 +116,10 @@ class Drawing(StrictModel):
     min_p: float | None
     repetition_penalty: float
     seed: Annotated[int, Field(ge=0, lt=2**64)]
+    rules: dict[str, Any]
     sequence_index: Natural
+    max_length: Natural | None
+    eos_token_ids: tuple[Natural, ...]
 
 
 class Open(StrictModel):

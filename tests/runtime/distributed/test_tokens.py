@@ -64,6 +64,19 @@ def test_a_prompt_read_in_chunks_gives_the_tokens_of_one_process(
     assert tokens_of(in_processes(3), requests) == tokens_of(in_one_process(3), requests)
 
 
+@pytest.mark.row("P18")
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_what_the_checkpoint_asks_of_scores_reaches_the_process_that_chooses(
+    in_one_process: Start, in_processes: Start, sampling: Sampling
+) -> None:
+    rules = {"no_repeat_ngram_size": 2, "min_new_tokens": 4, "forced_eos_token_id": 9, "sequence_bias": [[[45], 3.0]]}
+    limits = replace(LIMITS, eos_token_ids=frozenset({2, 7}))
+    requests = requests_of(in_one_process(3), sampling=replace(sampling, rules=rules), limits=limits)
+    found = tokens_of(in_processes(3), requests)
+    assert found == tokens_of(in_one_process(3), requests)
+    assert {tokens[-1] for tokens in found if len(tokens) == 14} <= {9}
+
+
 @pytest.mark.parametrize("num_stages", [2, 3])
 @pytest.mark.parametrize(("in_flight", "rows"), [(1, 1), (2, 2), (3, 1), (5, 1), (8, 1)])
 def test_tokens_do_not_depend_on_what_else_is_in_flight(

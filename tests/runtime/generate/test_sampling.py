@@ -10,8 +10,9 @@ from parity import reference_model
 from transformers import GenerationConfig
 
 from plans.errors import NumericalError, UsageError
+from runtime.generate.rules import make_processors
 from runtime.generate.sampling import MAX_SEED, Sampling
-from runtime.generate.token_chooser import TokenChooser, make_processors, sequence_seed
+from runtime.generate.token_chooser import TokenChooser, sequence_seed
 
 
 def test_the_processors_are_those_of_generate_in_the_same_order(tiny: Path) -> None:
@@ -19,15 +20,15 @@ def test_the_processors_are_those_of_generate_in_the_same_order(tiny: Path) -> N
     settings = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
     config = GenerationConfig(do_sample=True, **settings)
     expected = model._get_logits_processor(generation_config=config, input_ids_seq_length=1)
-    found = make_processors(Sampling(**settings))
+    found = make_processors(Sampling(**settings), vocab_size=97, prompt_ids=torch.tensor([3, 3, 5]))
     assert [type(p) for p in found] == [type(p) for p in expected]
     logits, ids = torch.randn(1, 97), torch.tensor([[3, 3, 5]])
     assert torch.equal(found(ids, logits.clone()), expected(ids, logits.clone()))
 
 
 def test_values_that_change_nothing_add_no_processor() -> None:
-    assert not make_processors(Sampling(temperature=1.0, top_k=0, top_p=1.0))
-    assert not make_processors(Sampling(temperature=0, top_k=40, top_p=0.5, min_p=0.1))
+    for sampling in (Sampling(temperature=1.0), Sampling(temperature=0, top_k=40, top_p=0.5, min_p=0.1)):
+        assert not make_processors(sampling, vocab_size=97, prompt_ids=torch.tensor([3]))
 
 
 def test_temperature_zero_is_greedy() -> None:
