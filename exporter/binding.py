@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from plans.check import check_plan
 from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import Checkpoint, UnitTable, check_same_shapes, unit_tables
+from plans.checkpoint.run_dtype import run_dtype
 from plans.dtypes import DTYPE_NAMES, DTYPES, STORED_DTYPES
 from plans.errors import IntegrityError, UsageError, printable
 from plans.plan import Plan
@@ -113,7 +114,7 @@ def choose_dtype(requested: str | None, *, plan: Plan, checkpoint: Checkpoint, w
     profile = plan.profile
     stored = profile.model.stored_dtype
     if requested is None:
-        usual = stored if stored in DTYPES else checkpoint.config.dtype
+        usual = stored if stored in DTYPES else run_dtype(checkpoint)
         is_same = profile.dtype == usual or checkpoint.config.quantization is not None
         return None if is_same else profile.dtype
     target = DTYPE_NAMES.get(requested)

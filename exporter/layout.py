@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from plans.checkpoint.folder import HEAD, Checkpoint, StoredTensor, UnitKey, unexpected_tensors, unit_tables
+from plans.checkpoint.folder import Checkpoint, StoredTensor, UnitKey, unexpected_tensors, unit_of, unit_tables
 from plans.dtypes import DTYPES, STORED_DTYPES
 from plans.export.manifest import weights_name
 from plans.export.opening import metadata_of
@@ -93,7 +93,7 @@ def lay_out(plan: Plan, *, checkpoint: Checkpoint, dtype: str | None) -> Layout:
         stages=tuple(stages),
         dtype=dtype_of(piece.dtype for stage in stages for piece in stage.pieces),
         left_out=unexpected_tensors(checkpoint),
-        has_copied_head=HEAD not in checkpoint.tensors and any(p.name == HEAD for p in stages[-1].pieces),
+        has_copied_head=any(_is_copy(piece.name, checkpoint) for piece in stages[-1].pieces),
     )
 
 
@@ -104,9 +104,14 @@ def _tensors_of(
     for key in stage.keys:
         tensors |= {name: units[key][name] for name in sorted(units[key])}
     # A tied head needs a copy of the table only where the embedding is not at hand.
-    if stage.has_both_ends and HEAD not in checkpoint.tensors:
-        tensors.pop(HEAD, None)
+    if stage.has_both_ends:
+        return {name: stored for name, stored in tensors.items() if not _is_copy(name, checkpoint)}
     return tensors
+
+
+def _is_copy(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a tied head's tensor is stored as the embedding's alone."""
+    return unit_of(name) == ("head", 0) and name not in checkpoint.tensors
 
 
 def _pieces(tensors: Mapping[str, StoredTensor], dtype: str | None) -> list[Piece]:

@@ -79,8 +79,9 @@ def collect(checkpoint: Checkpoint, *, directory: Path, layout: Layout, plan: Pl
         )
     source = tuple(SourceFile(name=name, size=len(data), sha256=sha256_hex(data)) for name, data in read.items())
     contents = dict(read)
-    if any(piece.is_converted for stage in layout.stages for piece in stage.pieces):
-        contents[CONFIG_NAME] = config_with_dtype(checkpoint.config.raw, layout.dtype)
+    stated = _dtype_to_state(checkpoint, layout, plan)
+    if stated is not None or checkpoint.config.part_of is not None:
+        contents[CONFIG_NAME] = _derived_config(checkpoint, stated)
     contents[INDEX_NAME] = index_json(layout).encode()
     contents[PLAN_NAME] = plan.to_json().encode()
     return RootFiles(contents, source, _warnings(checkpoint, directory, layout))
@@ -95,12 +96,29 @@ def _read(directory: Path, name: str) -> bytes:
     return read_limited(path, max_bytes=MAX_FILE_BYTES)
 
 
-def config_with_dtype(raw: Mapping[str, Any], dtype: str) -> bytes:
-    """Return `config.json` with its dtype changed, in the spelling it already uses; keys keep their order."""
-    changed = dict(raw)
-    keys = [key for key in ("dtype", "torch_dtype") if key in raw] or ["dtype"]
-    for key in keys:
-        changed[key] = DTYPES[dtype].torch
+def _dtype_to_state(checkpoint: Checkpoint, layout: Layout, plan: Plan) -> str | None:
+    """The dtype that `config.json` has to state: another than before, or one that the files no longer tell.
+
+    transformers takes the first weight's where nothing is stated, and in an export another tensor comes first.
+    """
+    if any(piece.is_converted for stage in layout.stages for piece in stage.pieces):
+        return layout.dtype
+    is_told = checkpoint.config.states_dtype or layout.dtype == plan.profile.dtype
+    return None if is_told else plan.profile.dtype
+
+
+def _derived_config(checkpoint: Checkpoint, dtype: str | None) -> bytes:
+    """Return `config.json` with its dtype changed, of a larger model the text part's; keys keep their order.
+
+    The dtype is written in the spelling that is already used.
+    """
+    config = checkpoint.config
+    changed: dict[str, Any] = dict(config.raw)
+    if config.part_of is not None:
+        changed["tie_word_embeddings"] = config.tie_word_embeddings
+    if dtype is not None:
+        keys = [key for key in ("dtype", "torch_dtype") if key in changed] or ["dtype"]
+        changed |= dict.fromkeys(keys, DTYPES[dtype].torch)
     return (json.dumps(changed, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from exporter.sources import Sources
 from plans.checkpoint.folder import (
-    EMBEDDING,
-    HEAD,
     Checkpoint,
     StoredTensor,
     check_same_shapes,
     open_checkpoint,
     require_full,
+    unit_of,
 )
 from plans.checkpoint.header import TensorEntry
+from plans.checkpoint.names import head_name
+from plans.checkpoint.scales import unscaled
 from plans.dtypes import STORED_DTYPES
 from plans.errors import IntegrityError
 from plans.export.manifest import ExportedFile
@@ -74,6 +75,7 @@ def verify(
     sizes = [bundle.info.weights.size for bundle in export.bundles.values()]
     meter = _Meter(progress, sum(sizes) * (2 if checkpoint else 1))
     for bundle in export.bundles.values():
+        _check_scales(bundle, export)
         _check_digest(bundle, meter)
     warnings = list(export.warnings)
     num_tensors = 0
@@ -149,10 +151,26 @@ def _compare_tensors(export: Export, checkpoint: Checkpoint, meter: _Meter) -> i
 
 def _source_of(name: str, tensors: Mapping[str, StoredTensor], *, where: Path) -> StoredTensor:
     # A tied head that was cut from its embedding has no tensor of its own in the model.
-    found = tensors.get(name) or (tensors.get(EMBEDDING) if name == HEAD else None)
+    found = tensors.get(name) or next((t for n, t in tensors.items() if _is_tied_to(n, name)), None)
     if found is None:
         raise IntegrityError(f"holds {name}, which the model does not have", where=where, code="E-MODEL")
     return found
+
+
+def _is_tied_to(embedding: str, head: str) -> bool:
+    return unit_of(embedding) == ("embedding", 0) and head_name(embedding) == head
+
+
+def _check_scales(bundle: Bundle, export: Export) -> None:
+    """A quantised weight without its scale is no weight, even if every byte is as it was written."""
+    lost = unscaled(bundle.header.tensors) if export.config.quantization is not None else ()
+    if lost:
+        raise IntegrityError(
+            f"{lost[0]} is quantised ({bundle.header.tensors[lost[0]].dtype}) and its scale is not in the file",
+            where=bundle.path,
+            hint="an older version left scales of the head out; export again",
+            code="E-SCALES",
+        )
 
 
 def _compare_tensor(

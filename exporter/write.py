@@ -10,8 +10,9 @@ from exporter.job import Job, Progress, start_workers
 from exporter.layout import Layout, lay_out
 from exporter.root_files import RootFiles, collect
 from exporter.sources import Sources
-from plans.checkpoint.folder import open_checkpoint, require_full
-from plans.errors import UsageError
+from plans.checkpoint.folder import Checkpoint, open_checkpoint, require_full
+from plans.checkpoint.scales import unscaled
+from plans.errors import InputError, UsageError
 from plans.export.manifest import Manifest
 from plans.plan import Plan
 from plans.reading.files import sha256_hex
@@ -62,6 +63,7 @@ def export(
     """
     checkpoint = open_checkpoint(model)
     directory = require_full(checkpoint)
+    _refuse_lost_scales(checkpoint)
     bound = bind(plan, checkpoint=checkpoint, warn=warn)
     target_dtype = choose_dtype(dtype, plan=bound, checkpoint=checkpoint, warn=warn)
     layout = lay_out(bound, checkpoint=checkpoint, dtype=target_dtype)
@@ -79,6 +81,19 @@ def export(
     if layout.has_copied_head:
         note("the tied embedding table is in the first file and, as lm_head.weight, in the last")
     return manifest
+
+
+def _refuse_lost_scales(checkpoint: Checkpoint) -> None:
+    if checkpoint.config.quantization is None:
+        return
+    lost = unscaled({name: stored.entry for name, stored in checkpoint.tensors.items()})
+    if lost:
+        raise InputError(
+            f"{lost[0]} is quantised ({checkpoint.tensors[lost[0]].entry.dtype}) and has no scale",
+            where=checkpoint.path,
+            hint="the checkpoint is incomplete; fetch it again",
+            code="E-SCALES",
+        )
 
 
 def _chosen(stages: Collection[int] | None, layout: Layout) -> frozenset[int]:

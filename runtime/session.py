@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from plans.checkpoint.context import beyond_context
 from plans.checkpoint.folder import require_full
+from plans.checkpoint.run_dtype import run_dtype
 from plans.dtypes import DTYPE_NAMES
 from plans.errors import UsageError
 from runtime.generate.kept_cache import KeptCache
@@ -32,7 +33,7 @@ from runtime.reading.generation_config import (
 )
 from runtime.reading.generation_config import stop_strings as stated_stop_strings
 from runtime.reading.opening import Source, open_source
-from runtime.reading.tokenizer import load_tokenizer
+from runtime.reading.tokenizer import holds_tokenizer, load_tokenizer, missing_tokenizer
 from runtime.reading.verification import Verification
 from runtime.stage_time import OnStep, StageView
 from runtime.stages.chain import Chain
@@ -41,7 +42,6 @@ from runtime.stages.loading import (
     load_chain,
     place_stages,
     set_speed,
-    stored_dtype,
     torch_dtype,
 )
 from runtime.stages.traffic import decode_read_bytes, read_bandwidth
@@ -59,7 +59,7 @@ class Prepared:
         device_map: zero-based stage index -> device, where it differs from the plan's.
         dtype: `fp32`, `bf16` or `fp16`.
         kv_cache_dtype: what keys and values are kept in.
-        tokenizer: its tokenizer.
+        own_tokenizer: its tokenizer; None where it has none and the command needs token ids only.
         generation_config: the checkpoint's defaults.
         context_tokens: prompt and new tokens together may not exceed this.
         eos_token_ids: tokens that end a sequence.
@@ -71,12 +71,23 @@ class Prepared:
     device_map: Mapping[int, str]
     dtype: str
     kv_cache_dtype: str
-    tokenizer: PreTrainedTokenizerBase
+    own_tokenizer: PreTrainedTokenizerBase | None
     generation_config: GenerationConfig
     context_tokens: int
     eos_token_ids: frozenset[int]
     token_stops: TokenStops | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer.
+
+        Raises:
+            InputError: it has none.
+        """
+        if self.own_tokenizer is None:
+            raise missing_tokenizer(self.source.folder)
+        return self.own_tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -215,6 +226,7 @@ def prepare_session(
     kv_cache_dtype: str | None = None,
     context_tokens: int | None = None,
     only_stage: int | None = None,
+    needs_text: bool = True,
 ) -> Prepared:
     """Read everything but the weights.
 
@@ -226,6 +238,7 @@ def prepare_session(
             else `dtype`.
         context_tokens: None takes the plan's context, else the model's.
         only_stage: the stage that will run on this machine; None for all of them.
+        needs_text: whether a tokenizer must be there; without, token ids are enough.
 
     Raises:
         UsageError: a context longer than the model's, or a dtype that is not known.
@@ -238,9 +251,10 @@ def prepare_session(
     chosen_dtype, context = _choose_dtype(source, dtype), _choose_context(source, context_tokens)
     raw = source.checkpoint.config.raw
     model_config = parse_model_config(raw)
-    tokenizer = load_tokenizer(source.folder, vocab_size=vocab_size)
+    has_tokenizer = needs_text or holds_tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder, vocab_size=vocab_size) if has_tokenizer else None
     defaults = generation_defaults(require_full(source.checkpoint), model_config, raw=raw)
-    ends, unknown = end_tokens(defaults, default=tokenizer.eos_token_id, vocab_size=vocab_size)
+    ends, unknown = end_tokens(defaults, default=getattr(tokenizer, "eos_token_id", None), vocab_size=vocab_size)
     stops = stated_stop_strings(defaults)
     check_rules(score_rules(defaults), vocab_size=vocab_size, eos_token_ids=ends, where=GENERATION_CONFIG_NAME)
     return Prepared(
@@ -248,11 +262,11 @@ def prepare_session(
         device_map=device_map,
         dtype=chosen_dtype,
         kv_cache_dtype=_choose_kv_dtype(source, kv_cache_dtype, dtype=chosen_dtype),
-        tokenizer=tokenizer,
+        own_tokenizer=tokenizer,
         generation_config=defaults,
         context_tokens=context,
         eos_token_ids=ends,
-        token_stops=TokenStops(tokenizer, stops, where=GENERATION_CONFIG_NAME) if stops else None,
+        token_stops=TokenStops(tokenizer, stops, where=GENERATION_CONFIG_NAME) if stops and tokenizer else None,
         warnings=not_done(defaults) + _unknown_ends(unknown, vocab_size) + _shorter_context(source, context_tokens),
     )
 
@@ -320,7 +334,7 @@ def _load(source: Source, *, device_map: Mapping[int, str], dtype: str) -> Chain
 
 def _choose_dtype(source: Source, dtype: str | None) -> str:
     if dtype is None:
-        return source.dtype or stored_dtype(source.checkpoint)
+        return source.dtype or run_dtype(source.checkpoint)
     if dtype not in DTYPE_NAMES:
         raise UsageError(f"'{dtype}' is not a dtype", where="--dtype", expected="fp32, bf16 or fp16")
     return DTYPE_NAMES[dtype]

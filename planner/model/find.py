@@ -5,11 +5,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from plans.checkpoint.cache import REPOSITORY_PREFIX, find_snapshot, repository_name
 from plans.errors import InputError, printable
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-_REVISION = re.compile(r"[0-9a-zA-Z._-]{1,64}")
-_PREFIX = "models--"
 
 
 def find_model(text: str, *, environment: Mapping[str, str] = os.environ) -> Path:
@@ -23,9 +22,11 @@ def find_model(text: str, *, environment: Mapping[str, str] = os.environ) -> Pat
         InputError: neither a path nor a cached model, or a cached model whose download never finished.
     """
     path = Path(text).expanduser()
-    if _exists(path) or not _HUB_NAME.fullmatch(text):
+    if _exists(path):
+        return find_snapshot(path)
+    if not _HUB_NAME.fullmatch(text):
         return path
-    repository = cache_folder(environment) / (_PREFIX + text.replace("/", "--"))
+    repository = cache_folder(environment) / (REPOSITORY_PREFIX + text.replace("/", "--"))
     if not repository.is_dir():
         raise InputError(
             f"no such file or folder, and {printable(text)} is not in the Hugging Face cache {repository.parent}",
@@ -33,7 +34,7 @@ def find_model(text: str, *, environment: Mapping[str, str] = os.environ) -> Pat
             hint=f"download it first: hf download {printable(text)}",
             code="E-MISSING",
         )
-    return _snapshot(text, repository)
+    return find_snapshot(repository)
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:
@@ -51,8 +52,8 @@ def model_name(path: Path) -> str:
     absolute = path.absolute()
     folder = absolute.parent if absolute.suffix == ".json" else absolute
     repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith(_PREFIX):
-        return printable(repository.removeprefix(_PREFIX).replace("--", "/"))
+    if folder.parent.name == "snapshots" and repository.startswith(REPOSITORY_PREFIX):
+        return printable(repository_name(repository))
     is_other_file = absolute.suffix == ".json" and absolute.stem != "config"
     # resolve() only to give "." and "x/.." a name
     return printable(absolute.stem if is_other_file else folder.resolve().name or "model")
@@ -63,31 +64,3 @@ def _exists(path: Path) -> bool:
         return path.exists() or path.is_symlink()
     except (OSError, ValueError):
         return True  # let opening it say what is wrong
-
-
-def _snapshot(text: str, repository: Path) -> Path:
-    """The snapshot refs/main points to, or the only one there is."""
-    snapshots = repository / "snapshots"
-    try:
-        present = sorted(entry.name for entry in snapshots.iterdir()) if snapshots.is_dir() else []
-        main = repository / "refs" / "main"
-        revision = main.read_text(encoding="ascii", errors="replace")[:100].strip() if main.is_file() else ""
-    except OSError:
-        present, revision = [], ""
-    if _REVISION.fullmatch(revision) and revision in present:
-        return snapshots / revision
-    if len(present) == 1:
-        return snapshots / present[0]
-    if present:
-        raise InputError(
-            f"{len(present)} snapshots are in the cache and none is marked main",
-            where=text,
-            hint=f"give one's folder: {snapshots / present[0]}",
-            code="E-MISSING",
-        )
-    raise InputError(
-        "the download is incomplete: the cache holds no snapshot of it",
-        where=text,
-        hint=f"finish it: hf download {printable(text)}",
-        code="E-INCOMPLETE",
-    )

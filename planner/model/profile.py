@@ -13,8 +13,8 @@ from planner.model.crosscheck import differences
 from planner.model.evidence import prove
 from planner.model.find import find_model, model_name
 from planner.model.units import Rows, Sizing, profile_unit
-from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import Checkpoint, UnitKey, local_name, unit_keys, unit_tables
+from plans.checkpoint.run_dtype import run_dtype
 from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName
 from plans.errors import InputError
 from plans.profile import Difference, ModelIdentity, ModelProfile, Origin, ShardIdentity, UnitProfile
@@ -27,7 +27,7 @@ def build_profile(
 
     Args:
         checkpoint: an opened folder or bare configuration.
-        dtype: dtype the model will run in; None for the stored one (the configuration's where several are stored).
+        dtype: dtype the model will run in; None for the one transformers would run it in (`run_dtype`).
         kv_cache_dtype: dtype of the KV cache; None for `dtype`.
 
     Returns:
@@ -46,7 +46,7 @@ def build_profile(
     if not checkpoint.config.is_supported:
         prove(checkpoint, rows)
     stored = {dtype for unit in rows.values() for dtype, _shape in unit.values()}
-    chosen = dtype or _default_dtype(checkpoint.config, stored)
+    chosen = dtype or run_dtype(checkpoint)
     try:
         return _assemble(checkpoint, rows, stored, Sizing(checkpoint.config, chosen, kv_cache_dtype or chosen))
     except ValidationError as error:
@@ -76,11 +76,6 @@ def _formula_rows(checkpoint: Checkpoint) -> dict[UnitKey, Rows]:
     }
     rows = {kind: {name: (stored, shape) for name, shape in unit.items()} for kind, unit in shapes.items()}
     return {key: rows[key[0]] for key in unit_keys(config)}
-
-
-def _default_dtype(config: ModelConfig, stored: set[str]) -> DtypeName:
-    names = {STORED_DTYPES[dtype].name for dtype in stored}
-    return (names.pop() if len(names) == 1 else None) or config.dtype
 
 
 def _assemble(checkpoint: Checkpoint, rows: Mapping[UnitKey, Rows], stored: set[str], sizing: Sizing) -> ModelProfile:

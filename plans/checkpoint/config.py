@@ -26,6 +26,7 @@ from plans.checkpoint.context import longest_context, rope_table
 from plans.checkpoint.experts import ACTIVE_KEYS, TOTAL_KEYS, read_experts
 from plans.checkpoint.families import class_defaults
 from plans.checkpoint.fields import Fields
+from plans.checkpoint.text_part import text_part
 from plans.checkpoint.values import CONFIG_VALUES, ROPE_VALUES, check_values
 from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import InputError, printable
@@ -101,6 +102,13 @@ class ModelConfig:
     """Where numbers of a family outside the allow-list come from."""
     sha256: str
     raw: Mapping[str, Any]
+    part_of: str | None = None
+    """`model_type` of the model this is the text part of; None for a model of its own."""
+
+    @property
+    def states_dtype(self) -> bool:
+        """Whether `dtype` was stated; otherwise it is only what transformers assumes without weights."""
+        return bool(self.raw.get("dtype") or self.raw.get("torch_dtype"))
 
     @property
     def sliding_windows(self) -> tuple[int | None, ...]:
@@ -133,7 +141,8 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> ModelConfig:
-    """Check a configuration that is already parsed; errors as `read_config`."""
+    """Check a configuration that is already parsed, of a larger model its text part; errors as `read_config`."""
+    raw, part_of = text_part(raw)
     check_values(raw, CONFIG_VALUES, where=where)
     fields = Fields(_with_family_defaults(raw), where)
     model_type = fields.text("model_type")
@@ -167,6 +176,7 @@ def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> 
         origins=origins + more_origins + _other_origins(raw, fields),
         sha256=sha256,
         raw=raw,
+        part_of=part_of,
     )
 
 
@@ -274,8 +284,8 @@ def _architecture(fields: Fields) -> str:
 
 
 def _dtype(fields: Fields) -> DtypeName:
-    value = fields.raw.get("dtype", fields.raw.get("torch_dtype"))
-    value = "float32" if value is None else value
+    stated = (fields.raw.get("dtype"), fields.raw.get("torch_dtype"))
+    value = next((value for value in stated if value is not None), "float32")
     if not isinstance(value, str) or value not in DTYPE_NAMES:
         raise fields.error("dtype", f"is {printable(value, limit=40)}", expected="float32, float16 or bfloat16")
     return DTYPE_NAMES[value]

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from plans.checkpoint.folder import EMBEDDING, HEAD, UnitKey, hash_shapes, local_name, unit_of
+from plans.checkpoint.folder import UnitKey, hash_shapes, local_name, unit_of
 from plans.checkpoint.header import SafetensorsHeader
+from plans.checkpoint.names import head_name
 from plans.dtypes import DTYPES
 from plans.errors import IntegrityError, printable
 from plans.export.manifest import Manifest
@@ -62,8 +63,8 @@ def check_tensors(path: Path, header: SafetensorsHeader, *, index: int, manifest
             raise IntegrityError(
                 f"{name} is {entry.dtype}, the manifest says {manifest.dtype}", where=path, code="E-STAGE"
             )
-    if stage.has_both_ends and plan.profile.tied and HEAD not in owned["head", 0]:
-        owned["head", 0][HEAD] = owned["embedding", 0].get(EMBEDDING, ("", ()))
+    if stage.has_both_ends and plan.profile.tied:
+        owned["head", 0] = {head_name(name): row for name, row in owned["embedding", 0].items()} | owned["head", 0]
     _check_shapes(path, manifest, plan, owned)
 
 

@@ -1,11 +1,12 @@
 """What a command was given - an export, a plan with its checkpoint, or a plain checkpoint - as one thing to run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plans.check import read_plan
 from plans.checkpoint.folder import Checkpoint, Shard, StoredTensor, check_same_shapes, open_checkpoint, require_full
+from plans.dtypes import DTYPES
 from plans.errors import InputError, UsageError
 from plans.export.manifest import MANIFEST_NAME
 from plans.export.opening import Export, check_unchanged, open_export
@@ -75,25 +76,30 @@ def check_sources_unchanged(source: Source) -> None:
 
 def _open_export(folder: Path, expect_id: str | None, only_stage: int | None) -> Source:
     export = open_export(folder, expect_id=expect_id, stage=only_stage)
-    checkpoint = open_checkpoint(folder) if only_stage is None else _checkpoint_part(export)
+    checkpoint = _checkpoint_of(export)
     return Source(
         folder=folder,
         checkpoint=checkpoint,
         stages=export.plan.ranges,
         plan=export.plan,
         export=export,
-        dtype=export.manifest.dtype,
+        # Where several dtypes are stored, the plan knows the one that runs.
+        dtype=export.manifest.dtype if export.manifest.dtype in DTYPES else export.plan.profile.dtype,
         warnings=export.warnings + checkpoint.warnings,
     )
 
 
-def _checkpoint_part(export: Export) -> Checkpoint:
-    """Return what the bundles that lie here hold as a checkpoint; the others may be on other hosts."""
+def _checkpoint_of(export: Export) -> Checkpoint:
+    """Return what the bundles that lie here hold as a checkpoint; the others may be on other hosts.
+
+    Whether the head is tied was found out when the plan was made, by comparing the weights.
+    """
     shards = tuple(Shard(bundle.path.name, bundle.header) for bundle in export.bundles.values())
     tensors = {
-        name: StoredTensor(shard.name, entry) for shard in shards for name, entry in shard.header.tensors.items()
+        name: StoredTensor(shard.name, entry, name) for shard in shards for name, entry in shard.header.tensors.items()
     }
-    return Checkpoint(export.directory, export.directory, export.config, shards, tensors, ())
+    config = replace(export.config, tie_word_embeddings=export.plan.profile.tied)
+    return Checkpoint(export.directory, export.directory, config, shards, tensors, ())
 
 
 def _open_plan(path: Path, model: Path | None) -> Source:

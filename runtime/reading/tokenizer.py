@@ -27,8 +27,8 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> "PreTrainedTokenizerBase
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in (TOKENIZER_NAME, "tokenizer.model", "vocab.json")):
-        raise InputError(f"no {TOKENIZER_NAME} in the folder", where=folder, code="E-TOKENIZER")
+    if not holds_tokenizer(folder):
+        raise missing_tokenizer(folder)
     if (folder / TOKENIZER_NAME).is_file():
         _check_vocabulary(folder / TOKENIZER_NAME, vocab_size)
     try:
@@ -42,6 +42,16 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> "PreTrainedTokenizerBase
             f"the tokenizer does not load: {printable(error, limit=300)}", where=folder, code="E-TOKENIZER"
         ) from None
     return tokenizer
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether the folder has a tokenizer of any kind."""
+    return any((folder / name).is_file() for name in (TOKENIZER_NAME, "tokenizer.model", "vocab.json"))
+
+
+def missing_tokenizer(folder: Path) -> InputError:
+    """Return the error of a folder without one."""
+    return InputError(f"no {TOKENIZER_NAME} in the folder", where=folder, code="E-TOKENIZER")
 
 
 def _check_vocabulary(path: Path, vocab_size: int) -> None:

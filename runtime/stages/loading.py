@@ -9,7 +9,8 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 
 from plans.checkpoint.folder import Checkpoint, open_checkpoint, require_full
-from plans.dtypes import DTYPE_NAMES, DTYPES, STORED_DTYPES
+from plans.checkpoint.run_dtype import run_dtype
+from plans.dtypes import DTYPE_NAMES, DTYPES
 from plans.errors import UsageError
 from plans.stages import StageRange
 from runtime.fast.native import Unavailable
@@ -30,24 +31,24 @@ class FolderTensors(Mapping[str, torch.Tensor]):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._folder = require_full(checkpoint)
-        self._files = {name: stored.file for name, stored in checkpoint.tensors.items()}
+        self._stored = checkpoint.tensors
         self._open: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = safe_open(self._folder / file, framework="pt", device="cpu")
-        tensor: torch.Tensor = self._open[file].get_tensor(name)
+        stored = self._stored[name]
+        if stored.file not in self._open:
+            self._open[stored.file] = safe_open(self._folder / stored.file, framework="pt", device="cpu")
+        tensor: torch.Tensor = self._open[stored.file].get_tensor(stored.name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._stored)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._stored
 
 
 def load(
@@ -78,7 +79,7 @@ def load(
         config,
         stages or (StageRange.whole(config.num_hidden_layers),),
         FolderTensors(checkpoint),
-        dtype=dtype or stored_dtype(checkpoint),
+        dtype=dtype or run_dtype(checkpoint),
         device_map=device_map,
         generation_config=read_generation_config(folder),
     )
@@ -163,11 +164,3 @@ def torch_dtype(name: str) -> torch.dtype:
         raise UsageError(f"dtype {name} is not known", expected="fp32, bf16 or fp16", code="E-DTYPE")
     dtype: torch.dtype = getattr(torch, DTYPES[DTYPE_NAMES[name]].torch)
     return dtype
-
-
-def stored_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype config.json states, else that of the first stored tensor."""
-    if checkpoint.config.raw.get("dtype") or checkpoint.config.raw.get("torch_dtype"):
-        return checkpoint.config.dtype
-    first = next(iter(checkpoint.tensors.values()))
-    return STORED_DTYPES[first.entry.dtype].name or checkpoint.config.dtype

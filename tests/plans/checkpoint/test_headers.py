@@ -295,7 +295,7 @@ def test_with_an_index_and_a_single_file_the_index_is_used_and_said(sharded: Pat
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "no weights in the folder"),
+        (["model.bf16.safetensors"], r"model\.bf16\.safetensors, which is neither.*rename it"),
         (["pytorch_model.bin"], "pytorch_model.bin, which is not safetensors.*save_pretrained"),
         (["model.gguf"], "model.gguf"),
         (["consolidated.00.pth"], "consolidated.00.pth"),

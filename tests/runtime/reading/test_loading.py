@@ -9,8 +9,9 @@ from parity import reference_model, save_model, some_cut
 from transformers import LlamaConfig
 
 from plans.checkpoint.folder import open_checkpoint
+from plans.checkpoint.run_dtype import run_dtype
 from plans.errors import InputError, UsageError
-from runtime.stages.loading import FolderTensors, load, stored_dtype, torch_dtype
+from runtime.stages.loading import FolderTensors, load, torch_dtype
 
 
 def test_one_stage_is_the_default_and_the_stored_dtype_is_kept(shipped: Path) -> None:
@@ -63,7 +64,7 @@ def test_without_a_dtype_in_the_config_the_tensors_decide(tmp_path: Path, tiny_c
     config = json.loads((folder / "config.json").read_text())
     del config["dtype"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert stored_dtype(open_checkpoint(folder)) == "fp16"
+    assert run_dtype(open_checkpoint(folder)) == "fp16"
     assert load(folder).dtype == torch.float16 == reference_model(folder, dtype="auto").dtype  # type: ignore[arg-type]
 
 
