@@ -37,7 +37,7 @@ def bench(
     output = screen.output()
     if trace is not None and not team.is_used:
         raise UsageError("a trace is written where stages run side by side", where="--trace", hint="add --processes")
-    run = several.open_run(context, target, output=output, loading=loading, team=team)
+    run = several.open_run(context, target, output=output, loading=loading, team=team, needs_text=False)
     prepared = run.prepared
     if prompt_tokens + new_tokens > prepared.context_tokens:
         raise UsageError(

@@ -1,7 +1,8 @@
 """`llamarun check`: is the chain the unsplit model?"""
 
+import random
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +11,23 @@ from plans.errors import IntegrityError
 from runtime.cli import options
 from runtime.cli.opening import load, prepare
 
+if TYPE_CHECKING:
+    from runtime.session import Prepared
+
 CHECK_PROMPTS = ("def main(argv: list[str]) -> int:\n", "import os\n", "The quick brown fox jumps over the lazy dog.")
+
+
+RANDOM_LENGTHS = (13, 4, 9)
+"""Tokens of the prompts where no tokenizer makes them of text."""
+
+
+def _prompts(prepared: "Prepared") -> list[list[int]]:
+    from runtime.reading.tokenizer import encode_prompt
+
+    if prepared.own_tokenizer is None:
+        draw = random.Random(0)
+        return [[draw.randrange(prepared.vocab_size) for _ in range(length)] for length in RANDOM_LENGTHS]
+    return [encode_prompt(prepared.own_tokenizer, text, parses_special=False) for text in CHECK_PROMPTS]
 
 
 @with_option_groups
@@ -35,12 +52,13 @@ def check(
     """
     output = screen.output()
     loading = options.LoadingOptions(model=model, device_map=device_map, dtype=dtype, threads=threads)
-    prepared = prepare(output, target, loading)
+    prepared = prepare(output, target, loading, needs_text=False)
 
-    from runtime.reading.tokenizer import encode_prompt
     from runtime.stages.parity import compare_models, load_unsplit
 
-    prompts = [encode_prompt(prepared.tokenizer, text, parses_special=False) for text in CHECK_PROMPTS]
+    prompts = _prompts(prepared)
+    if prepared.own_tokenizer is None:
+        output.note("no tokenizer: the prompts are random token ids")
     session = load(output, prepared, cache_tokens=max(map(len, prompts)) + max_tokens, batch_size=len(prompts))
     unsplit = load_unsplit(against, dtype=session.chain.dtype)
     results = compare_models(session.chain, unsplit, prompts, num_tokens=max_tokens, chunk_tokens=3)

@@ -22,11 +22,12 @@ def prepare(
     *,
     only_stage: int | None = None,
     workers: "LocalWorkers | None" = None,
+    needs_text: bool = True,
 ) -> "Prepared":
     """Open what the command was given and read everything but the weights.
 
     With `only_stage`, the bundles of the other stages may be on other machines. `workers` are started as soon as the
-    number of stages is known.
+    number of stages is known. A command that works on token ids alone needs no tokenizer.
     """
     with output.spinner("opening", style="line"):
         from plans.stages import stage_names
@@ -58,6 +59,7 @@ def prepare(
             kv_cache_dtype=loading.kv_cache_dtype,
             context_tokens=loading.ctx_size,
             only_stage=only_stage,
+            needs_text=needs_text,
         )
         for warning in prepared.warnings:
             output.warn(warning)

@@ -226,12 +226,18 @@ class Run:
 
 
 def open_run(
-    context: typer.Context, target: Path, *, output: Output, loading: LoadingOptions, team: ProcessOptions
+    context: typer.Context,
+    target: Path,
+    *,
+    output: Output,
+    loading: LoadingOptions,
+    team: ProcessOptions,
+    needs_text: bool = True,
 ) -> Run:
     """Check how processes are wanted, start those of this machine, and read everything of a model but its weights."""
     team.check()
     workers = team.workers(context, target, model=loading.model)
-    prepared = prepare(output, target, loading, only_stage=team.only_stage, workers=workers)
+    prepared = prepare(output, target, loading, only_stage=team.only_stage, workers=workers, needs_text=needs_text)
     return Run(output, prepared, loading, team, workers)
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from plans.checkpoint.config import read_config
+from plans.checkpoint.cache import find_snapshot
+from plans.checkpoint.config import read_config, without_foreign_code
 from plans.checkpoint.folder import CONFIG_NAME
+from plans.errors import InputError, printable
 from runtime.reading.families import parse_model_config
 from runtime.stages.chain import Chain
 
@@ -33,13 +35,28 @@ class Comparison:
 
 
 def load_unsplit(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the whole model with transformers, as its users would; errors as `parse_model_config`."""
-    config = parse_model_config(read_config(folder / CONFIG_NAME).raw)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder), config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
-    )
+    """Load the whole model with transformers, as its users would.
+
+    Raises:
+        InputError: transformers does not load the folder; with its reason.
+    """
+    path = find_snapshot(folder)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, local_files_only=True, trust_remote_code=False, **_own_config(path)
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"transformers does not load it: {printable(error, limit=300)}", where=folder, code="E-MODEL"
+        ) from None
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def _own_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration to load with, where the folder's own names code elsewhere."""
+    raw = read_config(folder / CONFIG_NAME).raw
+    return {} if without_foreign_code(raw) == raw else {"config": parse_model_config(raw)}
 
 
 def compare_models(

@@ -200,3 +200,24 @@ def test_the_commands_say_what_a_folder_with_a_configuration_alone_is_enough_for
     missing = run_command("llamaplan", "export", plan, "--model", folder, "-o", tmp_path / "shards")
     assert (missing.code, SINGLE in missing.err) == (3, True)
     assert run_command("llamarun", "generate", folder, "-p", "x").code == 3
+
+
+@pytest.mark.row("P14")
+def test_check_and_bench_need_no_tokenizer(tmp_path: Path, run_command: RunCommand) -> None:
+    model = make_llama(tmp_path / "model", num_hidden_layers=2)
+    export(make_plan(model, [1, 1], devices=["cpu#0", "cpu#1"]), model=model, output=tmp_path / "shards")
+    checked = run_command("llamarun", "check", tmp_path / "shards", "--against", model, "-n", "4")
+    assert (checked.code, "random token ids" in checked.err) == (0, True), checked.err
+    sizes = ("--prompt-tokens", "8", "-n", "2", "--repeats", "1", "--speed", "reference")
+    measured = run_command("llamarun", "bench", tmp_path / "shards", *sizes)
+    assert measured.code == 0, measured.err
+    refused = run_command("llamarun", "generate", tmp_path / "shards", "-p", "x", "-n", "1")
+    assert (refused.code, "no tokenizer.json" in refused.err) == (3, True)
+
+
+@pytest.mark.row("P7")
+def test_what_transformers_cannot_load_is_said_by_check(tmp_path: Path, run_command: RunCommand) -> None:
+    model = make_llama(tmp_path / "model", num_hidden_layers=2, shard="20KB")
+    (model / "model.safetensors.index.json").unlink()
+    done = run_command("llamarun", "check", model, "--against", model, "-n", "2")
+    assert (done.code, "transformers does not load it" in done.err) == (3, True), done.err
