@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from plans.checkpoint.context import beyond_context
 from plans.checkpoint.folder import require_full
 from plans.checkpoint.run_dtype import run_dtype
+from plans.config.context import beyond_context
 from plans.dtypes import DTYPE_NAMES
 from plans.errors import UsageError
 from runtime.generate.kept_cache import KeptCache

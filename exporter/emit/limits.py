@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from exporter.emit.plan_view import hosts_of, kind_of
-from plans.checkpoint.context import beyond_context
+from plans.config.context import beyond_context
 from plans.errors import UsageError
 from plans.plan import Plan
 

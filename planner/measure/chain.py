@@ -10,8 +10,8 @@ import torch
 from planner.devices.nvml import cuda_devices
 from planner.measure.points import default_checkpoint
 from planner.model import formula
-from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import EMBEDDING, HEAD, Checkpoint, open_checkpoint, unit_of
+from plans.config.config import ModelConfig
 from plans.dtypes import DtypeName
 from plans.stages import StageRange
 from runtime.reading.capacity import memory_faults

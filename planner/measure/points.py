@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planner.timing.roofline import Work, flops, flops_rate, roofline_seconds
-from plans.checkpoint.config import parse_config
 from plans.checkpoint.folder import Checkpoint
 from plans.cluster import Device
+from plans.config.config import parse_config
 from plans.errors import MachineError
 from plans.memory import stage_memory
 from plans.profile import ModelProfile

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 
 from planner.model import formula
-from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import (
     EMBEDDING,
     HEAD,
@@ -15,6 +14,7 @@ from plans.checkpoint.folder import (
     unit_of,
     unit_tables,
 )
+from plans.config.config import ModelConfig
 from plans.errors import InputError
 from plans.profile import Difference
 

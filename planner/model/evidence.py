@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 
 from planner.model.experts import check_experts
-from plans.checkpoint.attention import is_latent
-from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import Checkpoint, UnitKey, unexpected_tensors, unit_of
+from plans.config.attention import is_latent
+from plans.config.config import ModelConfig
 from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError, printable
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from plans.checkpoint.config import ModelConfig
+from plans.config.config import ModelConfig
 from plans.errors import InputError, printable
 
 Shape = tuple[int, ...]

@@ -6,8 +6,8 @@ is compared with a checkpoint that transformers itself saved (tests/planner/test
 
 from collections.abc import Mapping
 
-from plans.checkpoint.config import SUPPORTED_FAMILIES, ModelConfig
 from plans.checkpoint.folder import EMBEDDING, FINAL_NORM, HEAD
+from plans.config.config import SUPPORTED_FAMILIES, ModelConfig
 from plans.errors import InputError
 
 Shape = tuple[int, ...]
@@ -67,7 +67,7 @@ def layer_shapes(config: ModelConfig) -> Shapes:
     All layers of the supported families have the same tensors; only their attention windows differ.
 
     Example:
-        >>> from plans.checkpoint.config import parse_config
+        >>> from plans.config.config import parse_config
         >>> raw = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
         ...        "intermediate_size": 16, "vocab_size": 32}
         >>> layer_shapes(parse_config(raw, where="example"))["mlp.down_proj.weight"]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from plans.checkpoint.config import ModelConfig
+from plans.config.config import ModelConfig
 from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError, printable
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from planner.model import formula
 from planner.model.experts import is_expert
 from planner.model.packing import logical_shape
-from plans.checkpoint.attention import LayerAttention
-from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.folder import UnitKey, hash_shapes
+from plans.config.attention import LayerAttention
+from plans.config.config import ModelConfig
 from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName
 from plans.profile import UnitProfile
 

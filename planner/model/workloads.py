@@ -1,6 +1,6 @@
 """Options of a command -> a workload, with defaults that fit the model."""
 
-from plans.checkpoint.context import beyond_context
+from plans.config.context import beyond_context
 from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import UsageError, printable
 from plans.profile import ModelProfile

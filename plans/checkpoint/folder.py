@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from plans.checkpoint.cache import find_snapshot
-from plans.checkpoint.config import ModelConfig, read_config
 from plans.checkpoint.foreign import foreign_weights, holds_adapter
 from plans.checkpoint.names import (
     EMBEDDING,
@@ -38,6 +37,7 @@ from plans.checkpoint.units import (
     unit_tables,
 )
 from plans.checkpoint.weights import Weights, incomplete, open_weights
+from plans.config.config import ModelConfig, read_config
 from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError, printable
 from plans.reading.files import explain_os_error

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from plans.checkpoint.config import ModelConfig
 from plans.checkpoint.header import SafetensorsHeader, TensorEntry
 from plans.checkpoint.names import UnitKey, head_name, is_leftover, local_name, unit_of
+from plans.config.config import ModelConfig
 from plans.errors import InputError, IntegrityError
 
 CONFIG_NAME = "config.json"

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from plans.checkpoint.config import without_foreign_code
+from plans.config.config import without_foreign_code
 from plans.errors import InputError, printable
 
 CAUSAL_LM_CLASSES: Mapping[str, str] = {

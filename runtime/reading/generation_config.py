@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from plans.checkpoint.config import MAX_CONFIG_BYTES
-from plans.checkpoint.values import GENERATION_VALUES, check_values
+from plans.config.config import MAX_CONFIG_BYTES
+from plans.config.values import GENERATION_VALUES, check_values
 from plans.errors import InputError, printable
 from plans.reading.strict import read_json
 

@@ -25,8 +25,8 @@ EXTRA = {
 
 FLOORS = {
     "plans": (
-        *("errors", "dtypes", "cuts", "reading", "commands", "engines", "checkpoint", "profile", "cluster", "stages"),
-        *("workload", "memory", "plan", "run", "check", "export", "schemas"),
+        *("errors", "dtypes", "cuts", "reading", "commands", "engines", "config", "checkpoint", "profile", "cluster"),
+        *("stages", "workload", "memory", "plan", "run", "check", "export", "schemas"),
     ),
     "planner": (
         *("model", "devices", "timing", "problem", "program", "proof", "answers", "measure", "simulate", "rivals"),

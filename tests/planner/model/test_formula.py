@@ -8,8 +8,8 @@ import pytest
 
 from planner.model.formula import layer_shapes
 from planner.model.profile import build_profile
-from plans.checkpoint.config import SUPPORTED_FAMILIES
 from plans.checkpoint.folder import open_checkpoint
+from plans.config.config import SUPPORTED_FAMILIES
 from plans.errors import InputError
 from tests.planner.cases import bare
 

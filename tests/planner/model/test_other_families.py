@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from planner.model.profile import build_profile
-from plans.checkpoint.config import parse_config
-from plans.checkpoint.families import CLASS_DEFAULTS, TIED_BY_DEFAULT, WINDOW_RULES
 from plans.checkpoint.folder import open_checkpoint
+from plans.config.config import parse_config
+from plans.config.families import CLASS_DEFAULTS, TIED_BY_DEFAULT, WINDOW_RULES
 from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError
 from plans.memory import layer_kv_bytes

@@ -11,8 +11,8 @@ import torch
 from parity import CPU, assert_same, model_step, reference_model, some_cut, stages_step, trace
 from transformers import AutoConfig, PreTrainedConfig
 
-from plans.checkpoint.config import SUPPORTED_FAMILIES
 from plans.checkpoint.folder import open_checkpoint
+from plans.config.config import SUPPORTED_FAMILIES
 from plans.errors import InputError
 from runtime.generate.limits import Limits
 from runtime.generate.loop import generate

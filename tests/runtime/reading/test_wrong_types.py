@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils import logging
 
-from plans.checkpoint.config import parse_config
-from plans.checkpoint.values import GENERATION_VALUES
+from plans.config.config import parse_config
+from plans.config.values import GENERATION_VALUES
 from plans.errors import InputError
 from runtime.generate.rules import check_rules
 from runtime.reading.families import build_skeleton, family_class, parse_model_config

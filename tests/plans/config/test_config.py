@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plans.checkpoint.config import (
+from plans.config.config import (
     FAMILY_DEFAULTS,
     ROPE_TYPES,
     SUPPORTED_FAMILIES,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from plans.checkpoint.families import WINDOW_RULES
-from plans.checkpoint.fields import Fields
-from plans.checkpoint.keys import unknown_keys
+from plans.config.families import WINDOW_RULES
+from plans.config.fields import Fields
+from plans.config.keys import unknown_keys
 from plans.errors import InputError, printable
 
 KEY_AND_VALUE = 2

@@ -1,6 +1,6 @@
 """What a value in config.json and in generation_config.json may be: one table per file, read by planner and runtime.
 
-Planning depends on few of these keys (`plans.checkpoint.config` checks those), but a model whose norm's epsilon is a
+Planning depends on few of these keys (`plans.config.config` checks those), but a model whose norm's epsilon is a
 text runs nowhere. A null stands where transformers takes one; keys that are in no table are left to transformers.
 """
 
@@ -120,7 +120,7 @@ CONFIG_VALUES: Mapping[str, Kind] = {
     "use_cache": _FLAG.or_null,
     "use_sliding_window": _FLAG.or_null,
 }
-"""Keys of config.json beside the sizes that `plans.checkpoint.config` checks one by one."""
+"""Keys of config.json beside the sizes that `plans.config.config` checks one by one."""
 
 ROPE_VALUES: Mapping[str, Kind] = {
     "attention_factor": _POSITIVE.or_null,

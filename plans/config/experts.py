@@ -1,7 +1,7 @@
 """How many experts a layer routes to and how many of them one token uses, under all the names in use."""
 
-from plans.checkpoint.attention import Origin
-from plans.checkpoint.fields import Fields
+from plans.config.attention import Origin
+from plans.config.fields import Fields
 from plans.errors import printable
 
 TOTAL_KEYS = (

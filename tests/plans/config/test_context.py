@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from plans.checkpoint.config import parse_config
+from plans.config.config import parse_config
 from plans.profile import ModelIdentity
 from tests.planner.cases import TINY, tiny_profile
 

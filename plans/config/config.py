@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plans.checkpoint.attention import (
+from plans.config.attention import (
     FULL,
     SLIDING,
     Heads,
@@ -22,12 +22,12 @@ from plans.checkpoint.attention import (
     query_head_dim,
     read_layers,
 )
-from plans.checkpoint.context import longest_context, rope_table
-from plans.checkpoint.experts import ACTIVE_KEYS, TOTAL_KEYS, read_experts
-from plans.checkpoint.families import class_defaults
-from plans.checkpoint.fields import Fields
-from plans.checkpoint.text_part import text_part
-from plans.checkpoint.values import CONFIG_VALUES, ROPE_VALUES, check_values
+from plans.config.context import longest_context, rope_table
+from plans.config.experts import ACTIVE_KEYS, TOTAL_KEYS, read_experts
+from plans.config.families import class_defaults
+from plans.config.fields import Fields
+from plans.config.text_part import text_part
+from plans.config.values import CONFIG_VALUES, ROPE_VALUES, check_values
 from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import InputError, printable
 from plans.reading.files import read_limited, sha256_hex
@@ -122,7 +122,7 @@ class ModelConfig:
 
     @property
     def longest_context_tokens(self) -> int:
-        """The longest context it allows; see `plans.checkpoint.context`."""
+        """The longest context it allows; see `plans.config.context`."""
         return longest_context(self.raw, max_position_embeddings=self.max_position_embeddings)
 
 

@@ -1,0 +1,1 @@
+"""What does config.json say, and what does it leave to the family?"""
