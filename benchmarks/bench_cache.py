@@ -55,7 +55,7 @@ def _compare(folder: Path) -> None:
 
 
 def _long(folder: Path) -> None:
-    from runtime.stages.loading import load
+    from runtime import load
 
     chain = load(folder)
     config, weights = chain.config, sum(p.nbytes for p in chain.parameters())
@@ -74,7 +74,7 @@ def _run(folder: Path, speed: str, count: int, *, has_cache: bool) -> list[float
     import torch
     from transformers import DynamicCache
 
-    from runtime.stages.loading import load
+    from runtime import load
 
     chain = load(folder, speed=speed)
     seconds: list[float] = []

@@ -39,7 +39,7 @@ def main() -> None:
 
 def _variants(folder: Path, num_layers: int) -> dict[str, Any]:
     from plans.stages import StageRange
-    from runtime.stages.loading import load
+    from runtime import load
     from runtime.stages.parity import load_unsplit
 
     variants: dict[str, Any] = {}

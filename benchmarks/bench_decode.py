@@ -105,8 +105,8 @@ def _variants(folder: Path, batch: int) -> tuple[dict[str, Variant], Callable[[]
     import torch
     from transformers import AutoModelForCausalLM
 
+    from runtime import load
     from runtime.fast import native
-    from runtime.stages.loading import load
 
     kernels = native.load(on_build=print)
     if isinstance(kernels, native.Unavailable):

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from plans.checkpoint.run_dtype import run_dtype
 from plans.config.context import beyond_context
 from plans.dtypes import DTYPE_NAMES
 from plans.errors import UsageError
+from plans.stages import StageRange
 from runtime.generate.kept_cache import KeptCache
 from runtime.generate.limits import Limits
 from runtime.generate.loop import Generation, Request, generate_requests
@@ -33,17 +34,12 @@ from runtime.reading.generation_config import (
 )
 from runtime.reading.generation_config import stop_strings as stated_stop_strings
 from runtime.reading.opening import Source, open_source
+from runtime.reading.tensors import FolderTensors, place_stages, torch_dtype
 from runtime.reading.tokenizer import holds_tokenizer, load_tokenizer, missing_tokenizer
 from runtime.reading.verification import Verification
 from runtime.stage_time import OnStep, StageView
 from runtime.stages.chain import Chain
-from runtime.stages.loading import (
-    FolderTensors,
-    load_chain,
-    place_stages,
-    set_speed,
-    torch_dtype,
-)
+from runtime.stages.loading import load_chain, set_speed
 from runtime.stages.traffic import decode_read_bytes, read_bandwidth
 
 DEFAULT_PREFILL_CHUNK_TOKENS = 2048
@@ -375,6 +371,7 @@ def load(
     path: str | Path,
     *,
     model: str | Path | None = None,
+    stages: Sequence[StageRange] | None = None,
     device_map: Mapping[int, str] | None = None,
     dtype: str | None = None,
     speed: str = "reference",
@@ -384,7 +381,8 @@ def load(
     Args:
         path: export folder, plan file or checkpoint folder.
         model: the checkpoint, when `path` is a plan file.
-        device_map: zero-based stage index -> torch device, where it differs from the plan's.
+        stages: another cut, in chain order; None for the plan's, or one stage of a plain checkpoint.
+        device_map: zero-based stage index -> torch device, where it differs from the one the stage names.
         dtype: `fp32`, `bf16` or `fp16`; None keeps the plan's or the checkpoint's.
         speed: `reference` is transformers' code and bit-identical to the unsplit model; `max` runs the steps of
             stages on a CPU on native kernels, which round where the reference rounds but add up in another order, and
@@ -401,6 +399,8 @@ def load(
         >>> chain = load("shards", device_map={1: "cpu"})  # doctest: +SKIP
     """
     source = open_source(Path(path), model=None if model is None else Path(model))
+    if stages is not None:
+        source = replace(source, stages=tuple(stages))
     with Verification(source) as verification:
         chain = _load(source, device_map=device_map or {}, dtype=_choose_dtype(source, dtype))
         verification.wait()

@@ -16,9 +16,10 @@ from plans.dtypes import DtypeName
 from plans.stages import StageRange
 from runtime.reading.capacity import memory_faults
 from runtime.reading.families import PER_LAYER_KEYS, parse_model_config
+from runtime.reading.tensors import FolderTensors, torch_dtype
 from runtime.reading.weights import TensorSource
 from runtime.stages.chain import Chain
-from runtime.stages.loading import FolderTensors, load_chain, set_speed, torch_dtype
+from runtime.stages.loading import load_chain, set_speed
 
 PathName = Literal["reference", "fast"]
 BLOCK_VALUES = 1 << 20

@@ -12,8 +12,8 @@ from runtime.reading.capacity import check_room, memory_faults, stage_need
 from runtime.reading.devices import torch_device
 from runtime.reading.families import parse_model_config
 from runtime.reading.opening import Source
+from runtime.reading.tensors import FolderTensors, torch_dtype
 from runtime.reading.verification import Verification
-from runtime.stages.loading import FolderTensors, torch_dtype
 from runtime.stages.stage import Stage, build_stage
 
 SWITCH_SECONDS = 1e-4

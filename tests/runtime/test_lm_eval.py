@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plans.stages import StageRange
-from runtime.stages.loading import load
+from runtime import load
 
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
 

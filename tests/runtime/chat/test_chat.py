@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoTokenizer, DynamicCache, MistralConfig
 
 from plans.errors import InputError, UsageError
+from runtime import load
 from runtime import session as session_module
 from runtime.chat.chat import Chat
 from runtime.chat.commands import ChatCommands
@@ -27,7 +28,6 @@ from runtime.generate.loop import generate
 from runtime.generate.sampling import Sampling
 from runtime.reading.opening import open_source
 from runtime.session import Session, load_session, prepare_session
-from runtime.stages.loading import load
 from tests.conftest import RunCommand
 
 QUESTIONS = ("What does os.path.join do?", "And what is a tuple?", "Explain the csv module.")

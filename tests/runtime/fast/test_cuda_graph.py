@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GemmaConfig, MixtralConfig
 
 from plans.stages import StageRange
+from runtime import load
 from runtime.fast import setup as fast_setup
 from runtime.fast.cache import STEP_SLOTS, FastLayer
 from runtime.fast.choice import STEP_ROWS, try_graphs
@@ -25,7 +26,6 @@ from runtime.fast.native import Library, Unavailable
 from runtime.fast.setup import recorded, set_up
 from runtime.fast.speed import Choice, Speed
 from runtime.generate.clock import stage_clock
-from runtime.stages.loading import load
 from runtime.stages.stage import build_stage
 
 ALWAYS = Choice(((1, 1),))
@@ -324,8 +324,9 @@ def test_a_chain_speaks_of_its_stages_and_is_timed_as_one_path(shipped: Path, cp
 
 
 def test_separate_stages_are_recorded_too(shipped: Path, cpu_records: list[Replays]) -> None:
+    from plans.checkpoint.folder import open_checkpoint
     from runtime.reading.families import parse_model_config
-    from runtime.stages.loading import FolderTensors, open_checkpoint
+    from runtime.reading.tensors import FolderTensors
 
     checkpoint = open_checkpoint(shipped)
     config, tensors = parse_model_config(checkpoint.config.raw), FolderTensors(checkpoint)

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from plans.checkpoint.folder import open_checkpoint
 from plans.errors import UsageError
 from plans.stages import StageRange
+from runtime import load
 from runtime import load as load_anything
 from runtime.fast import model as fast_model
 from runtime.fast.cache import FastLayer, adopt
@@ -25,8 +26,9 @@ from runtime.fast.model import FastModel, Part
 from runtime.fast.native import Library, Unavailable
 from runtime.fast.setup import set_up
 from runtime.fast.speed import Choice, Speed
+from runtime.reading.tensors import FolderTensors, torch_dtype
 from runtime.stages.chain import Chain
-from runtime.stages.loading import FolderTensors, load, set_speed, torch_dtype
+from runtime.stages.loading import set_speed
 from runtime.stages.stage import Stage, build_stage
 from tests.conftest import RunCommand
 

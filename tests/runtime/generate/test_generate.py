@@ -10,12 +10,12 @@ from parity import reference_model, some_cut
 from transformers import AutoTokenizer, DynamicCache
 
 from plans.errors import UsageError
+from runtime import load
 from runtime.generate.limits import Limits
 from runtime.generate.loop import Generation, generate
 from runtime.generate.numerics import NonFiniteError
 from runtime.generate.sampling import Sampling
 from runtime.stages.chain import Chain
-from runtime.stages.loading import load
 
 PROMPT = [7, 8, 9, 10, 11, 7, 8, 9, 10]
 SHORT = [5, 9, 11]

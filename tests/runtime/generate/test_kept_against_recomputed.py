@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plans.stages import StageRange
-from runtime.stages.loading import load
+from runtime import load
 
 pytestmark = pytest.mark.row("R15")
 

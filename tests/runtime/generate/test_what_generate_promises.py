@@ -25,6 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from plans.errors import InputError, NumericalError, UsageError
+from runtime import load
 from runtime.cli.opening import merge_sampling
 from runtime.generate.loop import Generation, Request
 from runtime.generate.rules import check_rules
@@ -33,7 +34,6 @@ from runtime.reading.generation_config import end_tokens, score_rules, stop_stri
 from runtime.reading.opening import open_source
 from runtime.session import Prepared, Session, prepare_session
 from runtime.stages.chain import Chain
-from runtime.stages.loading import load
 
 PROMPT = [7, 8, 9, 10, 11, 7, 8, 9, 10]
 SHORT = [5, 9, 11]

@@ -14,11 +14,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from plans.checkpoint.folder import open_checkpoint
 from plans.config.config import SUPPORTED_FAMILIES
 from plans.errors import InputError
+from runtime import load
 from runtime.generate.limits import Limits
 from runtime.generate.loop import generate
 from runtime.generate.sampling import Sampling
 from runtime.reading.families import CAUSAL_LM_CLASSES, build_skeleton, check_config, family_class, parse_model_config
-from runtime.stages.loading import FolderTensors, load
+from runtime.reading.tensors import FolderTensors
 from runtime.stages.stage import build_stage
 from tests.conftest import RunCommand
 

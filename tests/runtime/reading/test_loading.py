@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.run_dtype import run_dtype
 from plans.errors import InputError, UsageError
-from runtime.stages.loading import FolderTensors, load, torch_dtype
+from runtime import load
+from runtime.reading.tensors import FolderTensors, torch_dtype
 
 
 def test_one_stage_is_the_default_and_the_stored_dtype_is_kept(shipped: Path) -> None:

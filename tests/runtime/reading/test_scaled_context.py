@@ -11,10 +11,10 @@ import torch
 from parity import reference_model, some_cut
 from transformers import LlamaConfig, PreTrainedConfig
 
+from runtime import load
 from runtime.generate.limits import Limits
 from runtime.generate.loop import generate
 from runtime.generate.sampling import Sampling
-from runtime.stages.loading import load
 from tests.conftest import RunCommand
 
 SCALINGS: dict[str, dict[str, Any]] = {

@@ -12,9 +12,10 @@ from transformers import AutoConfig, LlamaConfig, MixtralConfig, PreTrainedConfi
 from plans.checkpoint.folder import open_checkpoint
 from plans.errors import InputError
 from plans.stages import StageRange
+from runtime import load
 from runtime.reading.families import build_skeleton, family_class, parse_model_config
+from runtime.reading.tensors import FolderTensors
 from runtime.reading.weights import source_names
-from runtime.stages.loading import FolderTensors, load
 from runtime.stages.stage import Stage, build_stage
 
 MIDDLE = StageRange("cpu", 1, 3, has_embedding=False, has_head=False)

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, MixtralConfig
 from exporter import export
 from plans.run import Bench
 from plans.stages import StageRange
+from runtime import load
 from runtime.generate.limits import Limits
 from runtime.generate.loop import generate
 from runtime.generate.sampling import Sampling
-from runtime.stages.loading import load
 from runtime.stages.traffic import decode_read_bytes, read_bandwidth
 from tests.conftest import RunCommand
 from tests.exporter.export_helpers import make_plan

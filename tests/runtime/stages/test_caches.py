@@ -9,10 +9,10 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from plans.stages import StageRange
+from runtime import load
 from runtime.session import load_session, open_source, prepare_session
 from runtime.stages.caches import new_cache
 from runtime.stages.chain import Chain
-from runtime.stages.loading import load
 from tests.conftest import RunCommand
 
 CUT = (

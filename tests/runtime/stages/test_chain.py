@@ -19,8 +19,8 @@ from transformers import (
 
 from plans.errors import InputError, UsageError
 from plans.stages import StageRange, check_stages
+from runtime import load
 from runtime.stages.chain import Chain
-from runtime.stages.loading import load
 
 PADDED = {
     "input_ids": torch.tensor([[0, 0, 0, 5, 9, 11, 5, 9, 12], [7, 8, 9, 10, 11, 7, 8, 9, 10]]),

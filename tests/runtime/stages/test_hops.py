@@ -8,9 +8,9 @@ from parity import assert_same, model_step, reference_model, some_cut, trace
 from torch import nn
 
 from plans.errors import MachineError, UsageError
+from runtime import load
 from runtime.reading.devices import torch_device
 from runtime.stages.hops import Hop
-from runtime.stages.loading import load
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, PreTrainedConfig
 
 from plans.reading.strict import read_json
+from runtime import load
 from runtime.reading.families import parse_model_config
-from runtime.stages.loading import load
 from runtime.stages.stage import build_stage
 
 SMALL = {

@@ -10,7 +10,8 @@ from parity import CPU, all_cuts, assert_same, model_step, stages_step, trace
 from plans.checkpoint.folder import open_checkpoint
 from plans.stages import StageRange
 from runtime.reading.families import parse_model_config
-from runtime.stages.loading import FolderTensors, load_chain
+from runtime.reading.tensors import FolderTensors
+from runtime.stages.loading import load_chain
 from runtime.stages.stage import build_stage
 
 CUTS = [cut for num_stages in (1, 2, 3) for cut in all_cuts(7, num_stages)]
