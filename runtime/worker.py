@@ -6,7 +6,6 @@ others only look at those below.
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
@@ -18,8 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from plans.commands.children import die_with
 from plans.commands.console import leave, run_call
-from plans.errors import ExitCode, LlamaplanError, PeerError, UsageError
+from plans.errors import LlamaplanError, PeerError, UsageError
 from runtime.distributed.control.address import Address, connect, parse_address
 from runtime.distributed.control.channel import Channel
 from runtime.distributed.control.identity import identity_of
@@ -29,7 +29,6 @@ from runtime.distributed.torchrun import Torchrun, torchrun_here
 from runtime.reading.opening import Source, open_source, parse_device_map
 
 COMMANDS = ("generate", "chat", "batch", "bench")
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def parse_arguments(arguments: Sequence[str], here: Torchrun | None) -> Argument
     if unknown and here is None and "--trusted-network" not in unknown:
         raise UsageError(f"'{unknown[0]}' is no option of a worker", hint="see python -P -m runtime.worker --help")
     if found.parent is not None:
-        _die_with(found.parent)
+        die_with(found.parent)
     rank = found.rank if here is None else here.rank
     if rank is None:
         raise UsageError("a worker needs its place in the chain", expected="--rank N, or torchrun")
@@ -203,13 +202,6 @@ def _serve(channel: Channel, arguments: Arguments, source: Source, identity: Ide
         identity=identity,
         address=channel.local_address() or "127.0.0.1",
     )
-
-
-def _die_with(parent: int) -> None:
-    """Ask the kernel to end this process when the one that started it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we asked
-        os._exit(ExitCode.PEER)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
 """How a process of ours starts another Python: with the modules of this one, and none from the current folder."""
 
+import ctypes
 import json
+import os
+import signal
 import sys
 from pathlib import Path
+
+from plans.errors import ExitCode
+
+_PR_SET_PDEATHSIG = 1
 
 _START = (
     "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
@@ -27,3 +34,10 @@ def python_command(module: str, *arguments: str) -> list[str]:
     """
     paths = [path for path in sys.path if Path(path).is_absolute()]
     return [sys.executable, "-P", "-c", _START, json.dumps([*paths, _HOME]), module, *arguments]
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to end this process when the one that started it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before we asked
+        os._exit(ExitCode.PEER)

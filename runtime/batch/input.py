@@ -13,7 +13,7 @@ from plans.errors import InputError, LlamaplanError, UsageError, printable
 from plans.reading.files import read_limited
 from plans.reading.strict import StrictModel, parse_json, validate_json
 from runtime.chat.conversation import SavedMessage
-from runtime.chat.template import encode_chat
+from runtime.chat.template import ChatTemplate
 from runtime.generate.limits import Limits, check_prompt
 from runtime.generate.loop import Request
 from runtime.generate.sampling import Sampling
@@ -94,10 +94,11 @@ def read_jobs(path: Path, prepared: Prepared, defaults: Defaults, *, model_id: s
         raise InputError("holds no lines", where=path, expected='{"prompt": "..."} on each', code="E-BATCH")
     parsed = [(f"{path}:{number}", _parse(data, where=f"{path}:{number}")) for number, data in lines]
     _refuse_same_ids(parsed)
-    return [
-        _job(index, line, prepared, defaults, model_id=model_id, where=where)
-        for index, (where, line) in enumerate(parsed)
-    ]
+    with ChatTemplate(prepared.source.folder, vocab_size=prepared.vocab_size) as template:
+        return [
+            _job(index, line, prepared, template, defaults, model_id=model_id, where=where)
+            for index, (where, line) in enumerate(parsed)
+        ]
 
 
 def _parse(data: bytes, *, where: str) -> BatchLine:
@@ -116,9 +117,18 @@ def _refuse_same_ids(lines: Sequence[tuple[str, BatchLine]]) -> None:
         seen[key] = where
 
 
-def _job(index: int, line: BatchLine, prepared: Prepared, defaults: Defaults, *, model_id: str, where: str) -> Job:
+def _job(
+    index: int,
+    line: BatchLine,
+    prepared: Prepared,
+    template: ChatTemplate,
+    defaults: Defaults,
+    *,
+    model_id: str,
+    where: str,
+) -> Job:
     try:
-        ids = _encode(line, prepared)
+        ids = _encode(line, prepared, template)
         sampling = _sampling(line, prepared, defaults.sampling)
         limits = replace(
             defaults.limits,
@@ -136,9 +146,9 @@ def _job(index: int, line: BatchLine, prepared: Prepared, defaults: Defaults, *,
     return Job(index, line.id, request, len(ids) + room, _hash(request, line, model_id))
 
 
-def _encode(line: BatchLine, prepared: Prepared) -> list[int]:
+def _encode(line: BatchLine, prepared: Prepared, template: ChatTemplate) -> list[int]:
     if line.messages is not None:
-        return encode_chat(prepared.tokenizer, [message.model_dump() for message in line.messages])
+        return template.encode([message.model_dump() for message in line.messages])
     return encode_prompt(prepared.tokenizer, line.prompt or "", parses_special=False)
 
 

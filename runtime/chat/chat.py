@@ -9,7 +9,7 @@ from typing import Any, Self
 from plans.errors import UsageError
 from plans.run import FinishReason
 from runtime.chat.conversation import Conversation
-from runtime.chat.template import encode_chat
+from runtime.chat.template import ChatTemplate
 from runtime.generate.loop import Generation, Request
 from runtime.generate.sampling import Sampling
 from runtime.reading.capacity import memory_faults
@@ -63,7 +63,8 @@ class Chat:
     """A conversation with a model.
 
     Args:
-        session: the model; its tokenizer needs a chat template.
+        session: the model.
+        template: its chat template.
         conversation: how it starts.
         sampling: how answers are chosen; every answer has random draws of its own.
         max_tokens: tokens per answer; None until the model ends it or the context is full.
@@ -75,6 +76,7 @@ class Chat:
         self,
         session: AnySession,
         *,
+        template: ChatTemplate,
         conversation: Conversation,
         sampling: Sampling,
         max_tokens: int | None = None,
@@ -83,7 +85,7 @@ class Chat:
     ) -> None:
         self.conversation = conversation
         self.numbers = ChatNumbers()
-        self._session = session
+        self._session, self._template = session, template
         self._sampling = sampling
         self._max_tokens = max_tokens
         self._stop_strings = stop_strings
@@ -132,7 +134,7 @@ class Chat:
 
     def _answer(self, on_text: Callable[[str], None], stopper: "Stopper") -> Answer:
         prepared = self._session.prepared
-        ids = encode_chat(prepared.tokenizer, self.conversation.messages)
+        ids = self._template.encode(self.conversation.messages)
         room = prepared.context_tokens - len(ids)
         if room < 1:
             raise _context_is_full(len(ids), prepared.context_tokens)

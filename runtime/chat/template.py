@@ -1,34 +1,146 @@
 """Turn a conversation into token ids with the checkpoint's own chat template, which nobody has to trust.
 
-transformers renders it in a sandbox; here its time, memory and output are bounded too. Text that a person wrote never
-becomes a special token: it is encoded as plain text.
+A template is a program. Its sandbox keeps it from the machine but not from using it up, and no alarm interrupts one
+long operation: so it runs in a process of its own, `runtime.chat.rendering`, which is bounded and ended from outside.
+Text that a person wrote never becomes a special token: it is encoded as plain text.
 """
 
-import inspect
-import resource
+import contextlib
+import json
+import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
-import psutil
-
-from plans.errors import InputError, printable
+from plans.commands.children import python_command
+from plans.errors import InputError, MachineError, PeerError
+from runtime.distributed.control.channel import receive_frame, send_frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_SECONDS = 2.0
-MAX_EXTRA_BYTES = 512 << 20
+MAX_SECONDS = 5.0
+"""What one conversation may take; a long one takes hundredths of a second."""
+START_SECONDS = 60.0
+MAX_BYTES = 1 << 30
+"""Address space of the process, tokenizer and libraries included."""
 MAX_OUTPUT_CHARACTERS = 16 << 20
+MAX_REPLY_BYTES = 64 << 20
 
 Message = Mapping[str, str]
 """`role` and `content`."""
 
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Every thread of a library reserves address space, which is bounded."""
 
-def check_template(tokenizer: "PreTrainedTokenizerBase", *, folder: Path) -> None:
+
+class ChatTemplate:
+    """The chat template of a checkpoint, in a process that is started when it is first needed and then kept.
+
+    Use it as a context manager: the process ends with the block.
+
+    Args:
+        folder: holds the tokenizer and the template.
+        vocab_size: rows of the embedding.
+    """
+
+    def __init__(self, folder: Path, *, vocab_size: int) -> None:
+        self._folder, self._vocab_size = folder, vocab_size
+        self._child: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation up to where the next answer begins.
+
+        Raises:
+            InputError: the template fails, takes too long, needs too much memory, or writes too much.
+            MachineError: its process does not start.
+        """
+        try:
+            _, connection = self._child = self._child or self._start()
+            return self._ask(connection, [dict(message) for message in messages])
+        except InputError:
+            raise
+        except BaseException:  # Ctrl-C, too: whatever the process is doing, nobody waits for it any longer
+            self._end()
+            raise
+
+    def _ask(self, connection: socket.socket, messages: list[dict[str, str]]) -> list[int]:
+        connection.settimeout(MAX_SECONDS)
+        try:
+            send_frame(connection, json.dumps(messages).encode())
+            data = receive_frame(connection, max_bytes=MAX_REPLY_BYTES)
+        except TimeoutError:
+            self._end()
+            raise broken(f"takes longer than {MAX_SECONDS:g} s") from None
+        except PeerError:
+            self._end()
+            raise broken("writes too much", expected=f"at most {MAX_REPLY_BYTES} bytes") from None
+        except OSError:
+            data = None
+        if data is None:
+            raise broken(f"needs more than {MAX_BYTES >> 20} MiB, or crashes: its process {self._last_words()}")
+        reply: dict[str, Any] = json.loads(data)
+        if "ids" not in reply:
+            raise InputError(**reply)
+        ids: list[int] = reply["ids"]
+        return ids
+
+    def _start(self) -> tuple["subprocess.Popen[bytes]", socket.socket]:
+        ours, theirs = socket.socketpair()
+        words = [str(self._folder.absolute()), self._vocab_size, theirs.fileno(), os.getpid()]
+        with theirs:
+            process = subprocess.Popen(
+                python_command("runtime.chat.rendering", *map(str, words)),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in a terminal reaches this process, which ends that one
+                env={**os.environ, **_ONE_THREAD},
+            )
+        self._child = process, ours
+        ours.settimeout(START_SECONDS)
+        try:
+            is_ready = receive_frame(ours, max_bytes=MAX_REPLY_BYTES) is not None
+        except OSError:
+            is_ready = False
+        if not is_ready:
+            raise MachineError(f"the process that renders chat templates did not start: it {self._last_words()}")
+        return self._child
+
+    def _end(self) -> None:
+        """End the process, whatever it is doing."""
+        child, self._child = self._child, None
+        if child is not None:
+            process, connection = child
+            connection.close()
+            process.kill()
+            process.wait()
+
+    def _last_words(self) -> str:
+        """Return how the process ended, which has closed its end of the connection."""
+        assert self._child is not None
+        process, _ = self._child
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1.0)
+        self._end()
+        code = process.returncode
+        return f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+
+
+def check_template(template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase", *, folder: Path) -> None:
     """Require a chat template that renders a short conversation.
 
     Raises:
@@ -41,43 +153,7 @@ def check_template(tokenizer: "PreTrainedTokenizerBase", *, folder: Path) -> Non
             hint="it was not made for conversations; continue a text with llamarun generate",
             code="E-TEMPLATE",
         )
-    from jinja2 import Environment
-
-    with _explained():
-        source = tokenizer.get_chat_template()
-        # A power of large integers is one operation that no alarm interrupts; templates have no use for it.
-        if any(kind == "operator" and text == "**" for _line, kind, text in Environment().lex(source)):
-            raise _broken("uses the operator **", expected="a template without powers")
-    encode_chat(tokenizer, [{"role": "user", "content": "x"}])
-
-
-def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """Return the token ids of a conversation up to where the next answer begins.
-
-    Raises:
-        InputError: the template fails, takes too long, or writes too much.
-    """
-    library: Any = tokenizer
-    conversation = [dict(message) for message in messages]
-    special = special_tokens_in(tokenizer, messages)
-    if special and "sanitize_control_tokens" not in inspect.signature(library.apply_chat_template).parameters:
-        raise InputError(
-            f"a message holds the special token {special[0]}",
-            hint="this version of transformers cannot encode it as plain text; write it differently",
-            code="E-SPECIAL",
-        )
-    with _explained():
-        with _time_limit(), _memory_limit():
-            text = library.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        if len(text) > MAX_OUTPUT_CHARACTERS:
-            raise _broken(f"writes {len(text)} characters", expected=f"at most {MAX_OUTPUT_CHARACTERS}")
-        if not special:
-            return list(library(text, add_special_tokens=False)["input_ids"])
-        return list(
-            library.apply_chat_template(
-                conversation, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-            )
-        )
+    template.encode([{"role": "user", "content": "x"}])
 
 
 def special_tokens_in(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[str]:
@@ -86,54 +162,6 @@ def special_tokens_in(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[M
     return sorted(name for name in names if any(name in message["content"] for message in messages))
 
 
-class _TimeUpError(Exception):
-    """The template took too long."""
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turn whatever a template does wrong into one error."""
-    from jinja2 import TemplateError
-
-    try:
-        yield
-    except _TimeUpError:
-        raise _broken(f"takes longer than {MAX_SECONDS:g} s") from None
-    except (MemoryError, OverflowError):
-        raise _broken(f"needs more than {MAX_EXTRA_BYTES >> 20} MiB") from None
-    except TemplateError as error:
-        raise _broken(f"fails: {printable(error, limit=200)}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise _broken(f"fails: {type(error).__name__}: {printable(error, limit=200)}") from None
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    def ring(_number: int, _frame: FrameType | None) -> None:
-        raise _TimeUpError
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
-def _memory_limit() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = psutil.Process().memory_info().vms + MAX_EXTRA_BYTES
-    limits = [wanted, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _broken(what: str, *, expected: str = "") -> InputError:
+def broken(what: str, *, expected: str = "") -> InputError:
+    """Return the error of a template that does not work."""
     return InputError(what, where="chat template", expected=expected, code="E-TEMPLATE")

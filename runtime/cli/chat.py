@@ -50,14 +50,17 @@ def chat(
     from runtime.chat.chat import Chat
     from runtime.chat.commands import ChatCommands
     from runtime.chat.conversation import Conversation, read_conversation
-    from runtime.chat.template import check_template
+    from runtime.chat.template import ChatTemplate, check_template
     from runtime.reading.opening import check_sources_unchanged
 
-    check_template(prepared.tokenizer, folder=prepared.source.folder)
+    folder = prepared.source.folder
+    template = context.with_resource(ChatTemplate(folder, vocab_size=prepared.vocab_size))
+    check_template(template, prepared.tokenizer, folder=folder)
     start = Conversation(system) if conversation is None else read_conversation(conversation)
     with run.session() as session:
         talk = Chat(
             session,
+            template=template,
             conversation=start,
             sampling=merge_sampling(prepared, choices),
             max_tokens=length.max_tokens,
