@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,16 +140,21 @@ def _reach_driver(arguments: Arguments) -> Channel:
     if not address.is_unix and arguments.key_file is None:
         raise UsageError("joining over a network needs the driver's key", expected="--key-file FILE", code="E-KEY")
     key = b"" if arguments.key_file is None else read_key(arguments.key_file)
-    connection = connect(address, seconds=arguments.join_seconds)
-    if not address.is_unix:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    deadline = time.monotonic() + arguments.join_seconds
+    while True:
+        connection = connect(address, seconds=max(0.0, deadline - time.monotonic()))
         try:
-            introduce(connection, key, name=str(address))
-        except OSError as error:
-            raise PeerError(
-                f"the driver closed the connection ({error.strerror or error})", where=str(address), code="E-JOIN"
-            ) from None
-    return Channel(connection, name="the driver")
+            if not address.is_unix:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                introduce(connection, key, name=str(address))
+            return Channel(connection, name="the driver")
+        except OSError as error:  # a crowd of strangers may have pushed this process out before it could say a word
+            connection.close()
+            if time.monotonic() > deadline:
+                raise PeerError(
+                    f"the driver closed the connection ({error.strerror or error})", where=str(address), code="E-JOIN"
+                ) from None
+            time.sleep(0.1)
 
 
 def _join(channel: Channel, arguments: Arguments, identity: Identity) -> Job:

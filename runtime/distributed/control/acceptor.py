@@ -1,7 +1,8 @@
 """Take connections of workers, and keep everybody else from doing harm.
 
 Whoever connects has a few seconds to prove the key, may say a few bytes until then, and shares a bounded number of
-places with others who have not proved anything yet.
+places with others who have not proved anything yet. Where all are taken, the newest takes that of the one who waits
+longest: a worker proves its key at once, a stranger who says nothing never keeps it out.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from plans.errors import PeerError
-from runtime.distributed.control.address import is_same_user
+from runtime.distributed.control.address import is_same_user, remove_socket
 from runtime.distributed.control.channel import Channel
 from runtime.distributed.control.keys import HANDSHAKE_SECONDS, welcome
 
@@ -39,17 +40,19 @@ class Acceptor:
         self._listener, self._key = listener, key
         self._admit, self._warn = admit, warn
         self._warned: set[str] = set()
-        self._places = threading.BoundedSemaphore(MAX_STRANGERS)
+        self._strangers: dict[socket.socket, None] = {}  # in the order in which they came
+        self._lock = threading.Lock()
         threading.Thread(target=self._accept_all, daemon=True, name="accept").start()
 
     def close(self) -> None:
         """Stop listening; a socket file goes away."""
         name = self._listener.getsockname()
-        if isinstance(name, str) and name:
-            Path(name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        if isinstance(name, str) and name:
+            with contextlib.suppress(OSError):  # somebody else's by now
+                remove_socket(Path(name))
 
     def _accept_all(self) -> None:
         while True:
@@ -57,11 +60,17 @@ class Acceptor:
                 connection, address = self._listener.accept()
             except OSError:
                 return
-            if self._places.acquire(blocking=False):
-                name = str(address[0]) if address else "a socket file"
-                threading.Thread(target=self._greet, args=(connection, name), daemon=True).start()
-            else:
-                connection.close()
+            self._make_place(connection)
+            name = str(address[0]) if address else "a socket file"
+            threading.Thread(target=self._greet, args=(connection, name), daemon=True).start()
+
+    def _make_place(self, connection: socket.socket) -> None:
+        with self._lock:
+            if len(self._strangers) >= MAX_STRANGERS:
+                longest = next(iter(self._strangers))
+                del self._strangers[longest]
+                _hang_up(longest)
+            self._strangers[connection] = None
 
     def _greet(self, connection: socket.socket, name: str) -> None:
         # A stranger who sends a byte now and then must leave in time, too.
@@ -76,7 +85,8 @@ class Acceptor:
             return
         finally:
             timer.cancel()
-            self._places.release()
+            with self._lock:
+                self._strangers.pop(connection, None)
         connection.settimeout(HANDSHAKE_SECONDS)
         self._admit(Channel(connection, name=name))
 

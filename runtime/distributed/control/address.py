@@ -1,9 +1,12 @@
 """Where the driver listens for workers, and where workers find it."""
 
+import contextlib
+import errno
 import ipaddress
 import os
 import re
 import socket
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +68,9 @@ def listen(address: Address) -> tuple[socket.socket, Address]:
         raise MachineError(
             f"cannot listen: {error.strerror or error} (errno {error.errno})",
             where=str(address),
-            hint="another run may have the port ('ss -ltnp' shows whose it is); port 0 takes a free one; the address "
+            hint="take another name, or remove what is there"
+            if address.is_unix
+            else "another run may have the port ('ss -ltnp' shows whose it is); port 0 takes a free one; the address "
             "must be one of this machine",
             code="E-LISTEN",
         ) from None
@@ -95,6 +100,28 @@ def connect(address: Address, *, seconds: float) -> socket.socket:
                     code="E-JOIN",
                 ) from None
             time.sleep(0.2)
+
+
+def remove_socket(path: Path) -> None:
+    """Remove a socket file of this user at which nobody listens any more; nothing else.
+
+    Raises:
+        OSError: there is something else, or somebody listens.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
+        raise FileExistsError(errno.EEXIST, "something that is no socket of this user has this name")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(BlockingIOError):
+        probe.settimeout(0)  # whoever listens may not be accepting
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise OSError(errno.EADDRINUSE, "somebody listens there")
 
 
 def is_same_user(connection: socket.socket) -> bool:
@@ -128,7 +155,7 @@ def _tcp_listener(address: Address) -> socket.socket:
 
 
 def _unix_listener(address: Address) -> socket.socket:
-    Path(address.path).unlink(missing_ok=True)
+    remove_socket(Path(address.path))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(address.path)

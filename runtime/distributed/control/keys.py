@@ -116,7 +116,7 @@ def _hear(connection: socket.socket, names: set[str], *, deadline: float) -> dic
     connection.settimeout(max(0.01, deadline - time.monotonic()))
     data = receive_frame(connection, max_bytes=MAX_GREETING_BYTES)
     if data is None:
-        raise PeerError("the other end closed the connection during the greeting", code="E-PROTOCOL")
+        raise ConnectionAbortedError("it closed during the greeting")
     try:
         document = parse_json(data, where="greeting")
     except InputError:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from jobs import generate
+from nursery import Nursery, open_nursery
 from transformers import PreTrainedConfig
 
 from exporter import export
@@ -76,6 +77,13 @@ def one_process_text(exports: Callable[[int], Path]) -> Callable[..., bytes]:
 def greedy_text(one_process_text: Callable[..., bytes]) -> Callable[[int], bytes]:
     """What one process writes for so many tokens."""
     return cache(lambda num_tokens: one_process_text("--temp", 0, "-c", 1024, tokens=num_tokens))
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Starts processes that have imported everything already."""
+    with open_nursery() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

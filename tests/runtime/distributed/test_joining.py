@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 from jobs import Job, generate, started, wait_for
+from nursery import Nursery
 
 from plans.errors import PeerError
+from runtime.distributed.control.acceptor import MAX_STRANGERS, Acceptor
+from runtime.distributed.control.address import listen, parse_address
 from runtime.distributed.control.channel import receive_frame, send_frame
 from runtime.distributed.control.keys import introduce, welcome
 from tests.conftest import RunCommand
@@ -152,6 +155,43 @@ def test_a_port_that_is_taken_or_an_address_of_another_machine_is_named(
         assert (code, address in said, "port 0" in said) == (MACHINE, True, True)
     code, said = refuse(exports, run_command, "--listen", "192.0.2.1:0", "--key-file", key, "--trusted-network")
     assert (code, "192.0.2.1" in said) == (MACHINE, True)
+
+
+@pytest.mark.row("P12")
+def test_a_socket_file_takes_the_name_of_nothing_but_a_socket_that_was_left_behind(
+    exports: Exports, run_command: RunCommand, tmp_path: Path
+) -> None:
+    file, link, live = (tmp_path / name for name in ("file", "link", "live"))
+    file.write_text("precious")
+    link.symlink_to(file)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(live))
+        other.listen()
+        for path in (file, link, live, tmp_path):
+            code, said = refuse(exports, run_command, "--listen", f"unix:{path}")
+            assert (code, "cannot listen" in said, str(path) in said) == (MACHINE, True, True), said
+    assert file.read_text() == "precious"
+    assert link.is_symlink()
+    # Nobody listens at it any more: it is what a killed run leaves behind.
+    listener, _ = listen(parse_address(f"unix:{live}", where="--listen"))
+    Acceptor(listener, key=b"", admit=lambda _channel: None, warn=lambda _text: None).close()
+    assert not live.exists()
+
+
+@pytest.mark.row("P13")
+def test_silent_strangers_keep_no_worker_out(exports: Exports, key: Path, nursery: Nursery, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    line = generate(exports(2), "--listen", address, "--key-file", key, "-c", 1024, tokens=3)
+    words = ["llamarun", *(word for word in line if word != "--processes")]
+    job = nursery.start(words, output=tmp_path / "driver")
+    wait_for(lambda: "listening on" in job.said)
+    with ExitStack() as stack:
+        for _ in range(3 * MAX_STRANGERS):
+            stack.enter_context(stranger(address, b""))
+        join = ["runtime.worker", exports(2), "--rank", 1, "--join", address, "--key-file", key]
+        worker = nursery.start(join, output=tmp_path / "worker")
+        assert [process.end(within=60)[0] for process in (job, worker)] == [0, 0], job.said + worker.said
 
 
 @pytest.mark.row("N13")
