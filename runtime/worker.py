@@ -19,13 +19,13 @@ from types import FrameType
 from typing import NoReturn
 
 from plans.commands.children import die_with
-from plans.commands.console import leave, run_call
+from plans.commands.console import Terminated, leave, run_call
 from plans.errors import LlamaplanError, PeerError, UsageError
 from runtime.distributed.control.address import Address, connect, parse_address
 from runtime.distributed.control.channel import Channel
 from runtime.distributed.control.identity import identity_of
 from runtime.distributed.control.keys import introduce, read_key
-from runtime.distributed.control.messages import Abort, Beat, Failed, Identity, Job, Join, Refused
+from runtime.distributed.control.messages import Abort, Beat, Failed, Identity, Job, Join, Refused, ended_by
 from runtime.distributed.torchrun import Torchrun, torchrun_here
 from runtime.reading.opening import Source, open_source, parse_device_map
 
@@ -123,8 +123,12 @@ def _work(arguments: Arguments) -> NoReturn:
             f"there is no rank {arguments.rank} for a worker", expected=f"1 to {identity.num_stages - 1}", code="E-RANK"
         )
     channel = inherited or _reach_driver(arguments)
-    job = _join(channel, arguments, identity)
-    _beat_until(imports, channel)
+    try:
+        job = _join(channel, arguments, identity)
+        _beat_until(imports, channel)
+    except Terminated as end:
+        channel.try_send(ended_by(end.exit_code - 128))
+        raise
     _serve(channel, arguments, source, identity, job)
 
 

@@ -208,7 +208,7 @@ class Run:
             yield session
 
     def _settings(self, *, traces: bool) -> "ProcessSettings":
-        from runtime.distributed.control.team import Patience
+        from runtime.distributed.control.silence import Patience
         from runtime.distributed.session import ProcessSettings
 
         team = self.team

@@ -9,9 +9,10 @@ import os
 import queue
 import socket
 import stat
+import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 import torch.distributed.distributed_c10d as c10d
 
-from plans.errors import LlamaplanError
+from plans.errors import PeerError
+from runtime.distributed.control.messages import LinkCounts
 from runtime.distributed.control.store import SharedStore
 from runtime.distributed.header import DTYPE_CODES, NUM_WORDS, Header, Stamp, pack, unpack
 
 FOREVER = timedelta(days=365)
-"""Liveness is the control connection's business: an idle chat is no fault."""
+"""An idle chat is no fault. Whoever watches over the run finds the link that is silent; see `control.silence`."""
 
 MAX_WAITING_MESSAGES = 4
 """Steps a stage may be ahead of the next one, or behind the one before."""
@@ -72,6 +74,7 @@ class Links:
         place: this process in the chain.
         store: how the processes find each other.
         stamp: what headers of this run and epoch carry.
+        on_linked: told the link, by the rank that sends on it, whenever one is connected.
         expect: checks a header against what must come next, before its payload is received.
         inbox: gets what arrives; if it is bounded and full, the sender has to wait.
         report: told once, with the peer's rank and a sentence, when a connection breaks.
@@ -84,6 +87,7 @@ class Links:
         store: SharedStore,
         *,
         stamp: Stamp,
+        on_linked: Callable[[int], None],
         expect: Expect,
         inbox: "queue.Queue[Any]",
         report: Callable[[int, Exception], None],
@@ -93,9 +97,9 @@ class Links:
         self._expect, self._inbox, self._report = expect, inbox, report
         self._is_over = is_over
         self._is_broken = threading.Event()
-        before = _sockets()
-        self._gloo = _gloo(place, c10d.PrefixStore(f"epoch{stamp.epoch}", store))
-        self._own_sockets = _sockets() - before
+        self._num_sent = self._num_received = 0
+        self._is_waiting = False
+        self._ends = _connect(place, c10d.PrefixStore(f"epoch{stamp.epoch}", store), on_linked)
         self._nccl = _nccl(place, c10d.PrefixStore(f"nccl{stamp.epoch}", store)) if place.uses_nccl else None
         self._outbox: queue.Queue[tuple[Header, torch.Tensor] | None] = queue.Queue()
         self._room = threading.Semaphore(MAX_WAITING_MESSAGES)
@@ -114,17 +118,30 @@ class Links:
                 return
         self._outbox.put((header, tensor))
 
+    def counts(self) -> LinkCounts:
+        """Return how far data has come."""
+        return LinkCounts(
+            epoch=self._stamp.epoch,
+            sent=self._num_sent,
+            received=self._num_received,
+            received_bytes=sum(map(_received_bytes, self._ends[self._place.previous].connections())),
+            is_waiting=self._is_waiting,
+        )
+
     def close(self) -> None:
         """Break every connection and end both threads."""
         self._is_broken.set()
         self._outbox.put(None)
-        _shut_down(self._own_sockets)
+        for end in self._ends.values():
+            end.shut_down()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=1.0)
         if self._nccl is not None:
             self._nccl.abort()
-        self._gloo = self._nccl = None
+        for end in self._ends.values():
+            end.group = None
+        self._nccl = None
 
     def _put(self, target: "queue.Queue[Any]", item: object) -> None:
         while not self._is_broken.is_set():
@@ -135,30 +152,39 @@ class Links:
     def _guard(self, loop: Callable[[], None], peer: int) -> None:
         try:
             loop()
-        except (RuntimeError, LlamaplanError) as error:
+        except Exception as error:  # a thread that ends unheard would leave everybody waiting
             if not self._is_broken.is_set():
                 self._report(peer, error)
 
     def _send_all(self) -> None:
-        group = self._gloo
+        group = self._ends[self._place.rank].group
         while (item := self._outbox.get()) is not None and not self._is_broken.is_set():
             header, payload = item
             words = torch.tensor(pack(header, self._stamp), dtype=torch.int64)
-            group.send([words], self._place.next, 0).wait()
+            self._num_sent += 1
+            group.send([words], RECEIVER, 0).wait()
             if header.payload_bytes:
-                carrier: Any = self._nccl if payload.is_cuda else group
-                carrier.send([payload], self._place.next, 1).wait()
+                nccl: Any = self._nccl if payload.is_cuda else None
+                if nccl:
+                    nccl.send([payload], self._place.next, 1).wait()
+                else:
+                    group.send([payload], RECEIVER, 1).wait()
                 self._room.release()
 
     def _receive_all(self) -> None:
         words = torch.zeros(NUM_WORDS, dtype=torch.int64)
-        group = self._gloo
+        group = self._ends[self._place.previous].group
         while not self._is_broken.is_set():
-            group.recv([words], self._place.previous, 0).wait()
+            self._is_waiting = True
+            group.recv([words], SENDER, 0).wait()
+            self._is_waiting = False
             header = unpack(words.tolist(), self._stamp)
             self._expect(header)
             started = time.perf_counter()
+            self._is_waiting = True
             payload = self._receive_payload(header, group)
+            self._is_waiting = False
+            self._num_received += 1
             self._put(self._inbox, Arrival(header, payload, time.perf_counter() - started))
 
     def _receive_payload(self, header: Header, group: Any) -> torch.Tensor:
@@ -167,20 +193,73 @@ class Links:
             return torch.empty(0, dtype=dtype)
         nccl = self._nccl if dtype.is_floating_point else None
         payload = torch.empty(header.shape, dtype=dtype, device=self._place.device if nccl else "cpu")
-        (nccl or group).recv([payload], self._place.previous, 1).wait()
+        if nccl:
+            nccl.recv([payload], self._place.previous, 1).wait()
+        else:
+            group.recv([payload], SENDER, 1).wait()
         return payload.to(self._place.device) if dtype.is_floating_point else payload
 
 
 TORCH_DTYPES: dict[int, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPE_CODES.items()}
 
 
-def _gloo(place: Place, store: c10d.Store) -> Any:
+SENDER, RECEIVER = 0, 1
+"""Ranks in the group of one link: data flows in one direction."""
+
+
+@dataclass(slots=True)
+class End:
+    """This process's end of one link.
+
+    Attributes:
+        group: the group of the link's two processes; None once it is closed.
+        sockets: its sockets; gloo shows none of them.
+    """
+
+    group: Any
+    sockets: set[tuple[int, int]]
+
+    def connections(self) -> Iterator[socket.socket]:
+        """Yield a copy of each connected socket that is still there."""
+        for descriptor, inode in self.sockets:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
+                is_ours = os.fstat(copy.fileno()).st_ino == inode
+                # gloo ends the process if its listening socket fails.
+                if is_ours and not copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    yield copy
+
+    def shut_down(self) -> None:
+        """Wake whoever waits for it, with an error."""
+        for connection in self.connections():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def _connect(place: Place, store: c10d.Store, on_linked: Callable[[int], None]) -> dict[int, End]:
+    """Connect to both neighbours; returns the ends of the two links by the rank that sends on them.
+
+    Everybody takes the links in the order of the chain, so that nobody waits for somebody who waits for them, and the
+    first link that is missing is the one to blame.
+
+    Raises:
+        PeerError: a connection was refused.
+    """
     gloo: Any = c10d.ProcessGroupGloo
     options = gloo._Options()
     # Bound to one address: by default gloo listens wherever the machine's own name leads.
     options._devices = [gloo.create_device(hostname=place.address)]
     options._timeout = FOREVER
-    return gloo(store, place.rank, place.num_ranks, options)
+    ends: dict[int, End] = {}
+    for link in sorted({place.rank, place.previous}):
+        before, role = _sockets(), SENDER if link == place.rank else RECEIVER
+        try:
+            group = gloo(c10d.PrefixStore(f"link{link}", store), role, 2, options)
+        except RuntimeError as error:
+            peer = place.next if role == SENDER else place.previous
+            raise PeerError(f"no data connection to rank {peer}: {str(error).splitlines()[0]}", code="E-LINK") from None
+        ends[link] = End(group, _sockets() - before)
+        on_linked(link)
+    return ends
 
 
 def _nccl(place: Place, store: c10d.Store) -> Any:
@@ -202,9 +281,10 @@ def _sockets() -> set[tuple[int, int]]:
     return found
 
 
-def _shut_down(sockets: set[tuple[int, int]]) -> None:
-    for descriptor, _inode in sockets & _sockets():
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
-            # gloo ends the process if its listening socket fails.
-            if not copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                copy.shutdown(socket.SHUT_RDWR)
+_TCP_INFO = struct.Struct("=8B24I4Q")
+"""The beginning of Linux's `struct tcp_info`; its last field here is `tcpi_bytes_received`."""
+
+
+def _received_bytes(connection: socket.socket) -> int:
+    data = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    return int(_TCP_INFO.unpack(data)[-1]) if len(data) == _TCP_INFO.size else 0

@@ -9,7 +9,7 @@ import torch
 from plans.errors import LlamaplanError
 from runtime.distributed.clocks import StageClock
 from runtime.distributed.control.control import Control
-from runtime.distributed.control.messages import Broken, Failed, Form, Formed, Identity, Job, Ready
+from runtime.distributed.control.messages import Broken, Failed, Form, Formed, Identity, Job, Linked, Ready
 from runtime.distributed.header import CLOSE, DTYPE_CODES, TOKENS, Header, Stamp
 from runtime.distributed.links import MAX_WAITING_MESSAGES, Arrival, Links, Place
 from runtime.distributed.loading import LoadedStage, LoadSettings, load_stage, share_threads
@@ -40,6 +40,7 @@ class Worker:
         self._clock = StageClock(traces=traces, is_fast=loaded.stage.path == FAST_PATH)
         self._links: Links | None = None
         control.answer_with(self._clock.take)
+        control.count_with(lambda: None if self._links is None else self._links.counts())
 
     @property
     def _is_last(self) -> bool:
@@ -75,6 +76,7 @@ class Worker:
             place,
             self._control.store,
             stamp=Stamp.of(self._identity.model_id, epoch=form.epoch),
+            on_linked=lambda link: self._control.say(Linked(epoch=form.epoch, link=link)),
             expect=self._expect,
             inbox=inbox,
             report=lambda peer, error: self._report(form, peer, error),

@@ -1,6 +1,8 @@
 """A session whose stages run in processes of their own; it stands where a `runtime.session.Session` would."""
 
+import queue
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -13,7 +15,8 @@ from runtime.distributed.control.identity import identity_of
 from runtime.distributed.control.launch import LocalWorkers
 from runtime.distributed.control.members import describe, exit_code_of
 from runtime.distributed.control.messages import Numbers
-from runtime.distributed.control.team import Loss, Patience, Team
+from runtime.distributed.control.silence import Patience
+from runtime.distributed.control.team import Loss, Team
 from runtime.distributed.flow import Flow, HeldCache, KeptColumns, make_flow
 from runtime.distributed.header import Stamp
 from runtime.distributed.links import Links, Place
@@ -136,16 +139,37 @@ class ProcessSession:
             device=self._loaded.stage.device,
             uses_nccl=uses_nccl,
         )
-        self._pipeline.links = Links(
-            place,
-            self._team.store,
-            stamp=Stamp.of(identity_of(self.source).model_id, epoch=epoch),
-            expect=self._pipeline.expect,
-            inbox=self._team.events,
-            report=self._report,
-            is_over=lambda: self._team.fault is not None or self._team.loss is not None,
-        )
+        links = self._pipeline.links = self._links(place, epoch=epoch)
+        self._team.count_links = links.counts
         self._team.wait_until_formed()
+
+    def _links(self, place: Place, *, epoch: int) -> Links:
+        """Connect to both neighbours; in a thread, since nothing interrupts gloo while it waits for them."""
+        made: queue.Queue[Links | Exception] = queue.Queue()
+
+        def connect() -> None:
+            try:
+                made.put(
+                    Links(
+                        place,
+                        self._team.store,
+                        stamp=Stamp.of(identity_of(self.source).model_id, epoch=epoch),
+                        on_linked=lambda link: self._team.links.linked(0, link, epoch=epoch),
+                        expect=self._pipeline.expect,
+                        inbox=self._team.events,
+                        report=self._report,
+                        is_over=lambda: self._team.fault is not None or self._team.loss is not None,
+                    )
+                )
+            except Exception as error:  # it belongs to whoever waits
+                made.put(error)
+
+        threading.Thread(target=connect, daemon=True, name="connect").start()
+        self._team.wait_until(lambda: not made.empty())
+        links = made.get()
+        if isinstance(links, Exception):
+            raise links
+        return links
 
     def generate_requests(
         self,
@@ -261,7 +285,7 @@ class ProcessSession:
         if isinstance(error, LlamaplanError):
             self._team.fail(error)
         else:
-            self._team.suspect(f"the data connection to rank {peer} broke: {str(error).splitlines()[0]}")
+            self._team.suspect(0, peer, str(error).splitlines()[0])
 
 
 class _Watch:

@@ -22,11 +22,13 @@ from runtime.distributed.control.messages import (
     Finish,
     Finished,
     Form,
+    LinkCounts,
     Message,
     Numbers,
     Open,
     Progress,
     Put,
+    ended_by,
 )
 from runtime.distributed.control.store import SharedStore
 
@@ -53,6 +55,7 @@ class Control:
         self._changed = threading.Condition()
         self._openings: dict[int, Open] = {}
         self._numbers: Callable[[int], Numbers] | None = None
+        self._counts: Callable[[], LinkCounts | None] = lambda: None
         self.form: Form | None = None
         self.store = SharedStore(channel.try_send, has_ended=lambda: False)
         for loop in (self._listen, self._beat):
@@ -69,6 +72,10 @@ class Control:
     def answer_with(self, numbers: Callable[[int], Numbers]) -> None:
         """Name what answers when the driver asks for numbers."""
         self._numbers = numbers
+
+    def count_with(self, counts: Callable[[], LinkCounts | None]) -> None:
+        """Name what says how far data has come."""
+        self._counts = counts
 
     def wait_for_form(self, *, newer_than: int) -> Form:
         """Return the next order to connect."""
@@ -143,9 +150,9 @@ class Control:
                 self._channel.last_heard = woke  # it was this process that stood still
             if woke - beat_at >= min(1.0, self._heartbeat_seconds / 4):
                 beat_at = woke
-                self.say(Beat())
+                self.say(Beat(counts=self._counts()))
             if self._signal:
-                self.say(Failed(exit_code=ExitCode.INTERRUPTED, code="E-INTERRUPTED", line="was interrupted"))
+                self.say(ended_by(self._signal))
                 _leave(128 + self._signal)
             if woke - self._channel.last_heard > self._heartbeat_seconds:
                 self._lost(f"the driver has given no sign of life for {self._heartbeat_seconds:.0f} s")

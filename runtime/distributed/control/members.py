@@ -19,7 +19,7 @@ from plans.errors import (
     printable,
 )
 from runtime.distributed.control.channel import Channel
-from runtime.distributed.control.messages import Failed, Join, Numbers, Ready
+from runtime.distributed.control.messages import ENDED, Failed, Join, Numbers, Ready
 
 
 def exit_code_of(error: BaseException | None) -> int:
@@ -68,7 +68,9 @@ class LocalProcess:
         if code == -signal.SIGKILL:
             return f"was killed by signal 9 (by hand, or by the system for lack of memory){said}"
         if code < 0:
-            return f"was killed by signal {-code}{said}"
+            return f"was killed by {signal.Signals(-code).name}{said}"
+        if code > 128:  # it could still tidy up
+            return f"was ended by {signal.Signals(code - 128).name}"
         return f"left with exit code {code}{said}"
 
 
@@ -85,6 +87,8 @@ class Member:
     ready: Ready | None = None
     formed_epoch: int = -1
     numbers: Numbers | None = None
+    farewell: str = ""
+    """What ended it, if it could say so."""
     is_finished: bool = False
     is_replaced: bool = False
 
@@ -95,6 +99,8 @@ class Member:
 
     def ended(self) -> PeerError:
         """Return the error of a worker whose control connection is gone."""
+        if self.farewell:
+            return PeerError(f"{self.who} {self.farewell}", code=ENDED)
         what = self.local.last_words() if self.local else "is gone: its control connection broke"
         return PeerError(f"{self.who} {what}", code="E-LOST")
 

@@ -3,11 +3,12 @@
 Hidden states and token ids never come this way; see `runtime.distributed.links`.
 """
 
+import signal
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from plans.errors import PeerError
+from plans.errors import ExitCode, PeerError
 from plans.reading.strict import StrictModel, parse_json
 
 PROTOCOL = 2
@@ -15,6 +16,9 @@ PROTOCOL = 2
 
 Text = Annotated[str, Field(max_length=4000)]
 Rank = Annotated[int, Field(ge=0, le=65535)]
+ENDED = "E-ENDED"
+"""Code of a worker that was told to end: as good as lost, but it could say so."""
+
 Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
@@ -100,8 +104,17 @@ class Put(StrictModel):
     """Base64."""
 
 
+class Linked(StrictModel):
+    """Worker: its end of one link is connected."""
+
+    kind: Literal["linked"] = "linked"
+    epoch: Natural
+    link: Rank
+    """The rank that sends on it."""
+
+
 class Formed(StrictModel):
-    """Worker: connected."""
+    """Worker: connected to both neighbours."""
 
     kind: Literal["formed"] = "formed"
     epoch: Natural
@@ -139,10 +152,25 @@ class Open(StrictModel):
     """Tokens of that cache that stay."""
 
 
+class LinkCounts(StrictModel):
+    """What one process has sent to the next and received from the previous one since they connected."""
+
+    epoch: Natural
+    sent: Natural
+    """Messages begun."""
+    received: Natural
+    """Messages that arrived in full."""
+    received_bytes: Natural
+    """Bytes that the previous process's connection has brought, those of a message under way included."""
+    is_waiting: bool
+    """Whether this process waits for more of them."""
+
+
 class Beat(StrictModel):
-    """Both ways, all the time: still here."""
+    """Both ways, all the time: still here. A connected worker adds how far its data has come."""
 
     kind: Literal["beat"] = "beat"
+    counts: LinkCounts | None = None
 
 
 class Failed(StrictModel):
@@ -152,6 +180,14 @@ class Failed(StrictModel):
     exit_code: int
     code: Text
     line: Text
+
+
+def ended_by(number: int) -> Failed:
+    """Return the last message of a worker that a signal ends."""
+    name = signal.Signals(number).name
+    if number == signal.SIGINT:
+        return Failed(exit_code=ExitCode.INTERRUPTED, code="E-INTERRUPTED", line=f"was interrupted by {name}")
+    return Failed(exit_code=ExitCode.PEER, code=ENDED, line=f"was ended by {name}")
 
 
 class Broken(StrictModel):
@@ -216,7 +252,7 @@ class Finished(StrictModel):
 
 
 Message = (
-    Join | Job | Refused | Progress | Ready | Form | Put | Formed | Open | Beat | Failed | Broken | Abort
+    Join | Job | Refused | Progress | Ready | Form | Put | Linked | Formed | Open | Beat | Failed | Broken | Abort
     | Ask | Numbers | Finish | Finished
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from runtime.distributed.control.channel import Channel
 from runtime.distributed.control.identity import check_identity
 from runtime.distributed.control.members import LocalProcess, Member, error_of
 from runtime.distributed.control.messages import (
+    ENDED,
     Abort,
     Ask,
     Beat,
@@ -30,6 +31,8 @@ from runtime.distributed.control.messages import (
     Identity,
     Job,
     Join,
+    LinkCounts,
+    Linked,
     Message,
     Numbers,
     Progress,
@@ -37,6 +40,7 @@ from runtime.distributed.control.messages import (
     Ready,
     Refused,
 )
+from runtime.distributed.control.silence import LinkWatch, Patience
 from runtime.distributed.control.store import SharedStore
 
 BLAME_SECONDS = 1.0
@@ -61,19 +65,6 @@ class Loss:
     error: PeerError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long things may take, in seconds."""
-
-    join_seconds: float = 60.0
-    heartbeat_seconds: float = 30.0
-
-    @property
-    def beat_seconds(self) -> float:
-        """Time between two heartbeats."""
-        return min(1.0, self.heartbeat_seconds / 4)
-
-
 class Team:
     """All workers of a run.
 
@@ -89,6 +80,8 @@ class Team:
         names: what each stage is called.
         members: the workers, by rank.
         acceptor: takes connections of workers from elsewhere, if there can be any.
+        links: finds the link that is silent.
+        count_links: says how far this process's own data has come, once it is connected.
         store: how torch.distributed finds its peers.
         fault: why the run cannot go on.
         loss: the worker that has to be started again before it can go on.
@@ -119,6 +112,8 @@ class Team:
         self._is_handled = False
         self._is_over = False
         self._suspicion: tuple[float, str] | None = None
+        self.links = LinkWatch(len(self.names), patience=patience, who=self.who)
+        self.count_links: Callable[[], LinkCounts | None] = lambda: None
         self._num_requests = 0
         self._changed = threading.Condition()
         self.store = SharedStore(self.broadcast, has_ended=lambda: self.fault is not None or self._is_over)
@@ -166,7 +161,7 @@ class Team:
             PeerError: one did not join in time, or was lost.
             LlamaplanError: whatever a worker failed with.
         """
-        self._wait(lambda: not self._missing() and all(member.ready for member in self.members.values()))
+        self.wait_until(lambda: not self._missing() and all(member.ready for member in self.members.values()))
 
     def _missing(self) -> list[int]:
         ranks = range(1, len(self.names))
@@ -181,6 +176,10 @@ class Team:
 
     # --- talking ---------------------------------------------------------------------------------------------------
 
+    def who(self, rank: int) -> str:
+        """Return what a process is called, with all that is known of it."""
+        return self.members[rank].who if rank in self.members else self.names[rank]
+
     def broadcast(self, message: Message) -> None:
         """Send to everybody who has joined."""
         for member in list(self.members.values()):
@@ -190,19 +189,21 @@ class Team:
     def form(self, *, uses_nccl: bool) -> int:
         """Tell everybody to connect to their neighbours; returns the epoch the connections belong to."""
         self.epoch += 1
+        self.links.start(self.epoch, now=time.monotonic())
         self.broadcast(Form(epoch=self.epoch, uses_nccl=uses_nccl))
         return self.epoch
 
     def wait_until_formed(self) -> None:
         """Wait until every worker is connected to its neighbours; errors as `wait_until_loaded`."""
-        self._wait(lambda: all(member.formed_epoch == self.epoch for member in self.members.values()))
+        self.wait_until(lambda: all(member.formed_epoch == self.epoch for member in self.members.values()))
+        self.links.connected()
 
     def numbers(self) -> list[Numbers]:
         """Ask every worker for its numbers, in chain order; errors as `wait_until_loaded`."""
         self._num_requests += 1
         request = self._num_requests
         self.broadcast(Ask(request=request))
-        self._wait(lambda: all(m.numbers and m.numbers.request == request for m in self.members.values()))
+        self.wait_until(lambda: all(m.numbers and m.numbers.request == request for m in self.members.values()))
         return [m.numbers for _, m in sorted(self.members.items()) if m.numbers is not None]
 
     def finish(self) -> None:
@@ -268,18 +269,21 @@ class Team:
         with self._changed:
             member = self.members.pop(rank)
             self._started_at, self._suspicion, self.loss = time.monotonic(), None, None
+            self.links.start(None, now=self._started_at)
             self.epoch += 1  # what is still said about the old connections no longer counts
         member.is_replaced = True
         member.channel.close()
         if member.local is not None:
             member.local.end()
 
-    def suspect(self, text: str) -> None:
+    def suspect(self, rank: int, peer: int, reason: str) -> None:
         """Note that a data connection broke; if nobody turns out to be gone, that itself is the fault."""
+        text = f"the data connection between {self.who(rank)} and {self.who(peer)} broke: {reason}"
         with self._changed:
             self._suspicion = self._suspicion or (time.monotonic(), text)
 
-    def _wait(self, is_done: Callable[[], bool]) -> None:
+    def wait_until(self, is_done: Callable[[], bool]) -> None:
+        """Wait for something that the run cannot go on without; errors as `wait_until_loaded`."""
         with self._changed:
             while self.fault is None and self.loss is None and not is_done():
                 self._changed.wait(timeout=0.1)
@@ -315,14 +319,20 @@ class Team:
                 member.ready = message
             case Put():
                 self._on_put(member, message)
+            case Beat() if message.counts is not None:
+                self.links.hear(member.rank, message.counts, now=time.monotonic())
+            case Linked():
+                self.links.linked(member.rank, message.link, epoch=message.epoch)
             case Formed():
                 member.formed_epoch = message.epoch
             case Numbers():
                 member.numbers = message
+            case Failed() if message.code == ENDED:
+                member.farewell = message.line  # its connection ends next
             case Failed():
                 self.fail(error_of(message, who=member.who, is_running=self.epoch > 0))
             case Broken() if message.epoch == self.epoch:
-                self.suspect(f"the data connection from {member.who} to rank {message.peer} broke: {message.text}")
+                self.suspect(member.rank, message.peer, message.text)
             case Finished():
                 member.is_finished = True
 
@@ -354,6 +364,7 @@ class Team:
                 self._leave_now(self.fault)
 
     def _forgive(self) -> None:
+        self.links.forgive()
         for member in list(self.members.values()):
             member.channel.last_heard = time.monotonic()
 
@@ -370,6 +381,10 @@ class Team:
                 self.lose(member, member.silent(limit))
         if now - self._started_at > self._patience.join_seconds and (missing := self._missing()):
             self.fail(self._did_not_join(missing))
+        if (counts := self.count_links()) is not None:
+            self.links.hear(0, counts, now=now)
+        if self.loss is None and (silence := self.links.fault(now=now)) is not None:
+            self.fail(silence)
         suspicion = self._suspicion
         if suspicion is not None and self.loss is None and now - suspicion[0] > BLAME_SECONDS:
             self.fail(PeerError(suspicion[1], code="E-LINK"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from jobs import generate, has_loaded_torch, is_alive, is_connected, started, wait_for
+from nursery import Nursery
 
 LOST, INTERRUPTED = 7, 130
 Exports = Callable[[int], Path]
@@ -98,6 +99,26 @@ def test_ctrl_c_at_a_worker_ends_everybody_too(exports: Exports) -> None:
         code, _, said = job.end(within=5)
         assert code == INTERRUPTED, said
         assert "stage 1 (" in said
+
+
+@pytest.mark.row("P21")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_worker_that_is_told_to_end_says_by_what(
+    exports: Exports, nursery: Nursery, tmp_path: Path, number: signal.Signals
+) -> None:
+    line = generate(exports(2), "--listen", f"unix:{tmp_path / 'socket'}", "-c", 1024)
+    words = ["llamarun", *(word for word in line if word != "--processes")]
+    job = nursery.start(words, output=tmp_path / "driver")
+    wait_for(lambda: "listening on" in job.said)
+    join = ["runtime.worker", exports(2), "--rank", 1, "--join", f"unix:{tmp_path / 'socket'}"]
+    worker = nursery.start(join, output=tmp_path / "worker")
+    wait_for(lambda: job.text)
+    os.kill(worker.pid, number)
+    code, _ = job.end(within=20)
+    assert code == LOST, job.said
+    assert f"stage 1 (layers 4-6, head), process {worker.pid}" in job.said
+    assert f"was ended by {number.name}" in job.said
+    assert worker.end(within=5)[0] == 128 + number
 
 
 @pytest.mark.row("N6")

@@ -15,7 +15,7 @@ from plans.errors import PeerError
 from runtime.distributed.control.messages import Beat, Open, decode, encode
 from runtime.distributed.control.store import SharedStore
 from runtime.distributed.header import NUM_WORDS, STEP, TOKENS, Header, Stamp, check_against, pack, unpack
-from runtime.distributed.links import Links, Place, _gloo
+from runtime.distributed.links import Links, Place, _connect
 
 pytestmark = pytest.mark.row("N10")
 
@@ -87,7 +87,7 @@ def test_a_message_survives_the_way() -> None:
 
 
 class Pair:
-    """Real links of rank 1, and a bare process group as a rank 0 that sends what it likes."""
+    """Real links of rank 1, and a bare end of link 0 as a rank 0 that sends what it likes."""
 
     def __init__(self) -> None:
         self.inbox: queue.Queue[Any] = queue.Queue()
@@ -99,20 +99,23 @@ class Pair:
             for rank in range(2)
         ]
         made: list[Any] = []
+        linked: list[int] = []
         prefixed = c10d.PrefixStore(f"epoch{STAMP.epoch}", stores[0])
-        helper = threading.Thread(target=lambda: made.append(_gloo(places[0], prefixed)))
+        helper = threading.Thread(target=lambda: made.append(_connect(places[0], prefixed, lambda _link: None)))
         helper.start()
         self.links = Links(
             places[1],
             stores[1],
             stamp=STAMP,
+            on_linked=linked.append,
             expect=lambda header: check_against(header, kind=STEP, rows=2, width=8),
             inbox=self.inbox,
             report=lambda _peer, error: self.reports.put(error),
             is_over=lambda: False,
         )
         helper.join()
-        self.evil = made[0]
+        self.evil = made[0][0].group
+        assert linked == [0, 1]
 
     def send(self, words: list[int], payload: torch.Tensor | None = None) -> None:
         self.evil.send([torch.tensor(words)], 1, 0).wait()
@@ -125,6 +128,8 @@ def test_real_links_take_what_is_announced_and_refuse_the_rest() -> None:
     payload = torch.arange(48.0).reshape(2, 3, 8)
     pair.send(pack(HEADER, STAMP), payload)
     assert torch.equal(pair.inbox.get(timeout=20).payload, payload)
+    assert pair.links.counts().received == 1
+    assert pair.links.counts().received_bytes > 8 * NUM_WORDS + payload.nbytes
     pair.send(pack(replace(HEADER, kind=TOKENS), STAMP))
     assert "kind" in str(pair.reports.get(timeout=20))
     assert pair.inbox.empty()
