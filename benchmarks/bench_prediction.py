@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.measure import SHAPES, make_checkpoint
-from planner.measure.layers import MOST_OTHER_CORES, CalmMeter
+from planner.measure.calm import MOST_OTHER_CORES, CalmMeter
 
 MODELS = ("55M:bfloat16", "100M:float32", "135M:bfloat16", "360M:float32", "1.1B:bfloat16")
 CASES = ((1, 112), (2, 496), (3, 1008), (4, 2032))

@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# What is known of the machine the tests run on must not change a plan; tests of the probe turn it on, in a folder.
+os.environ["LLAMAPLAN_PROBE"] = "0"
+
 # Started in the background, a shell has SIGINT ignored, and every process started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

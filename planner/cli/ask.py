@@ -12,6 +12,7 @@ from plans.errors import UsageError, printable
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from planner.measure.known import Known
     from planner.problem.goal import SolverName
     from plans.checkpoint.folder import Checkpoint
     from plans.cluster import Cluster
@@ -79,10 +80,18 @@ class Asked:
     profile: "ModelProfile"
     workload: "Workload"
     cluster: "Cluster"
+    origins: tuple[str, ...] = ()
+    """In words, where the rates and times of this machine's devices are from."""
 
 
 def read_asked(
-    model: str, workload: WorkloadOptions, offer: OfferOptions, *, prefill_chunk_tokens: int | None, screen: Output
+    model: str,
+    workload: WorkloadOptions,
+    offer: OfferOptions,
+    *,
+    prefill_chunk_tokens: int | None,
+    screen: Output,
+    speed: str = "auto",
 ) -> Asked:
     """Read the model and the devices, and say what is odd about the checkpoint."""
     from planner.devices.clusters import load_cluster
@@ -105,4 +114,21 @@ def read_asked(
     )
     for warning in checkpoint.warnings + context_warnings(profile, load):
         screen.warn(warning)
-    return Asked(checkpoint, profile, load, load_cluster(offer.cluster, devices=offer.device, margins=offer.margin))
+    offered = load_cluster(offer.cluster, devices=offer.device, margins=offer.margin)
+    if not offer.probe or offer.cluster is not None:
+        return Asked(checkpoint, profile, load, offered)
+    known = known_of(offered, profile, speed=speed, screen=screen)
+    for origin in known.origins:
+        screen.note(origin)
+    return Asked(checkpoint, profile, load, known.cluster, known.origins)
+
+
+def known_of(cluster: "Cluster", profile: "ModelProfile | None", *, speed: str, screen: Output) -> "Known":
+    """Return the cluster with what is known of this machine, and warn where that may be wrong."""
+    from planner.measure.known import with_known
+
+    with screen.spinner("looking at this machine"):
+        known = with_known(cluster, profile=profile, speed=speed)
+    for warning in known.warnings:
+        screen.warn(warning)
+    return known

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from planner.cli import options
+from planner.cli import ask, options
 from plans.commands.console import Output
 from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
@@ -50,6 +50,7 @@ def devices_command(
     device: options.DeviceOption = None,
     cluster: options.ClusterOption = None,
     margin: options.MarginOption = None,
+    probe: options.ProbeOption = True,
     catalogue: Annotated[bool, typer.Option("--catalogue", help="List common accelerators by name.")] = False,
     measure: MeasureOption = False,
     host: HostOption = None,
@@ -78,15 +79,19 @@ def devices_command(
     if not measure and (model or host or dtype or threads):
         raise UsageError("MODEL, --host, --dtype and --threads belong to --measure", hint="add --measure")
     offered = load_cluster(cluster, devices=device, margins=margin)
+    origins: tuple[str, ...] = ()
     if measure:
-        offered = measured(offered, screen, model=model, host=host, dtype=dtype, threads=threads)
+        offered = measured(offered, screen, model=model, host=host, dtype=dtype, threads=threads, is_kept=probe)
+    elif probe and cluster is None:
+        known = ask.known_of(offered, None, speed="auto", screen=screen)
+        offered, origins = known.cluster, known.origins
     if output is not None:
         write_text(output, offered.to_json())
         screen.note(f"wrote {output}")
     screen.data(offered.model_dump(mode="json", by_alias=True))
     screen.show(show_cluster.device_table(offered))
     if not (printed.as_json or device or cluster):
-        for line in show_cluster.machine_lines(inspect_machine()):
+        for line in show_cluster.machine_lines(inspect_machine(), origins=origins):
             screen.show(line)
     for line in show_cluster.timing_lines(offered):
         screen.show(line)
@@ -100,11 +105,23 @@ def devices_command(
 
 
 def measured(
-    cluster: "Cluster", screen: Output, *, model: str | None, host: str | None, dtype: str | None, threads: int | None
+    cluster: "Cluster",
+    screen: Output,
+    *,
+    model: str | None,
+    host: str | None,
+    dtype: str | None,
+    threads: int | None,
+    is_kept: bool,
 ) -> "Cluster":
-    """Time the devices of this machine and return the cluster with their curves."""
+    """Time the devices of this machine and return the cluster with their curves.
+
+    They are remembered for this machine and model shape, unless the threads are not those that a run would have.
+    """
     from planner.measure.cluster import measure_cluster
+    from planner.measure.known import remember_measurement
     from planner.model.find import find_model
+    from planner.model.profile import build_profile
     from planner.model.workloads import parse_dtype
     from plans.checkpoint.folder import open_checkpoint
 
@@ -122,4 +139,7 @@ def measured(
     for warning in found.warnings:
         screen.warn(warning)
     screen.note(f"timed {', '.join(found.measured)}")
+    is_kept = is_kept and threads is None and checkpoint is not None
+    if checkpoint is not None and is_kept and remember_measurement(found, build_profile(checkpoint, dtype=chosen)):
+        screen.note("remembered: solve uses these times on this machine; --no-probe plans without")
     return found.cluster

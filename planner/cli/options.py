@@ -76,6 +76,14 @@ MarginOption = Annotated[
         show_default=False,
     ),
 ]
+ProbeOption = Annotated[
+    bool,
+    typer.Option(
+        "--probe/--no-probe",
+        envvar="LLAMAPLAN_PROBE",
+        help="For devices of this machine: look at it for half a second, once, and use what --measure found here.",
+    ),
+]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON file here.", show_default=False)
 ]
@@ -165,6 +173,7 @@ class OfferOptions:
     cluster: ClusterOption = None
     device: DeviceOption = None
     margin: MarginOption = None
+    probe: ProbeOption = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

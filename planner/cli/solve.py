@@ -63,7 +63,9 @@ def solve_command(
     screen = printed.output()
     ask.check_time_limit(time_limit)
     ask.check_number("--mip-gap", mip_gap, "0 to below 1", is_good=0 <= mip_gap < 1)
-    asked = ask.read_asked(model, load, offer, prefill_chunk_tokens=ask.chunk_tokens(prefill_chunk), screen=screen)
+    asked = ask.read_asked(
+        model, load, offer, prefill_chunk_tokens=ask.chunk_tokens(prefill_chunk), screen=screen, speed=speed
+    )
     ask.refuse_inside(output, asked.checkpoint.directory)
     offered = for_speed(asked.cluster, speed)
     calibration = None if calibrate is None else calibration_of(calibrate, offered, asked.profile)
@@ -88,7 +90,8 @@ def solve_command(
 
         write_text(output, plan.to_json())
     learnt = None if calibration is None else calibration_answer(calibration, plan)
-    extra = {} if learnt is None else {"calibration": learnt[0]}
+    extra: dict[str, Any] = {"origins": list(asked.origins)} if asked.origins else {}
+    extra |= {} if learnt is None else {"calibration": learnt[0]}
     screen.data(show.as_json(plan, solve_seconds=seconds, capacities=capacities) | extra)
     print_plan(plan, screen)
     for line in [*(() if learnt is None else learnt[1]), *map(show.capacity_line, capacities)]:

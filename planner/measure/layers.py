@@ -4,7 +4,6 @@ A short chain (`planner.measure.chain`) makes the same steps as a real run, and 
 took.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,10 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 from transformers import DynamicCache
 
+from planner.measure.calm import MOST_OTHER_CORES, WINDOW_SECONDS, CalmMeter
 from planner.measure.chain import WEIGHT_SCALE, PathName, short_chain
 from planner.measure.points import Points
 from plans.checkpoint.folder import Checkpoint
@@ -30,46 +29,6 @@ from runtime.reading.capacity import memory_faults
 from runtime.reading.devices import synchronize, torch_device
 from runtime.stage_time import StageTime, StepTrace, since
 from runtime.stages.chain import Chain
-
-MOST_OTHER_CORES = 0.1
-"""A window counts as calm while other programs take no more than this much of one core."""
-WINDOW_SECONDS = 0.5
-"""The system counts processor time in steps of 10 ms; shorter windows say nothing."""
-
-
-class CalmMeter:
-    """Compares the processor time of the whole machine with that of this process and its finished
-    children, from one reading to the next.
-
-    Example:
-        >>> meter = CalmMeter()
-        >>> meter.other_cores() >= 0
-        True
-    """
-
-    def __init__(self) -> None:
-        self._last = self._reading()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the last reading."""
-        return time.monotonic() - self._last[0]
-
-    def other_cores(self) -> float:
-        """Return how many cores other programs (or, on a virtual machine, its neighbours) kept busy; read anew."""
-        now = self._reading()
-        seconds, machine, ours = (new - old for new, old in zip(now, self._last, strict=True))
-        self._last = now
-        return max(0.0, (machine - ours) / max(seconds, 1e-9))
-
-    @staticmethod
-    def _reading() -> tuple[float, float, float]:
-        times, own = psutil.cpu_times(), os.times()
-        idle = times.idle + getattr(times, "iowait", 0.0)
-        # Linux counts guests' time twice: in `user` and in `guest`.
-        busy = sum(times) - idle - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
-        return time.monotonic(), busy, own.user + own.system + own.children_user + own.children_system
-
 
 COPY_BYTES = (4096, 64 << 20)
 COPY_REPEATS = 9

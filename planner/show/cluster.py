@@ -1,7 +1,7 @@
 """The tables of `llamaplan devices`."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from planner.devices.catalogue import CATALOGUE
@@ -27,15 +27,16 @@ def device_table(cluster: Cluster) -> "Table":
     return rows
 
 
-def machine_lines(machine: Machine) -> Iterator[str]:
-    """Yield what was found on this machine."""
+def machine_lines(machine: Machine, *, origins: Sequence[str] = ()) -> Iterator[str]:
+    """Yield what was found on this machine, and where the rates of its CPU are from."""
     for name, product in machine.products.items():
         yield f"{name}: {product}, {format_bytes(machine.free_bytes[name])} free"
     total = machine.cluster.device("cpu").memory_bytes
     yield (
-        f"cpu: {machine.cpu_cores} cores, {format_bytes(machine.free_bytes['cpu'])} of {format_bytes(total)} free; "
-        "its rates are estimates"
+        f"cpu: {machine.cpu_cores} cores, {format_bytes(machine.free_bytes['cpu'])} of {format_bytes(total)} free"
+        + ("" if origins else "; its rates are estimates")
     )
+    yield from origins
 
 
 def timing_lines(cluster: Cluster) -> Iterator[str]:

@@ -18,13 +18,14 @@ import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel
 
+from plans.commands.user_cache import cache_folder
 from plans.errors import LlamaplanError
 from plans.reading.strict import SchemaVersion, StrictModel
 from plans.stages import StageRange
 from runtime.fast.cache import FastLayer
 from runtime.fast.graphs import GraphStage, Recorder
 from runtime.fast.kernels import FastStage
-from runtime.fast.native import Library, Unavailable, cache_folder
+from runtime.fast.native import Library, Unavailable
 from runtime.fast.speed import Choice
 from runtime.reading.devices import synchronize
 

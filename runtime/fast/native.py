@@ -11,7 +11,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from plans.commands.user_cache import cache_folder, is_private_file
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes of weights and cache -> their number in `kernels.c`."""
@@ -201,15 +202,6 @@ def load_from(
         return Unavailable(f"the compiled kernels cannot be loaded: {error}")
 
 
-def is_private_file(path: Path) -> bool:
-    """Whether `path` is a file of this user that nobody else can change: what lies there gets executed."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
-
 def build(path: Path, *, compiler: Sequence[str]) -> Unavailable | None:
     """Compile `kernels.c` into `path`: complete or absent at any moment, whoever else builds it at the same time."""
     failures = []
@@ -247,23 +239,6 @@ def _load_private(
             return load_from(Path(folder) / name, compiler=compiler, on_build=on_build)
     except OSError as error:
         return Unavailable(f"no folder can hold the compiled kernels: {reason}; {error}")
-
-
-def cache_folder() -> Path:
-    """Return the user's folder of compiled kernels and measured choices, private: what lies in it gets executed.
-
-    Raises:
-        OSError: it cannot be made, or others could write to it.
-    """
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    folder = (Path(root) if Path(root).is_absolute() else Path.home() / ".cache") / "llamaplan"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{folder} belongs to or can be written by someone else")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written")
-    return folder
 
 
 def _fingerprint(compiler: Sequence[str]) -> str:
