@@ -1,7 +1,7 @@
 """Run benchmarks by name; without names, the quick ones.
 
 python -m benchmarks [NAME ...]    with names: cache chain commands decode distributed export prediction simulator solve
-startup
+startup truth
 """
 
 import importlib
