@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from plans.dtypes import DtypeName
 from plans.profile import Count
@@ -37,6 +37,15 @@ class Host(StrictModel):
     memory_bytes: ByteSize | None = None
     process_overhead_bytes: ByteSize = 0
     """Resident memory of one process before any weights are loaded."""
+    memory_bandwidth_bytes_per_second: Rate | None = None
+    """What all its CPU devices read together, as they share one memory bus; unset: nothing is known of that."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset_bandwidth(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        values: dict[str, object] = handler(self)
+        if self.memory_bandwidth_bytes_per_second is None:
+            values.pop("memory_bandwidth_bytes_per_second", None)  # files of before stay as they were
+        return values
 
     @field_validator("address")
     @classmethod

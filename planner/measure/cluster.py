@@ -35,11 +35,6 @@ def with_measured_rates(device: Device, timings: Timings, *, profile: ModelProfi
         profile: the shape they belong to.
     """
     layer = profile.layers[0]
-    reads = [
-        bytes_read(layer, work=Work(1, context - 1, batch), profile=profile) / seconds
-        for context, batch, seconds in timings.decode_seconds_per_layer
-        if batch == 1 and seconds
-    ]
     longest = max(tokens for tokens, _past, _batch, _seconds in timings.prefill_seconds_per_layer)
     computes = [
         flops(layer, work=Work(tokens, past, batch)) / seconds
@@ -49,10 +44,19 @@ def with_measured_rates(device: Device, timings: Timings, *, profile: ModelProfi
     rates = dict(device.flops_per_second) | {timings.dtype: median(computes)}
     return device.model_copy(
         update={
-            "memory_bandwidth_bytes_per_second": median(reads),
+            "memory_bandwidth_bytes_per_second": median(read_rates(timings, profile)),
             "flops_per_second": rates,
             "unit_overhead_seconds": 0.0,
         }
+    )
+
+
+def read_rates(timings: Timings, profile: ModelProfile) -> list[float]:
+    """Return the bytes per second that every measured decode step of one sequence read, ascending."""
+    return sorted(
+        bytes_read(profile.layers[0], work=Work(1, context - 1, batch), profile=profile) / seconds
+        for context, batch, seconds in timings.decode_seconds_per_layer
+        if batch == 1 and seconds
     )
 
 

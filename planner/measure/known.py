@@ -16,8 +16,9 @@ from pathlib import Path
 
 import psutil
 
+from planner.devices.clusters import for_speed
 from planner.devices.machine import usable_cores
-from planner.measure.cluster import MeasuredCluster, merge_links, plain_name, replace_timings
+from planner.measure.cluster import MeasuredCluster, merge_links, plain_name, read_rates, replace_timings
 from planner.measure.look import Look, look_in_a_process
 from plans.cluster import Cluster, Device, Link, Name, Timings
 from plans.commands.user_cache import keep, recall
@@ -113,6 +114,8 @@ def with_known(cluster: Cluster, *, profile: ModelProfile | None = None, speed: 
     measured = sorted(here & set(_names(kept))) if kept is not None else []
     if kept is not None and measured:
         cluster = _with_measurement(cluster, kept)
+        if CPU in measured and profile is not None:
+            cluster = _with_bus(cluster, _measured_read_rate(cluster, profile, speed))
         origins = (f"times of {', '.join(measured)}: measured here on {kept.day}; --no-probe plans without",)
     if CPU not in here or CPU in measured:
         return Known(cluster, origins)
@@ -203,6 +206,23 @@ def _with_look(cluster: Cluster, machine: Fingerprint, speed: str) -> Known:
     return Known(_seen(cluster, kept.look, speed), (_look_line(kept),))
 
 
+def _measured_read_rate(cluster: Cluster, profile: ModelProfile, speed: str) -> float | None:
+    """Return the bytes per second at which decode steps of one sequence read layers, on the path that will run."""
+    timings = next(d.timings for d in for_speed(cluster, speed).devices if plain_name(d.name) == CPU)
+    counted = min(timings, key=lambda t: t.path == "reference", default=None)
+    return None if counted is None else max(read_rates(counted, profile), default=None)
+
+
+def _with_bus(cluster: Cluster, bytes_per_second: float | None) -> Cluster:
+    """Say what this machine's CPU devices read together, where there are several: they share one memory bus."""
+    hosts = [device.host for device in cluster.devices if plain_name(device.name) == CPU]
+    if len(hosts) < 2:
+        return cluster
+    update = {"memory_bandwidth_bytes_per_second": bytes_per_second}
+    changed = (host.model_copy(update=update) if host.name in hosts else host for host in cluster.hosts)
+    return cluster.model_copy(update={"hosts": tuple(changed)})
+
+
 def _seen(cluster: Cluster, look: Look, speed: str) -> Cluster:
     devices = tuple(
         _seen_device(device, look, is_fast=speed != "reference" and look.has_compiler)
@@ -210,7 +230,8 @@ def _seen(cluster: Cluster, look: Look, speed: str) -> Cluster:
         else device
         for device in cluster.devices
     )
-    return cluster.model_copy(update={"devices": devices})
+    seen = cluster.model_copy(update={"devices": devices})
+    return _with_bus(seen, next(d for d in devices if plain_name(d.name) == CPU).memory_bandwidth_bytes_per_second)
 
 
 def _seen_device(device: Device, look: Look, *, is_fast: bool) -> Device:

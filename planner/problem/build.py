@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import cache
 
-from planner.problem.problem import Matrix, Problem, ProblemDevice, Rule, Ticks, UnitBytes, UnitTicks
+from planner.problem.problem import Bus, Matrix, Problem, ProblemDevice, Rule, Ticks, UnitBytes, UnitTicks
 from planner.timing.costs import CostModel
 from plans.cluster import Cluster
 from plans.memory import (
@@ -72,6 +72,7 @@ def build_problem(
         keep_order=keep_order,
         use_all=use_all,
         tick_seconds=tick,
+        buses=seconds.buses(tick),
     )
 
 
@@ -116,6 +117,7 @@ class _Seconds:
         total = 0.0
         for unit in units:
             total += max(self.decode_of(unit, name) * steps + sum(self.prefill_of(unit, name)) for name in self.names)
+            total += sum(self.costs.bus_seconds(unit, host) for host in self.costs.buses)
         hops = [self._hop(a, b, n) for a in self.names for b in self.names for n in {1, *self.chunk_tokens}]
         total += (
             max((h for h in hops if h < math.inf), default=0.0) * len(self.names) * (steps + len(self.chunk_tokens))
@@ -135,6 +137,20 @@ class _Seconds:
             _ticks(self.decode_of(profile.embedding, name), tick),
             tuple(_ticks(self.decode_of(layer, name), tick) for layer in self._layers()),
             _ticks(self.decode_of(profile.head, name), tick),
+        )
+
+    def buses(self, tick: float) -> tuple[Bus, ...]:
+        profile, seconds = self.costs.profile, self.costs.bus_seconds
+        return tuple(
+            Bus(
+                frozenset(self.names.index(name) for name in names),
+                UnitTicks(
+                    _ticks(seconds(profile.embedding, host), tick),
+                    tuple(_ticks(seconds(layer, host), tick) for layer in self._layers()),
+                    _ticks(seconds(profile.head, host), tick),
+                ),
+            )
+            for host, names in self.costs.buses.items()
         )
 
     def prefill(self, name: str, tick: float) -> tuple[UnitTicks, ...]:

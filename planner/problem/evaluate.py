@@ -57,7 +57,15 @@ def _scaled_period(problem: Problem, assignment: Assignment) -> Ticks:
     hops = [_hop(problem.decode_hop, a.device, b.device) for a, b in pairwise(assignment)]
     hops.append(_hop(problem.return_hop, assignment[-1].device, assignment[0].device))
     cycle = time_of(problem, assignment, objective="latency")
-    return max(problem.requests_in_flight * max(slowest, *hops), cycle)
+    return max(problem.requests_in_flight * max(slowest, *hops, *_bus_ticks(problem, assignment)), cycle)
+
+
+def _bus_ticks(problem: Problem, assignment: Assignment) -> list[Ticks]:
+    """How long every bus is busy in one decode step: all that its stages read goes through it."""
+    return [
+        sum(_stage_ticks(bus.units, assignment, i) for i, stage in enumerate(assignment) if stage.device in bus.devices)
+        for bus in problem.buses
+    ]
 
 
 def pipelined_prefill(problem: Problem, assignment: Assignment) -> Ticks:

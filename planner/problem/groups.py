@@ -55,6 +55,8 @@ def between(matrix: Matrix, a: Group, b: Group) -> int | None:
 def _are_twins(problem: Problem, a: int, b: int) -> bool:
     if replace(problem.devices[a], name="") != replace(problem.devices[b], name=""):
         return False
+    if any((a in bus.devices) != (b in bus.devices) for bus in problem.buses):
+        return False
     return all(_swaps(matrix, a, b) for matrix in _matrices(problem))
 
 

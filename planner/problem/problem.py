@@ -68,6 +68,14 @@ class ProblemDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class Bus:
+    """Devices that read through one memory bus, and how long it is busy with each unit in a decode step."""
+
+    devices: frozenset[int]
+    units: UnitTicks
+
+
+@dataclass(frozen=True, slots=True)
 class UnitBytes:
     """Memory of the units, the same on every device."""
 
@@ -112,6 +120,9 @@ class Problem:
     use_all: bool = False
     max_stages: int | None = None
     tick_seconds: float = 1e-12
+    buses: tuple[Bus, ...] = ()
+    """No device is on two of them. With requests in flight all stages read at once, and a step takes at least as long
+    as a bus is busy with all that is read through it."""
 
     @property
     def num_layers(self) -> int:
@@ -129,6 +140,7 @@ class Problem:
         rows: Iterable[tuple[int, ...]] = (
             self.units.layers,
             *(times.layers for device in self.devices for times in (device.decode, *device.prefill)),
+            *(bus.units.layers for bus in self.buses),
         )
         return all(len(set(row)) == 1 for row in rows) and not any(d.rule.is_positional for d in self.devices)
 
@@ -237,6 +249,13 @@ def chain_costs(problem: Problem, objective: Objective) -> ChainCosts:
     units = tuple(_weighted_units(d.prefill, d.decode, steps, gather) for d in problem.devices)
     hop = _weighted_matrix(problem.prefill_hop, problem.decode_hop, steps, gather)
     return ChainCosts(units, hop, _weighted_matrix((), problem.return_hop, steps, gather))
+
+
+def bus_costs(problem: Problem) -> tuple[tuple[UnitTicks, ...], ...]:
+    """Return, for every bus, how long each unit on each device keeps it busy: nothing where the device is not on it."""
+    nothing = UnitTicks(0, (0,) * problem.num_layers, 0)
+    devices = range(problem.num_devices)
+    return tuple(tuple(bus.units if d in bus.devices else nothing for d in devices) for bus in problem.buses)
 
 
 def is_pipelined(problem: Problem, objective: Objective) -> bool:

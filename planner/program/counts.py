@@ -18,6 +18,7 @@ from planner.problem.problem import (
     Problem,
     StageChoice,
     UnitTicks,
+    bus_costs,
     chain_costs,
     is_pipelined,
     max_layers,
@@ -296,6 +297,9 @@ def _time(model: CountsModel, goal: Goal) -> Expression:
     period = model.lp.add_variable("period", 0)
     in_flight = model.problem.requests_in_flight
     model.lp += period >= chain
+    # Everything that is read through one memory bus in a step, one after the other.
+    for costs_on_bus in bus_costs(model.problem):
+        model.lp += period >= in_flight * pulp.lpSum(_stage_times(model, costs_on_bus))
     for stage in _stage_times(model, costs.units):
         model.lp += period >= in_flight * stage
     for pair, arc in model.arcs.items():

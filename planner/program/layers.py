@@ -20,6 +20,7 @@ from planner.problem.problem import (
     Problem,
     StageChoice,
     UnitTicks,
+    bus_costs,
     chain_costs,
     is_pipelined,
     queue_costs,
@@ -209,6 +210,10 @@ def _time(model: LayersModel, goal: Goal) -> Expression:
     period = model.lp.add_variable("period", 0)
     weight = problem.requests_in_flight * model.unit
     model.lp += period >= chain
+    # Everything that is read through one memory bus in a step, one after the other.
+    for on_bus in bus_costs(problem):
+        busy = [_ticks(on_bus[groups[s.group].first], s) * chosen for s, chosen in model.segments.items()]
+        model.lp += period >= weight * pulp.lpSum(busy)
     _bound_stages(model, period, lambda s: weight * _ticks(costs.units[groups[s.group].first], s))
     for p in range(problem.num_layers + 1):
         # Stages between the ends are never empty, so at most one hop happens at a position.

@@ -105,6 +105,8 @@ class CountsSearch:
                 continue
             if limits.hop is not None and back > limits.hop:
                 continue
+            if not _is_bus_free(problem, group.first, limits):
+                continue
             units = self.costs.units[group.first]
             cost = units.embedding + units.head + sum(units.layers) + back
             options.append((cost, (StageChoice(group.first, 0, problem.num_layers),)))
@@ -259,6 +261,9 @@ class _Filling:
             numbers.append(between_ends)
         left = self.problem.num_layers - placed
         is_valid &= left >= 0
+        room_on_bus = self._room_on_buses(rows, numbers)
+        for room in room_on_bus:
+            is_valid &= room >= 0
         units = self.search.costs.units
         cost = rows.hops.copy()
         for g in sorted(range(len(numbers)), key=self._layer_ticks):
@@ -266,11 +271,41 @@ class _Filling:
             base = numbers[g] * least_middle[g] + (first.astype(np.int64) + last) * self.least[g]
             room = numbers[g] * max(int(self.middles[g] - least_middle[g]), 0)
             room += first * max(int(firsts[g] - self.least[g]), 0) + last * max(int(lasts[g] - self.least[g]), 0)
+            bus = self.bus_of[g]
+            room = room if bus is None else np.minimum(room, np.maximum(room_on_bus[bus], 0))
             taken = np.clip(left, 0, room)
             left = left - taken
+            if bus is not None:
+                room_on_bus[bus] = room_on_bus[bus] - taken
             times = units[self.search.groups[g].first]
             cost += (base + taken) * times.layers[0] + first * times.embedding + last * times.head
         return np.where(is_valid & (left == 0), cost, INFINITE)
+
+    @cached_property
+    def bus_of(self) -> list[int | None]:
+        """The bus of each group, None for none or where none is limited."""
+        if self.limits.bus is None:
+            return [None] * len(self.search.groups)
+        buses = self.problem.buses
+        return [next((b for b, bus in enumerate(buses) if g.first in bus.devices), None) for g in self.search.groups]
+
+    def _room_on_buses(self, rows: _Paths, numbers: list[Ints]) -> list[Ints]:
+        """Return, for every bus and row, the layers that may still be read through it; below 0 if it is too busy.
+
+        Layers are alike and all devices of a bus read alike through it, so the limit is one on their number; taking
+        the fastest devices first stays best, as the limits (on a device, on all devices of a bus) are nested.
+        """
+        if self.limits.bus is None:
+            return []
+        rooms = []
+        for b, bus in enumerate(self.problem.buses):
+            busy, held = np.zeros_like(rows.hops), np.zeros_like(rows.hops)
+            for g in (g for g, home in enumerate(self.bus_of) if home == b):
+                first, last = rows.firsts == g, rows.lasts == g
+                busy += first * bus.units.embedding + last * bus.units.head
+                held += numbers[g] * max(int(self.least[g]), 1) + (first.astype(np.int64) + last) * self.least[g]
+            rooms.append(_layers_within(self.limits.bus - busy, bus.units.layers[0]) - held)
+        return rooms
 
     def _layer_ticks(self, g: int) -> int:
         return self.search.costs.units[self.search.groups[g].first].layers[0]
@@ -283,8 +318,12 @@ class _Filling:
         most = [int(firsts[g] if i == 0 else lasts[g] if i == last else self.middles[g]) for i, g in enumerate(order)]
         left = self.problem.num_layers - sum(least)
         held = list(least)
+        room_on_bus = self._room_along(order, least)
         for i in sorted(range(len(order)), key=lambda i: (self._layer_ticks(order[i]), i)):
-            extra = min(left, most[i] - least[i])
+            bus = self.bus_of[order[i]]
+            extra = min(left, most[i] - least[i], left if bus is None else room_on_bus[bus])
+            if bus is not None:
+                room_on_bus[bus] -= extra
             held[i] += extra
             left -= extra
         free = [list(group.members) for group in self.search.groups]
@@ -294,6 +333,29 @@ class _Filling:
             stages.append(StageChoice(free[g].pop(0), position, position + count))
             position += count
         return tuple(stages)
+
+    def _room_along(self, order: list[int], least: list[int]) -> list[int]:
+        """As `_room_on_buses`, of one path."""
+        if self.limits.bus is None:
+            return []
+        rooms = []
+        for b, bus in enumerate(self.problem.buses):
+            ends = (self.bus_of[order[0]] == b) * bus.units.embedding + (self.bus_of[order[-1]] == b) * bus.units.head
+            held = sum(count for g, count in zip(order, least, strict=True) if self.bus_of[g] == b)
+            left = np.array([self.limits.bus - ends], dtype=np.int64)
+            rooms.append(int(_layers_within(left, bus.units.layers[0])[0]) - held)
+        return rooms
+
+
+def _layers_within(left: Ints, ticks: int) -> Ints:
+    """Return how many layers of `ticks` each fit into what is left of a bus; -1 where less than nothing is left."""
+    return np.where(left < 0, -1, left // ticks if ticks else INFINITE // 4)
+
+
+def _is_bus_free(problem: Problem, device: int, limits: Limits) -> bool:
+    """Return whether the whole model on one device keeps within the limit on its bus."""
+    buses = [bus.units for bus in problem.buses if device in bus.devices]
+    return limits.bus is None or all(sum(u.layers) + u.embedding + u.head <= limits.bus for u in buses)
 
 
 def _capacity(problem: Problem, device: int, limits: Limits, *, embedding: bool, head: bool) -> int:

@@ -40,10 +40,12 @@ FOREVER = Clock()
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Upper bounds on every single stage and hop of a decode step, in ticks; None for no bound."""
+    """Upper bounds on every single stage, hop and memory bus of a decode step, in ticks; None for no bound."""
 
     stage: int | None = None
     hop: int | None = None
+    bus: int | None = None
+    """Only `planner.proof.counts` keeps it."""
 
 
 def settle(values: Ints) -> Ints:

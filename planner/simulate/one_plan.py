@@ -86,6 +86,8 @@ def simulate(model: CostModel, *, stages: Sequence[StageRange]) -> Simulation:
     requests = _useful_requests(route, model.workload.requests_in_flight)
     together = _run_decode(route, requests=requests, rounds=2 * SETTLING_ROUNDS)
     period = _steady_period(together, last=route[-1], requests=requests)
+    # Stages that read at once through one memory bus slow each other down, which the single visits do not show.
+    period = max(period, *model.stages_bus_seconds(stages), 0.0)
     seconds_per_token = _round_seconds(alone, last=route[-1])
     batch = model.workload.batch_size
     return Simulation(

@@ -4,7 +4,8 @@ Decode is taken at the context prompt + new / 2; prefill runs chunk by chunk, ea
 computes the logits of the last position only, so it runs once per prompt. Identical layers cost identical floats.
 
     seconds per token (one batch in flight) = sum of stage decode times + hops + return hop
-    step period with N batches in flight    = max(slowest stage, slowest hop, seconds per token / N)
+    step period with N batches in flight    = max(slowest stage, slowest hop, busiest memory bus, seconds per token / N)
+    memory bus of a host                    : sum over its CPU stages of bytes read / what the host's CPUs read together
     time to first token, one process        = sum of all chunks over all stages and hops
     time to first token, process per stage  : arrive[s, c] = max(finish[s-1, c], arrive[s, c-1]) + hop
                                               finish[s, c] = max(arrive[s, c], finish[s, c-1]) + t[s, c]
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from planner.timing.roofline import Work, bytes_read
 from planner.timing.topology import Topology
 from planner.timing.unit_times import UnitTimes
 from plans.cluster import Cluster
@@ -60,6 +62,8 @@ class CostModel:
         self.topology = Topology(cluster, execution=execution)
         self._times = {d.name: UnitTimes(d, profile=profile, workload=workload) for d in cluster.devices}
         self._chunks = workload.prefill_chunks
+        self.buses = _buses(cluster)
+        """Names of the CPU devices that share a host's memory bus, by host; only where its bandwidth is known."""
 
     def decode_seconds(self, unit: UnitProfile, device: str) -> float:
         """Return the time of `unit` on `device` for one decode step of B sequences."""
@@ -70,6 +74,25 @@ class CostModel:
         times = self._times[device]
         seconds = [times.prefill(unit, tokens=tokens, past=past).seconds for tokens, past in self._chunks]
         return (*([0.0] * (len(seconds) - 1)), seconds[-1]) if unit.kind == "head" else tuple(seconds)
+
+    def bus_seconds(self, unit: UnitProfile, host: str) -> float:
+        """Return how long the memory bus of a host is busy with `unit` in one decode step of B sequences."""
+        bandwidth = next(h.memory_bandwidth_bytes_per_second for h in self.cluster.hosts if h.name == host)
+        assert bandwidth is not None, f"{host} is no host of `buses`"
+        work = Work(1, self.workload.decode_context_tokens - 1, self.workload.batch_size)
+        return bytes_read(unit, work=work, profile=self.profile) / bandwidth
+
+    def stages_bus_seconds(self, stages: Sequence[StageRange]) -> tuple[float, ...]:
+        """Return, for every bus, how long it is busy in a decode step of a chain."""
+        return tuple(
+            math.fsum(
+                self.bus_seconds(unit, host)
+                for stage in stages
+                if stage.device in names
+                for unit in stage.units(self.profile)
+            )
+            for host, names in self.buses.items()
+        )
 
     def is_measured(self, unit: UnitProfile, device: str) -> bool:
         """Return whether `device` has measured decode times for `unit`."""
@@ -110,6 +133,16 @@ class CostModel:
         return tuple(math.fsum(times[chunk] for times in per_unit) for chunk in range(len(self._chunks)))
 
 
+def _buses(cluster: Cluster) -> dict[str, tuple[str, ...]]:
+    """CPU devices by host, of hosts that say how much they read together; one device alone shares with nobody."""
+    of_host = {
+        host.name: tuple(d.name for d in cluster.devices if d.host == host.name and d.kind == "cpu")
+        for host in cluster.hosts
+        if host.memory_bandwidth_bytes_per_second is not None
+    }
+    return {host: names for host, names in of_host.items() if len(names) > 1}
+
+
 def predict(
     profile: ModelProfile,
     *,
@@ -136,7 +169,7 @@ def predict_chain(model: CostModel, *, stages: Sequence[StageRange]) -> tuple[tu
     return_hop = model.return_hop_seconds(stages[-1].device, stages[0].device)
     cycle = math.fsum([*decode, *hops, return_hop])
     in_flight = model.workload.requests_in_flight
-    period = max(*decode, *hops, return_hop, cycle / in_flight)
+    period = max(*decode, *hops, return_hop, *model.stages_bus_seconds(stages), cycle / in_flight)
     first_token = _first_token_seconds(model, prefill, pairs)
     _check_times(model, [*pairs, (stages[-1].device, stages[0].device)], cycle + first_token)
     prediction = Prediction(

@@ -6,11 +6,22 @@ ties, missing links, interchangeable devices, zero times, tied tables, layers th
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations_with_replacement, permutations
 
 from planner.problem.goal import Goal
-from planner.problem.problem import Assignment, Matrix, Problem, ProblemDevice, Rule, StageChoice, UnitBytes, UnitTicks
+from planner.problem.problem import (
+    Assignment,
+    Bus,
+    Matrix,
+    Problem,
+    ProblemDevice,
+    Rule,
+    StageChoice,
+    UnitBytes,
+    UnitTicks,
+)
 from plans.plan import Objective
 from tests.planner.worth import Worth, is_allowed, worth_of
 
@@ -19,9 +30,19 @@ MILLISECOND = 10**9
 
 
 def random_problem(
-    rng: random.Random, *, max_layers: int = 6, max_devices: int = 4, has_rules: bool = False, is_plain: bool = False
+    rng: random.Random,
+    *,
+    max_layers: int = 6,
+    max_devices: int = 4,
+    has_rules: bool = False,
+    is_plain: bool = False,
+    has_buses: bool = False,
 ) -> Problem:
-    """Return a problem; `is_plain` leaves out fixed orders, demanded devices and limits on their number."""
+    """Return a problem; `is_plain` leaves out fixed orders, demanded devices and limits on their number.
+
+    With `has_buses` some devices may share a memory bus, and what was certain is so no longer: the certificate proves
+    all of them only where layers are alike and the order is free.
+    """
     num_layers, num_devices = rng.randint(1, max_layers), rng.randint(1, max_devices)
     is_unlike = rng.random() < 0.5
     units = _units(rng, num_layers, is_unlike=is_unlike)
@@ -32,7 +53,7 @@ def random_problem(
     devices = tuple(_named(kinds[kind], i, rng, num_layers, has_rules) for i, kind in enumerate(chosen))
     missing = rng.choice([0.0, 0.0, 0.2])
     style = rng.choice(["uniform", "by kind", "random"])
-    return Problem(
+    problem = Problem(
         devices=devices,
         units=units,
         decode_hop=_matrix(rng, chosen, style, 40, missing=missing, has_diagonal=False),
@@ -44,6 +65,15 @@ def random_problem(
         use_all=not is_plain and rng.random() < 0.15,
         max_stages=None if is_plain else rng.choice([None, None, None, 2]),
     )
+    return replace(problem, buses=_buses(rng, problem, is_unlike=is_unlike)) if has_buses else problem
+
+
+def _buses(rng: random.Random, problem: Problem, *, is_unlike: bool) -> tuple[Bus, ...]:
+    """One or two buses, each with some of the devices; units take about as long on them as on the devices."""
+    homes = [rng.choice([None, 0, 0, 1]) for _ in problem.devices]
+    groups = [frozenset(d for d, home in enumerate(homes) if home == bus) for bus in (0, 1)]
+    times = [_times(rng, problem.num_layers, is_unlike=is_unlike) for _ in groups]
+    return tuple(Bus(devices, units) for devices, units in zip(groups, times, strict=True) if len(devices) > 1)
 
 
 def _units(rng: random.Random, num_layers: int, *, is_unlike: bool) -> UnitBytes:

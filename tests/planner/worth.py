@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from planner.problem.problem import Assignment, Problem, StageChoice, UnitTicks
+from planner.problem.problem import Assignment, Bus, Problem, StageChoice, UnitTicks
 from plans.plan import Objective
 
 
@@ -92,6 +92,11 @@ def _busy(problem: Problem, chain: Assignment, stage: StageChoice, times: UnitTi
     return sum(of_unit[unit] for unit in _units(problem, chain, stage))
 
 
+def _busy_bus(problem: Problem, chain: Assignment, bus: Bus) -> int:
+    """All that the stages on a memory bus read in a step, one after the other."""
+    return sum(_busy(problem, chain, stage, bus.units) for stage in chain if stage.device in bus.devices)
+
+
 def _time(problem: Problem, chain: Assignment, objective: Objective) -> int:
     stages = [_busy(problem, chain, stage, problem.devices[stage.device].decode) for stage in chain]
     hops = [hop or 0 for hop in _hops(problem, chain)]
@@ -99,7 +104,8 @@ def _time(problem: Problem, chain: Assignment, objective: Objective) -> int:
     if objective == "latency":
         return token
     if objective == "throughput":
-        return max(token, *(problem.requests_in_flight * part for part in (*stages, *hops)))
+        buses = [_busy_bus(problem, chain, bus) for bus in problem.buses]
+        return max(token, *(problem.requests_in_flight * part for part in (*stages, *hops, *buses)))
     return _prompt(problem, chain) + sum(token for _ in range(1, problem.new_tokens))
 
 

@@ -1,7 +1,8 @@
 """What is known of this machine: the look, the remembered measurement, and who is never looked at."""
 
 import json
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,6 @@ def test_a_machine_that_cannot_be_looked_at_keeps_its_estimates(looks: Looks) ->
 def test_the_real_look_finds_rates_of_every_dtype() -> None:
     found = look_in_a_process()
     assert found is not None
-    assert found.read_bytes_per_second > 1e8
     assert set(found.flops_per_second) == {"fp32", "bf16", "fp16"}
 
 
@@ -133,10 +133,12 @@ def test_described_devices_are_never_looked_at(looks: Looks, shipped: Path, run_
     assert looks.count == 0
 
 
-def test_no_probe_plans_as_before(looks: Looks, shipped: Path, run_command: RunCommand, tmp_path: Path) -> None:
+def test_no_probe_plans_as_before(
+    looks: Looks, shipped: Path, run_command: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plans = [tmp_path / name for name in ("with.json", "without.json", "off.json")]
     for plan, switch in zip(plans, (["--probe"], ["--no-probe"], []), strict=True):
-        os.environ["LLAMAPLAN_PROBE"] = "0" if not switch else "1"
+        monkeypatch.setenv("LLAMAPLAN_PROBE", "1" if switch else "0")
         assert run_command("llamaplan", "solve", shipped, "--device", "cpu=1GiB", *switch, "-o", plan).code == 0
     assert looks.count == 1
     assert plans[1].read_bytes() == plans[2].read_bytes() != plans[0].read_bytes()
@@ -185,8 +187,25 @@ def test_a_measurement_holds_for_its_shape_and_dtype_alone(profile: ModelProfile
     assert looks.count == 1
 
 
+def test_several_cpu_devices_share_what_this_machine_reads(profile: ModelProfile, shipped: Path) -> None:
+    seen = known.with_known(load_cluster(devices=["2xcpu=1GiB"])).cluster
+    assert seen.hosts[0].memory_bandwidth_bytes_per_second == 0.93 * 30e9
+    assert known.with_known(load_cluster()).cluster.hosts[0].memory_bandwidth_bytes_per_second is None
+    known.remember_measurement(measurement(profile, devices=["cpu=1GiB"]), profile)
+    measured = known.with_known(load_cluster(devices=["2xcpu=1GiB"]), profile=profile).cluster
+    layer_bytes = profile.layers[0].weight_bytes + 16 * profile.layers[0].kv_bytes_per_token
+    assert measured.hosts[0].memory_bandwidth_bytes_per_second == layer_bytes / 0.001
+
+
 def test_the_last_measurement_counts(profile: ModelProfile) -> None:
     for seconds in (0.001, 0.002):
         known.remember_measurement(measurement(profile, devices=["cpu=1GiB"], seconds=seconds), profile)
     found = known.with_known(load_cluster(), profile=profile)
     assert found.cluster.device("cpu").timings[0].head_seconds == ((1, 0.002),)
+
+
+def test_whoever_asks_what_is_known_loads_no_torch() -> None:
+    program = "import sys; import planner.measure.known; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    home = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", program], cwd=home, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"

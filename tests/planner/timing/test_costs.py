@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from planner.timing.costs import CostModel, predict
 from planner.timing.roofline import Work, bytes_read, flops
 from planner.timing.unit_times import estimate
-from plans.cluster import Timings
+from plans.cluster import Host, Timings
 from plans.errors import InfeasibleError, InputError
+from plans.plan import Prediction
 from plans.stages import StageRange
 from tests.planner.cases import class_link, cluster, device, link, tiny_profile, workload
 
@@ -297,3 +298,32 @@ def test_more_bandwidth_and_a_shorter_context_never_make_a_chain_slower(
     assert all(a >= b - 1e-15 for a, b in zip(slow, fast, strict=True))
     assert all(a >= b - 1e-15 for a, b in zip(slow, short, strict=True))
     assert not any(math.isnan(value) for value in (*slow, *fast))
+
+
+# --- memory buses -------------------------------------------------------------------------------------------------
+
+
+def two_processes(bandwidth: float | None, *, kind: str = "cpu", in_flight: int = 4) -> Prediction:
+    """Two devices of one host that read 10 GB/s each, whose bus carries `bandwidth`."""
+    host = Host(name="local", memory_bandwidth_bytes_per_second=bandwidth)
+    both = cluster(device("cpu#0", kind=kind), device("cpu#1", kind=kind), hosts=(host,))
+    stages = (StageRange("cpu#0", 0, 2, True, False), StageRange("cpu#1", 2, 4, False, True))
+    asked = workload(requests_in_flight=in_flight)
+    return predict(PROFILE, workload=asked, cluster=both, stages=stages, execution="process_per_stage")[1]
+
+
+def test_stages_that_read_at_once_share_their_memory_bus() -> None:
+    read = sum(bytes_read(unit, work=Work(1, 191, 1), profile=PROFILE) for unit in PROFILE.units)
+    assert two_processes(1e7).pipelined_tokens_per_second == pytest.approx(1e7 / read)
+
+
+def test_a_bus_as_wide_as_all_its_devices_changes_nothing() -> None:
+    assert two_processes(2e10) == two_processes(None)
+
+
+def test_one_token_at_a_time_is_not_slowed_by_a_shared_bus() -> None:
+    assert two_processes(1e10, in_flight=1).seconds_per_token == two_processes(None, in_flight=1).seconds_per_token
+
+
+def test_accelerators_read_through_buses_of_their_own() -> None:
+    assert two_processes(1e7, kind="cuda") == two_processes(None, kind="cuda")
