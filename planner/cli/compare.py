@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +84,7 @@ def compare_command(
     effort = Effort(ask.solvers_of(solver), time_limit)
     known = read_plan(Path(target)) if ask.is_plan(target) else None
     if known is not None:
-        ask.refuse_given("a plan brings its own question", offer, load, wanted)
+        ask.refuse_given("a plan brings its own question", replace(offer, probe=True), load, wanted)
         question = Question.of(known)
     else:
         asked = ask.read_asked(target, load, offer, prefill_chunk_tokens=wanted.prefill_chunk, screen=screen)
