@@ -94,6 +94,7 @@ def test_a_broken_cluster_file_ends_in_one_clear_sentence(case: str, run_command
     assert done.code == INPUT, done.err
     assert_one_error(done, says)
     assert str(path) in done.err
+    assert f"{path}::" not in done.err
     assert not plan.exists()
 
 

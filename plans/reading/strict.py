@@ -133,7 +133,7 @@ def _explain(error: ValidationError, where: object) -> InputError:
     more = error.error_count() - 1
     return InputError(
         f"{first['msg'][0].lower()}{first['msg'][1:]}{shown}" + (f"; and {more} more problems" if more else ""),
-        where=f"{where}:{pointer}",
+        where=f"{where}:{pointer}" if pointer else where,
         code="E-SCHEMA",
     )
 

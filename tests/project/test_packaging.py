@@ -1,13 +1,16 @@
 """The wheel that users install holds everything and its commands start."""
 
 import os
+import re
 import subprocess
 import sys
 import venv
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +45,19 @@ def test_the_wheel_holds_the_packages_templates_and_type_markers(wheel: Path) ->
     sources = {p.relative_to(ROOT).as_posix() for home in ("exporter", "planner") for p in (ROOT / home).rglob("*.j2")}
     assert sources
     assert sources <= set(names)
+
+
+@pytest.mark.row("P16")
+def test_no_install_takes_the_solver_that_proved_wrong_optima(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        needs = [Requirement(text) for text in Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist")]
+    (solver,) = [need.specifier for need in needs if need.name == "highspy"]
+    assert "1.14.0" not in solver
+    assert {"1.11.0", "1.13.1", "1.14.1", "1.16.0"} <= set(solver.filter(["1.11.0", "1.13.1", "1.14.1", "1.16.0"]))
+    pinned = re.search(r"^highspy==(.+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    assert pinned is not None
+    assert pinned[1] in solver
 
 
 @pytest.mark.parametrize("command", ["llamaplan", "llamarun"])

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from plans.errors import InputError, UsageError, printable
 from plans.reading.sizes import MAX_BYTES, ByteSize, format_bytes, parse_bytes
@@ -31,6 +31,25 @@ class Document(StrictModel):
     count: Annotated[int, Field(ge=0)]
     rows: tuple[Inner, ...] = ()
     name: str | None = None
+
+
+class Pair(StrictModel):
+    """A document whose fields must agree: what is wrong then lies at no field."""
+
+    low: int
+    high: int
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Pair":
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} exceeds high {self.high}")
+        return self
+
+
+def test_what_is_wrong_with_a_whole_document_is_said_of_the_file_alone() -> None:
+    with pytest.raises(InputError) as caught:
+        Pair.from_json(b'{"low": 2, "high": 1}', where="pair.json")
+    assert caught.value.line().startswith("pair.json: value error, low 2 exceeds high 1")
 
 
 REFUSED = {
