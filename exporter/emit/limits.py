@@ -1,24 +1,24 @@
 """What a plan says and an engine cannot be told: one sentence each, with the stages it is about."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from exporter.emit.plan_view import hosts_of, kind_of
+from exporter.emit.memory_shares import cpu_cache_limits, share_limits
+from exporter.emit.nearest import needed_bytes
+from exporter.emit.plan_view import hosts_of, kind_of, runs_on_cpus
 from plans.config.context import beyond_context
 from plans.errors import UsageError
 from plans.plan import Plan
+from plans.reading.sizes import format_bytes
 
-# vLLM and SGLang have environment variables that make them go on; nobody should need those.
-_REFUSES = "this engine refuses them"
 _GOES_ON = "this engine runs them all the same, and the text is likely to be poor"
 _AT_LONGER_CONTEXTS: Mapping[str, str] = {
-    "vllm": _REFUSES,
-    "sglang": _REFUSES,
     "tensorrt-llm": "whether this engine takes them depends on its version",
-    "torchrun": _REFUSES,
     "accelerate": _GOES_ON,
     "transformers": _GOES_ON,
     "llama.cpp": _GOES_ON,
 }
+"""The other engines refuse them, and so does `exporter.emit.refusals`."""
 
 
 def not_expressed(plan: Plan, *, engine: str) -> tuple[str, ...]:
@@ -46,19 +46,15 @@ def _common_limits(plan: Plan, engine: str) -> list[str]:
     return limits
 
 
-def _pipeline_limits(plan: Plan) -> list[str]:
-    """Engines with one GPU per rank: no CPU stages, ranks host by host."""
+def _pipeline_limits(plan: Plan, engine: str) -> list[str]:
+    """Engines with one device per rank: scripts are written for CUDA, ranks host by host."""
     limits = [
-        f"stage {i} is planned for {stage.device} ({kind_of(plan, stage)}); every rank of this engine is a GPU"
+        f"stage {i} is planned for {stage.device} ({kind_of(plan, stage)}); the script chooses CUDA devices"
         for i, stage in enumerate(plan.stages)
-        if kind_of(plan, stage) != "cuda"
+        if kind_of(plan, stage) not in ("cuda", "cpu")
     ]
-    limits += [
-        f"stage {i} holds no layer; whether the engine accepts a rank with 0 layers depends on its version"
-        for i, stage in enumerate(plan.ranges)
-        if not stage.num_layers
-    ]
-    return limits + _host_limits(plan)
+    memory = cpu_cache_limits(plan) if runs_on_cpus(plan, engine=engine) else share_limits(plan, engine=engine)
+    return limits + _host_limits(plan) + memory
 
 
 def _host_limits(plan: Plan) -> list[str]:
@@ -68,34 +64,19 @@ def _host_limits(plan: Plan) -> list[str]:
     return []
 
 
-def _equal_hosts_limits(plan: Plan) -> list[str]:
-    hosts = hosts_of(plan)
-    if len({len(host.stages) for host in hosts}) == 1:
-        return []
-    numbers = ", ".join(f"{host.name} {len(host.stages)}" for host in hosts)
-    return [f"hosts hold different numbers of stages ({numbers}); the engine expects the same on each"]
-
-
 def _vllm_limits(plan: Plan) -> list[str]:
-    limits = _pipeline_limits(plan)
+    limits = _pipeline_limits(plan, "vllm")
     if len(hosts_of(plan)) > 2:
         limits.append("Ray puts the host that runs 'vllm serve' first and orders the others itself, not by the plan")
-    return limits + _share_limits(plan)
-
-
-def _share_limits(plan: Plan) -> list[str]:
-    shares = {round(s.budget_bytes / plan.cluster.device(s.device).memory_bytes, 2) for s in plan.stages}
-    if len(shares) < 2:
-        return []
-    return ["budgets differ per device; the engine takes one memory share for all, so the smallest is used"]
+    return limits
 
 
 def _sglang_limits(plan: Plan) -> list[str]:
-    return _pipeline_limits(plan) + _equal_hosts_limits(plan) + _share_limits(plan)
+    return _pipeline_limits(plan, "sglang")
 
 
 def _tensorrt_limits(plan: Plan) -> list[str]:
-    limits = _pipeline_limits(plan) + _equal_hosts_limits(plan) + _share_limits(plan)
+    limits = _pipeline_limits(plan, "tensorrt-llm")
     if plan.workload.dtype == "fp32":
         limits.append("fp32 weights are planned; TensorRT-LLM's kernels are made for bf16 and fp16")
     return limits
@@ -113,7 +94,7 @@ def _require_one_host(plan: Plan) -> None:
 
 def _map_limits(plan: Plan) -> list[str]:
     _require_one_host(plan)
-    limits = []
+    limits = _tied_limits(plan)
     kinds = [kind_of(plan, stage) for stage in plan.stages]
     if "cpu" in kinds and set(kinds) != {"cpu"}:
         stages = [i for i, kind in enumerate(kinds) if kind == "cpu"]
@@ -122,6 +103,20 @@ def _map_limits(plan: Plan) -> list[str]:
             "to a GPU for every step"
         )
     return limits
+
+
+def _tied_limits(plan: Plan) -> list[str]:
+    first, last = plan.ranges[0], plan.ranges[-1]
+    if not plan.profile.tied or first.device == last.device:
+        return []
+    text = (
+        f"the head is tied to the embedding and planned for {last.device}; transformers keeps one table for both, so "
+        f"the map puts it on {first.device}"
+    )
+    needed, budget = needed_bytes(plan, replace(first, has_head=True)), plan.stages[0].budget_bytes
+    if needed > budget:
+        text += f", which then needs {format_bytes(needed)} and offers {format_bytes(budget)}"
+    return [text]
 
 
 def _llama_cpp_limits(plan: Plan) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from exporter.emit.directory import beside
 from plans.cluster import Device
 from plans.dtypes import DTYPES
 from plans.plan import Plan, Stage
@@ -62,10 +63,9 @@ class PlanView:
         return self.plan.workload.batch_size * self.plan.workload.requests_in_flight
 
     @property
-    def memory_share(self) -> str:
-        """The smallest budget/memory over the stages, rounded down: engines take one share for all GPUs."""
-        shares = [s.budget_bytes / self.plan.cluster.device(s.device).memory_bytes for s in self.plan.stages]
-        return f"{int(min(0.99, *shares) * 100) / 100:.2f}"
+    def gguf(self) -> str:
+        """The file that llama.cpp's converter makes of the folder."""
+        return beside(self.directory, suffix=".gguf")
 
     @property
     def torch_devices(self) -> tuple[str, ...]:
@@ -98,6 +98,11 @@ def gpu_index(device: Device, plan: Plan) -> int:
     if match:
         return int(match[1])
     return [d.name for d in plan.cluster.devices if d.host == device.host and d.kind == "cuda"].index(device.name)
+
+
+def runs_on_cpus(plan: Plan, *, engine: str) -> bool:
+    """Whether `engine` runs every stage of the plan on a CPU."""
+    return engine == "vllm" and all(kind_of(plan, stage) == "cpu" for stage in plan.stages)
 
 
 def kind_of(plan: Plan, stage: Stage) -> str:

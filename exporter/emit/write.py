@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from exporter.emit.directory import spelled
 from exporter.emit.limits import not_expressed
-from exporter.emit.plan_view import PlanView, hosts_of, kind_of
+from exporter.emit.memory_shares import cpu_cache_gib, share_of_memory
+from exporter.emit.plan_view import PlanView, hosts_of, kind_of, runs_on_cpus
+from exporter.emit.refusals import refuse_unworkable
 from plans.engines.spelling import COUNT_ENGINES, ENGINES, device_map, device_map_json
 from plans.errors import UsageError, printable
 from plans.plan import Plan
@@ -39,11 +42,13 @@ def emit(plan: Plan, *, engine: str, directory: str = "DIR") -> Emission:
         directory: folder of the export, or of the checkpoint, as the commands name it.
 
     Raises:
-        UsageError: no such engine, or one that cannot place the layers like this at all.
+        UsageError: no such engine, no such folder's name, or a plan that the engine is known to refuse.
     """
     if engine not in ENGINES:
         raise UsageError(f"no engine is called '{printable(engine)}'", expected=", ".join(ENGINES))
-    view = PlanView(plan, directory, hosts_of(plan), not_expressed(plan, engine=engine))
+    folder = spelled(directory)
+    refuse_unworkable(plan, engine=engine)
+    view = PlanView(plan, folder, hosts_of(plan), not_expressed(plan, engine=engine))
     return Emission(engine, _render(engine, view), _partition(engine, view), view.not_expressed)
 
 
@@ -59,7 +64,22 @@ def _render(engine: str, view: PlanView) -> dict[str, str]:
     name = {"transformers": "run_transformers.py", "llama.cpp": "llama_cpp.sh", "tensorrt-llm": "tensorrt_llm.sh"}
     file = name.get(engine, f"{engine}.sh")
     template = _templates().get_template(f"{file}.j2")
-    return {file: template.render(view=view, split=_llama_cpp_split(view), placed=_map_of(view))}
+    memory = _memory_of(view.plan, engine) if engine in COUNT_ENGINES else None
+    return {file: template.render(view=view, split=_llama_cpp_split(view), placed=_map_of(view), memory=memory)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What an engine is told of memory: a share of it, or GiB of KV cache per rank; the other is empty."""
+
+    share: str = ""
+    cpu_cache_gib: int = 0
+
+
+def _memory_of(plan: Plan, engine: str) -> _Memory:
+    if runs_on_cpus(plan, engine=engine):
+        return _Memory(cpu_cache_gib=cpu_cache_gib(plan))
+    return _Memory(share=share_of_memory(plan, engine=engine))
 
 
 @cache
@@ -89,7 +109,8 @@ def _partition(engine: str, view: PlanView) -> str:
 
 
 def _map_of(view: PlanView) -> dict[str, int | str]:
-    return device_map([(s.start_layer, s.end_layer) for s in view.plan.stages], devices=view.devices())
+    ranges = [(stage.start_layer, stage.end_layer) for stage in view.plan.stages]
+    return device_map(ranges, devices=view.devices(), is_tied=view.plan.profile.tied)
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,7 @@ def verify_command(
         screen.next_step(f"llamarun generate {shown(directory)} -p 'Once upon a time'")
 
 
+@with_option_groups
 def emit_command(
     plan: PlanArgument,
     *,

@@ -120,15 +120,18 @@ def _device_of(module: str, table: Mapping[str, int | str]) -> str:
     raise UsageError(f"the device_map names no device for {module}")
 
 
-def device_map(ranges: Sequence[tuple[int, int]], *, devices: Sequence[int | str]) -> dict[str, int | str]:
+def device_map(
+    ranges: Sequence[tuple[int, int]], *, devices: Sequence[int | str], is_tied: bool
+) -> dict[str, int | str]:
     """Return accelerate's device_map for stages with these layers on these devices.
 
-    The embedding and the rotary table go with the first stage, the final norm and the head with the last.
+    The embedding and the rotary table go with the first stage, the final norm and the head with the last. A tied head
+    lies beside the embedding: transformers keeps one table for both, and does not load where the map parts them.
     """
     placed: dict[str, int | str] = {"model.embed_tokens": devices[0], "model.rotary_emb": devices[0]}
     for (start, end), device in zip(ranges, devices, strict=True):
         placed |= {f"model.layers.{layer}": device for layer in range(start, end)}
-    return {**placed, "model.norm": devices[-1], "lm_head": devices[-1]}
+    return {**placed, "model.norm": devices[-1], "lm_head": devices[0] if is_tied else devices[-1]}
 
 
 def device_map_json(placed: Mapping[str, int | str]) -> str:

@@ -44,6 +44,10 @@ def text_of(emission: Emission) -> str:
 @pytest.mark.parametrize("engine", [*COUNT_ENGINES, "llama.cpp", *MAP_ENGINES])
 def test_every_emitted_string_reads_back_to_the_plans_layers(shipped: Path, engine: str, cut: list[int]) -> None:
     plan = make_plan(shipped, cut, hosts=ONE_HOST)
+    if engine in COUNT_ENGINES and 0 in cut:
+        with pytest.raises(UsageError, match="holds no layer"):
+            emit(plan, engine=engine)
+        return
     found = parse_partition(emit(plan, engine=engine).partition, num_layers=7)
     assert found.engine == engine
     if engine in COUNT_ENGINES:
@@ -162,7 +166,7 @@ def test_llama_cpp_ranges_agree_with_its_arithmetic_in_single_precision(
 @pytest.mark.parametrize("engine", ENGINES)
 def test_shell_scripts_parse_and_python_compiles(shipped: Path, engine: str) -> None:
     directory = "my shards; $(touch evil) 'x'"
-    for hosts in (ONE_HOST, ["a", "a", "b"]) if engine in (*COUNT_ENGINES, "torchrun") else (ONE_HOST,):
+    for hosts in (ONE_HOST, ["a", "b", "c"]) if engine in (*COUNT_ENGINES, "torchrun") else (ONE_HOST,):
         plan = make_plan(shipped, [2, 3, 2], hosts=hosts)
         for name, text in emit(plan, engine=engine, directory=directory).files.items():
             if name.endswith(".sh"):
@@ -231,9 +235,7 @@ def test_several_hosts_get_a_rank_each(shipped: Path, tmp_path: Path) -> None:
 
 
 NOT_EXPRESSED: dict[str, tuple[list[str], list[str], str, str]] = {
-    "a CPU stage": (["cuda:0", "cpu", "cuda:1"], ONE_HOST, "vllm", r"stage 1 is planned for cpu"),
-    "a chain that comes back": (["a0", "b0", "a1"], ["a", "b", "a"], "sglang", "comes back to it"),
-    "unlike hosts": (["a0", "a1", "b0"], ["a", "a", "b"], "sglang", r"a 2, b 1"),
+    "a chain that comes back": (["a0", "b0", "a1"], ["a", "b", "a"], "vllm", "comes back to it"),
     "host order under Ray": (["a0", "b0", "c0"], ["a", "b", "c"], "vllm", "orders the others itself"),
     "CPU compute in accelerate": (["cuda:0", "cuda:1", "cpu"], ONE_HOST, "accelerate", r"stages \[2\]"),
     "the embedding in llama.cpp": (["cuda:0", "cuda:1", "cuda:2"], ONE_HOST, "llama.cpp", "embedding"),

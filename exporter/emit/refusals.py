@@ -1,0 +1,123 @@
+"""Plans that an engine is known to refuse or to fail with: refused here, with the nearest plan that it takes.
+
+| engine | takes no | where it says so |
+|---|---|---|
+| vLLM | rank without layers (no KV cache to set up), GPUs and CPUs in one run, CPUs of several machines | its KV cache set-up, its platform for CPUs |
+| SGLang | rank without layers, CPU, hosts with unlike numbers of ranks | its layer partition and launcher |
+| TensorRT-LLM | rank without layers, CPU, hosts with unlike numbers of ranks | its mapping of ranks |
+| vLLM, SGLang, llamarun | context beyond the model's | each checks it at the start |
+"""  # noqa: E501 - a row of a table
+
+from exporter.emit.nearest import Candidate, as_option, nearest_cut, nearest_even_cut
+from exporter.emit.plan_view import hosts_of, kind_of, runs_on_cpus
+from plans.config.config import SUPPORTED_FAMILIES
+from plans.engines.spelling import COUNT_ENGINES, MAP_ENGINES
+from plans.errors import UsageError
+from plans.plan import Plan
+from plans.reading.sizes import format_bytes
+
+REFUSE_LONGER_CONTEXTS = ("vllm", "sglang", "torchrun")
+EVEN_HOSTS = ("sglang", "tensorrt-llm")
+
+
+def refuse_unworkable(plan: Plan, *, engine: str) -> None:
+    """Refuse a plan that `engine` cannot run.
+
+    Raises:
+        UsageError: what it cannot run, and the nearest plan that it can.
+    """
+    _refuse_long_context(plan, engine)
+    if engine not in COUNT_ENGINES:
+        return
+    if all(kind_of(plan, stage) == "cpu" for stage in plan.stages):
+        _refuse_cpus(plan, engine)
+    fault = _mixed_kinds(plan, engine) or _empty_stages(plan) or _unlike_hosts(plan, engine)
+    if fault:
+        raise UsageError(f"{engine} does not run this plan: {fault}", hint=_way_out(plan, engine))
+
+
+def _refuse_long_context(plan: Plan, engine: str) -> None:
+    tokens, longest = plan.workload.context_tokens, plan.profile.model.longest_context_tokens
+    if tokens > longest and engine in REFUSE_LONGER_CONTEXTS:
+        raise UsageError(
+            f"the plan's context of {tokens} tokens is longer than the model's {longest}, and {engine} refuses that",
+            hint=f"solve again with --ctx-size {longest}",
+        )
+
+
+def _refuse_cpus(plan: Plan, engine: str) -> None:
+    if engine != "vllm":
+        raise UsageError(
+            f"{engine} does not run this plan: every stage is planned for a CPU",
+            hint="--for vllm takes it (its build for CPUs); " + _others(plan),
+        )
+    names = [host.name for host in hosts_of(plan)]
+    if len(names) > 1:
+        raise UsageError(
+            f"vllm does not run this plan: its build for CPUs runs on one machine, the plan spans {', '.join(names)}",
+            hint=_others(plan),
+        )
+
+
+def _mixed_kinds(plan: Plan, engine: str) -> str:
+    """Stages on what the engine does not run on, beside others."""
+    if runs_on_cpus(plan, engine=engine):
+        return ""
+    kinds = [kind_of(plan, stage) for stage in plan.stages]
+    bad = [f"stage {i} is planned for {s.device} ({k})" for i, (s, k) in enumerate(zip(plan.stages, kinds, strict=True))
+           if k in ("cpu", "mps")]  # fmt: skip
+    return f"{', '.join(bad)}, and every rank is a GPU" if bad else ""
+
+
+def _empty_stages(plan: Plan) -> str:
+    empty = [
+        f"stage {i} ({stage.words} on {stage.device})" for i, stage in enumerate(plan.ranges) if not stage.num_layers
+    ]
+    return f"{', '.join(empty)} holds no layer" if empty else ""
+
+
+def _unlike_hosts(plan: Plan, engine: str) -> str:
+    hosts = hosts_of(plan)
+    if engine not in EVEN_HOSTS or len({len(host.stages) for host in hosts}) == 1:
+        return ""
+    numbers = ", ".join(f"{host.name} {len(host.stages)}" for host in hosts)
+    return f"hosts hold different numbers of stages ({numbers}), and the engine expects the same on each"
+
+
+def _way_out(plan: Plan, engine: str) -> str:
+    """The nearest cut, as options of `llamaplan solve`; or why there is none."""
+    candidates = _candidates(plan, engine)
+    find = nearest_even_cut if engine in EVEN_HOSTS else nearest_cut
+    cut = find(plan, candidates)
+    if cut is not None:
+        return f"solve again as before, but with --layers {as_option(cut)}, the nearest cut that it takes"
+    if not candidates:
+        return _others(plan)
+    names = ", ".join(c.device for c in candidates)
+    needed = sum(stage.total_bytes for stage in plan.stages)
+    offered = sum(plan.cluster.device(c.device).budget_bytes or 0 for c in candidates)
+    return (
+        f"no cut over {names} alone holds it (the plan needs {format_bytes(needed)}, they offer "
+        f"{format_bytes(offered)}): solve again with --ctx-size below {plan.workload.context_tokens}; {_others(plan)}"
+    )
+
+
+def _others(plan: Plan) -> str:
+    """Which engines take the plan as it is."""
+    engines = list(MAP_ENGINES) if len(hosts_of(plan)) == 1 else []
+    if plan.profile.model.model_type in SUPPORTED_FAMILIES and plan.profile.model.quantization is None:
+        engines.append("torchrun")
+    return (
+        f"as it is, the plan runs with --for {' or '.join(engines)}" if engines else "no other engine takes it as it is"
+    )
+
+
+def _candidates(plan: Plan, engine: str) -> list[Candidate]:
+    """Devices that the engine can use, host by host as it numbers its ranks."""
+    on_cpus = runs_on_cpus(plan, engine=engine)
+    stages = [plan.stages[i] for host in hosts_of(plan) for i in host.stages]
+    return [
+        Candidate(stage.device, plan.cluster.device(stage.device).host, stage.range.num_layers)
+        for stage in stages
+        if on_cpus or kind_of(plan, stage) not in ("cpu", "mps")
+    ]
