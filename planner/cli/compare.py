@@ -1,6 +1,5 @@
 """`llamaplan compare` and `report`: they parse, call the planner, and print."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from planner.cli import ask, options
+from planner.cli.next_steps import shown
 from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
 
@@ -109,9 +109,9 @@ def compare_command(
     for line in show_compare.note_lines(found):
         screen.show(line)
     if known is None:
-        screen.next_step(f"llamaplan solve {shlex.quote(target)} with the same options and -o plan.json")
+        screen.next_step(f"llamaplan solve {shown(target)} with the same options and -o plan.json")
     else:
-        screen.next_step(f"llamaplan report {shlex.quote(target)} -o report.html")
+        screen.next_step(f"llamaplan report {shown(target)} -o report.html")
 
 
 def read_partitions(texts: Sequence[str], *, cluster: "Cluster", num_layers: int) -> "list[tuple[str, Split]]":
@@ -172,7 +172,7 @@ def report_command(
         write_text(trace, trace_text(known))
         screen.note(f"wrote {trace}; open it at https://ui.perfetto.dev or in chrome://tracing")
     screen.data({"report": str(output), "trace": None if trace is None else str(trace)})
-    screen.next_step(f"open {shlex.quote(str(output))} in a browser")
+    screen.next_step(f"open {shown(output)} in a browser")
 
 
 def refuse_same_file(plan: Path, *written: Path | None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from planner.cli.next_steps import after_export, shown
 from plans.commands.console import Output
 from plans.commands.option_groups import ScreenOptions, with_option_groups
 
@@ -81,7 +82,7 @@ def export_command(
     screen.show(f"export id {manifest.export_id}")
     screen.data(manifest.model_dump(mode="json"))
     if stages is None:
-        screen.next_step(f"llamarun generate {shown(output)} -p 'Once upon a time'")
+        screen.next_step(after_export(checked, output))
     else:
         chosen = " ".join(f"--stage {index}" for index in sorted(stages))
         screen.next_step(f"llamaplan verify {shown(output)} {chosen}")
@@ -119,6 +120,8 @@ def verify_command(
 
     from exporter.verify import verify
     from planner.model.find import find_model
+    from plans.check import read_plan
+    from plans.export.manifest import PLAN_NAME
     from plans.reading.sizes import format_bytes
 
     screen = printed.output()
@@ -135,7 +138,7 @@ def verify_command(
     screen.show(f"export id {found.export_id}")
     screen.data(asdict(found))
     if len(found.stages) == found.num_stages:
-        screen.next_step(f"llamarun generate {shown(directory)} -p 'Once upon a time'")
+        screen.next_step(after_export(read_plan(directory / PLAN_NAME), directory))
 
 
 @with_option_groups
@@ -179,9 +182,9 @@ def emit_command(
         sys.stdout.write("\n".join(found.files.values()))
     screen.data(asdict(found))
     if engine == "accelerate":
-        screen.next_step(
-            f"AutoModelForCausalLM.from_pretrained({directory!r}, device_map=json.load(open('device_map.json')))"
-        )
+        path = str(written[0]) if output is not None else "device_map.json"
+        load = f"AutoModelForCausalLM.from_pretrained({directory!r}, device_map=json.load(open({path!r})))"
+        screen.next_step(load)
     elif output is not None:
         interpreter = "python" if engine == "transformers" else "sh"
         screen.next_step(f"{interpreter} {shown(written[0])}")
@@ -227,10 +230,3 @@ def warn_about_values(source: Path, screen: Output) -> None:
 
     for name, what in find_bad_values(source).items():
         screen.warn(f"{name} {what}")
-
-
-def shown(path: Path) -> str:
-    """Return a path as it can be pasted into a shell."""
-    import shlex
-
-    return shlex.quote(str(path))

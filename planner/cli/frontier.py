@@ -1,11 +1,11 @@
 """`llamaplan frontier`: it parses, calls the planner, and prints."""
 
-import shlex
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from planner.cli import ask, options
+from planner.cli.next_steps import shown
 from plans.commands.option_groups import ScreenOptions, with_option_groups
 
 if TYPE_CHECKING:
@@ -65,4 +65,4 @@ def frontier_command(
         if found:
             screen.show(f"{title} ({objective}):")
             screen.show(show.frontier_table(found))
-    screen.next_step(f"llamaplan solve {shlex.quote(model)} --strategy mixed --weight 0.5 -o plan.json")
+    screen.next_step(f"llamaplan solve {shown(model)} --strategy mixed --weight 0.5 -o plan.json")

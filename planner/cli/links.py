@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from planner.cli import options
+from planner.cli.next_steps import shown
 from plans.commands.console import Output
 from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
@@ -110,4 +111,4 @@ def _measure(
         if output is not None:
             write_text(output, merged.to_json())
             screen.note(f"wrote {output}")
-    screen.next_step(f"llamaplan solve MODEL --cluster {output or 'cluster.json'} -o plan.json")
+    screen.next_step(f"llamaplan solve MODEL --cluster {shown(output or 'cluster.json')} -o plan.json")

@@ -1,6 +1,5 @@
 """`llamaplan`: the planner's command line. Commands parse, call and print; heavy imports happen when one runs."""
 
-import shlex
 from typing import NoReturn
 
 from planner.cli import ask, options
@@ -11,6 +10,7 @@ from planner.cli import links as cli_links
 from planner.cli import simulate as cli_simulate
 from planner.cli import solve as cli_solve
 from planner.cli.frontier import frontier_command
+from planner.cli.next_steps import shown
 from plans.commands.app import new_app
 from plans.commands.console import leave, run_command
 from plans.commands.option_groups import ScreenOptions, with_option_groups
@@ -69,7 +69,7 @@ def analyze(
     screen.show(unit_table(profile, workload))
     for line in summary_lines(profile, workload):
         screen.show(line)
-    screen.next_step(f"llamaplan solve {shlex.quote(model)} -o plan.json")
+    screen.next_step(f"llamaplan solve {shown(model)} -o plan.json")
 
 
 cli_devices.register(app)

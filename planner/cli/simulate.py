@@ -1,7 +1,6 @@
 """`llamaplan simulate`: it parses, calls the simulator, and prints."""
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from planner.cli import options
+from planner.cli.next_steps import shown
 from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
 
@@ -106,7 +106,7 @@ def simulate_command(
     screen.show(show_serving.spread_table(numbers))
     for line in show_serving.summary_lines(known, numbers):
         screen.show(line)
-    screen.next_step(f"llamaplan report {shlex.quote(str(plan))} -o report.html")
+    screen.next_step(f"llamaplan report {shown(plan)} -o report.html")
 
 
 def _requests(plan: "Plan", asked: ArrivalOptions) -> "tuple[Sequence[Request], str]":

@@ -1,12 +1,12 @@
 """`llamaplan solve`, `show` and `check`: they parse, call the planner, and print."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from planner.cli import ask, options
+from planner.cli.next_steps import shown
 from plans.commands.console import Output
 from plans.commands.option_groups import ScreenOptions, with_option_groups
 
@@ -103,7 +103,7 @@ def solve_command(
 def _next_step(output: Path | None, model: str) -> str:
     if output is None:
         return "the same command with -o plan.json, to keep the plan"
-    return f"llamaplan export {shlex.quote(str(output))} --model {shlex.quote(model)} -o shards/"
+    return f"llamaplan export {shown(output)} --model {shown(model)} -o shards/"
 
 
 def calibration_of(path: Path, cluster: "Cluster", profile: "ModelProfile") -> "Calibration":
@@ -150,7 +150,7 @@ def show_command(plan: options.PlanArgument, *, printed: ScreenOptions) -> None:
     known = read_plan(plan)
     screen.data(show.as_json(known))
     print_plan(known, screen)
-    screen.next_step(f"llamaplan export {shlex.quote(str(plan))} --model MODEL -o shards/")
+    screen.next_step(f"llamaplan export {shown(plan)} --model MODEL -o shards/")
 
 
 @with_option_groups
@@ -180,8 +180,8 @@ def check_command(
     screen.data({"stages": len(known.stages), "prediction": predicted.model_dump(mode="json"), "model": model})
     against = f"; the tensors of {model} are the plan's" if model is not None else ""
     screen.show(f"sound: {len(known.stages)} stages, memory and times are what the plan's own data give{against}")
-    next_model = shlex.quote(model) if model is not None else "MODEL"
-    screen.next_step(f"llamaplan export {shlex.quote(str(plan))} --model {next_model} -o shards/")
+    next_model = shown(model) if model is not None else "MODEL"
+    screen.next_step(f"llamaplan export {shown(plan)} --model {next_model} -o shards/")
 
 
 def print_plan(plan: "Plan", screen: Output) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -244,8 +245,8 @@ def test_emit_writes_to_stdout_or_a_file(run_command: Run, plan_file: Path, tmp_
     launches = tmp_path / "launch"
     assert run_command("llamaplan", "emit", plan_file, "--for", "torchrun", "-o", launches).code == 0
     assert names(launches) == ["launch-a.sh", "launch-b.sh"]
-    document = json.loads(run_command("llamaplan", "emit", plan_file, "--for", "sglang", "--json").out)
-    assert document["partition"] == "sglang:3,2,2"
+    document = json.loads(run_command("llamaplan", "emit", plan_file, "--for", "vllm", "--json").out)
+    assert document["partition"] == "vllm:3,2,2"
     assert run_command("llamaplan", "emit", plan_file, "--for", "nothing").code == 2
 
 
@@ -265,3 +266,45 @@ def test_a_progress_bar_appears_on_a_terminal_only(shipped: Path, plan_file: Pat
     assert b"\x1b" not in done.stdout
     plain = subprocess.run([*command, str(tmp_path / "two")], env=environment, capture_output=True, check=True)
     assert b"\x1b" not in plain.stderr
+
+
+OTHERS = {
+    "another family": (
+        {"model_type": "starcoder2"},
+        True,
+        r"^llamaplan emit .*plan\.json --for vllm --directory",
+    ),
+    "no tokenizer": ({}, False, r"llamarun bench .*out \(there is no tokenizer"),
+    "quantised": ({"quantization": "fp8"}, True, r"--for vllm --directory .*does not run fp8 weights"),
+    "runs": ({}, True, r"llamarun generate .*out -p"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_next_step_after_an_export_is_one_that_works(shipped: Path, tmp_path: Path, case: str) -> None:
+    from planner.cli.next_steps import after_export
+
+    changes, has_tokenizer, says = OTHERS[case]
+    plan = make_plan(shipped, [3, 4], hosts=["here", "here"])
+    identity = plan.profile.model.model_copy(update=changes)
+    plan = plan.model_copy(update={"profile": plan.profile.model_copy(update={"model": identity})})
+    out = tmp_path / "out"
+    out.mkdir()
+    if has_tokenizer:
+        (out / "tokenizer.json").touch()
+    assert re.search(says, after_export(plan, out))
+    on_cpu = make_plan(shipped, [3, 4], devices=["cuda:0", "cpu"], hosts=["here", "here"])
+    on_cpu = on_cpu.model_copy(update={"profile": plan.profile})
+    if case not in ("runs", "no tokenizer"):
+        assert "--for transformers --directory" in after_export(on_cpu, out)
+
+
+def test_a_next_step_never_names_a_path_that_a_command_takes_for_an_option(
+    run_command: Run, shipped: Path, plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run_command("llamaplan", "export", plan_file, "--model", shipped, "-o", "./-out")
+    assert done.err == "next: llamarun generate ./-out -p 'Once upon a time'\n"
+    assert run_command("llamaplan", "verify", "./-out").err == done.err
+    written = run_command("llamaplan", "emit", plan_file, "--for", "vllm", "-o", "./-serve.sh", "--directory", "./-out")
+    assert "next: sh ./-serve.sh" in written.err

@@ -1,0 +1,52 @@
+"""What a person can do next with an export: only what works with it is named."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plans.plan import Plan
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SERVING = ("vllm", "sglang", "tensorrt-llm", "transformers")
+
+
+def shown(path: Path | str) -> str:
+    """Return a path as it can be pasted into a shell, where no command takes it for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def after_export(plan: "Plan", directory: Path) -> str:
+    """Return the next command for a whole export of `plan` in `directory`.
+
+    `llamarun` where it runs the model; without a tokenizer what needs token ids only; else the first engine of
+    `SERVING` that takes the plan.
+    """
+    from plans.checkpoint.config import SUPPORTED_FAMILIES
+    from plans.export.manifest import PLAN_NAME
+
+    model = plan.profile.model
+    if model.model_type in SUPPORTED_FAMILIES and model.quantization is None:
+        if any((directory / name).is_file() for name in TOKENIZERS):
+            return f"llamarun generate {shown(directory)} -p 'Once upon a time'"
+        return f"llamarun bench {shown(directory)} (there is no tokenizer: prompts of text need one in the folder)"
+    why = f"{model.quantization} weights" if model.quantization else model.model_type
+    engine = _first_engine(plan)
+    if engine is None:
+        return f"another cut: llamarun does not run {why}, and no other engine takes this one"
+    command = f"llamaplan emit {shown(directory / PLAN_NAME)} --for {engine} --directory {shown(directory)}"
+    return f"{command} (llamarun does not run {why})"
+
+
+def _first_engine(plan: "Plan") -> str | None:
+    from exporter.emit import emit
+    from plans.errors import UsageError
+
+    for engine in SERVING:
+        try:
+            emit(plan, engine=engine)
+        except UsageError:
+            continue
+        return engine
+    return None
