@@ -95,6 +95,7 @@ def read_asked(
 ) -> Asked:
     """Read the model and the devices, and say what is odd about the checkpoint."""
     from planner.devices.clusters import load_cluster
+    from planner.devices.machine import oversized_budgets
     from planner.model.find import find_model
     from planner.model.profile import build_profile
     from planner.model.workloads import context_warnings, make_workload, parse_dtype
@@ -115,6 +116,8 @@ def read_asked(
     for warning in checkpoint.warnings + context_warnings(profile, load):
         screen.warn(warning)
     offered = load_cluster(offer.cluster, devices=offer.device, margins=offer.margin)
+    for warning in oversized_budgets(offer.device or ()):
+        screen.warn(warning)
     if not offer.probe or offer.cluster is not None:
         return Asked(checkpoint, profile, load, offered)
     known = known_of(offered, profile, speed=speed, screen=screen)

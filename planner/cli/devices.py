@@ -64,7 +64,7 @@ def devices_command(
     Example: llamaplan devices --device 2xrtx4090 --device cpu=32GiB -o cluster.json
     """
     from planner.devices.clusters import load_cluster
-    from planner.devices.machine import inspect_machine
+    from planner.devices.machine import inspect_machine, oversized_budgets
     from planner.show import cluster as show_cluster
     from plans.reading.files import write_text
 
@@ -79,6 +79,8 @@ def devices_command(
     if not measure and (model or host or dtype or threads):
         raise UsageError("MODEL, --host, --dtype and --threads belong to --measure", hint="add --measure")
     offered = load_cluster(cluster, devices=device, margins=margin)
+    for warning in oversized_budgets(device or ()):
+        screen.warn(warning)
     origins: tuple[str, ...] = ()
     if measure:
         offered = measured(offered, screen, model=model, host=host, dtype=dtype, threads=threads, is_kept=probe)

@@ -23,7 +23,7 @@ def after_export(plan: "Plan", directory: Path) -> str:
     `llamarun` where it runs the model; without a tokenizer what needs token ids only; else the first engine of
     `SERVING` that takes the plan.
     """
-    from plans.checkpoint.config import SUPPORTED_FAMILIES
+    from plans.config.config import SUPPORTED_FAMILIES
     from plans.export.manifest import PLAN_NAME
 
     model = plan.profile.model

@@ -25,7 +25,7 @@ from plans.cluster import Cluster, Device, Host
 from plans.commands.machine_memory import memory_bytes
 from plans.dtypes import DtypeName
 from plans.errors import UsageError, printable
-from plans.reading.sizes import parse_bytes
+from plans.reading.sizes import format_bytes, parse_bytes
 
 HOST = "local"
 PROCESS_OVERHEAD_BYTES = 330 << 20
@@ -104,6 +104,30 @@ def cluster_from_options(options: Sequence[str], *, margins: Margins | None = No
         # planning for a larger machine than this one; loading checks real memory again
         host = host.model_copy(update={"memory_bytes": None})
     return with_budgets(Cluster(hosts=(host,), devices=devices), margins, free_bytes=free)
+
+
+def oversized_budgets(options: Sequence[str]) -> tuple[str, ...]:
+    """Return a sentence for every ``--device`` option that states more memory than the device is known to have."""
+    machine = inspect_machine()
+    parsed = [_parse_option(option) for option in options]
+    found = [
+        f"--device {name}={format_bytes(budget)} is more than the {format_bytes(memory)} of one {name}"
+        for _, name, budget in parsed
+        if budget is not None and name != "cpu" and (memory := _known_memory(name, machine)) and budget > memory
+    ]
+    stated = sum(count * (budget or 0) for count, name, budget in parsed if name == "cpu")
+    total = machine.cluster.hosts[0].memory_bytes or stated
+    if stated > total:
+        found.append(
+            f"--device cpu={format_bytes(stated)} in all is more than the {format_bytes(total)} of this machine"
+        )
+    return tuple(f"{text}; it is planned as if it had as much" for text in found)
+
+
+def _known_memory(name: str, machine: Machine) -> int | None:
+    here = {device.name: device.memory_bytes for device in machine.cluster.devices}
+    entry = find_accelerator(name)
+    return here.get(name, entry.memory_bytes if entry is not None else None)
 
 
 def usable_cores() -> int:

