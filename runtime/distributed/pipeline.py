@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from runtime.distributed.clocks import StageClock
-from runtime.distributed.control.team import Fault, Loss, Team
+from runtime.distributed.control.faults import Fault, Loss
+from runtime.distributed.control.team import Team
 from runtime.distributed.flow import Flow
 from runtime.distributed.header import DTYPE_CODES, STEP, TOKENS, Header, check_against, closing
 from runtime.distributed.links import Arrival, Links
@@ -107,9 +108,9 @@ class Pipeline:
         self._active.clear()
         self._ready.clear()
         self._runner.clear()
-        while not self._team.events.empty():  # answers from before
-            self._team.events.get()
-        self._team.check()
+        while not self._team.faults.events.empty():  # answers from before
+            self._team.faults.events.get()
+        self._team.faults.check()
         for flow in flows:
             flow.start_over()
             self._open(flow)
@@ -170,12 +171,12 @@ class Pipeline:
         is_idle = not self._ready
         while True:
             try:
-                event = self._team.events.get(block=is_idle)
+                event = self._team.faults.events.get(block=is_idle)
             except queue.Empty:
                 return
             is_idle = False
             if isinstance(event, Fault):
-                self._team.check()
+                self._team.faults.check()
             if isinstance(event, Loss):
                 self._recover(event)
                 return
@@ -208,6 +209,6 @@ class Pipeline:
         self._ready.clear()
         groups = list(self._active)
         self._active.clear()
-        if self._team.fault is None:
+        if self._team.faults.fault is None:
             for group in groups:
                 self.forget(group)

@@ -11,12 +11,13 @@ from typing import Self
 from plans.errors import LlamaplanError
 from runtime.distributed.clocks import StageClock
 from runtime.distributed.control.address import Address
+from runtime.distributed.control.faults import Loss
 from runtime.distributed.control.identity import identity_of
 from runtime.distributed.control.launch import LocalWorkers
 from runtime.distributed.control.members import describe, exit_code_of
 from runtime.distributed.control.messages import Numbers
 from runtime.distributed.control.silence import Patience
-from runtime.distributed.control.team import Loss, Team
+from runtime.distributed.control.team import Team
 from runtime.distributed.flow import Flow, HeldCache, KeptColumns, make_flow
 from runtime.distributed.header import Stamp
 from runtime.distributed.links import Links, Place
@@ -113,7 +114,7 @@ class ProcessSession:
 
     def close(self, error: BaseException | None = None) -> None:
         """End every process, in order or because of an error."""
-        if error is None and self._team.fault is None:
+        if error is None and self._team.faults.fault is None:
             self._team.finish()
         else:
             self._team.abort(exit_code=exit_code_of(error), line=f"the driver ended the run: {describe(error)}")
@@ -156,9 +157,9 @@ class ProcessSession:
                         stamp=Stamp.of(identity_of(self.source).model_id, epoch=epoch),
                         on_linked=lambda link: self._team.links.linked(0, link, epoch=epoch),
                         expect=self._pipeline.expect,
-                        inbox=self._team.events,
+                        inbox=self._team.faults.events,
                         report=self._report,
-                        is_over=lambda: self._team.fault is not None or self._team.loss is not None,
+                        is_over=lambda: self._team.faults.fault is not None or self._team.faults.loss is not None,
                     )
                 )
             except Exception as error:  # it belongs to whoever waits

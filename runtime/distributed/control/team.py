@@ -4,17 +4,16 @@ Every worker has a thread here that listens to it, so that its heartbeats count 
 """
 
 import os
-import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from plans.errors import ExitCode, LlamaplanError, PeerError
 from runtime.distributed.control.acceptor import Acceptor
 from runtime.distributed.control.channel import Channel
+from runtime.distributed.control.faults import Fault, Faults
 from runtime.distributed.control.identity import check_identity
 from runtime.distributed.control.members import LocalProcess, Member, error_of
 from runtime.distributed.control.messages import (
@@ -50,21 +49,6 @@ STUCK_SECONDS = 1.5
 """How long the main thread may take to notice a fault before the process is ended around it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Put into the event queue when the run cannot go on."""
-
-    error: LlamaplanError
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Put into the event queue when a worker is gone that will be started again."""
-
-    rank: int
-    error: PeerError
-
-
 class Team:
     """All workers of a run.
 
@@ -83,9 +67,7 @@ class Team:
         links: finds the link that is silent.
         count_links: says how far this process's own data has come, once it is connected.
         store: how torch.distributed finds its peers.
-        fault: why the run cannot go on.
-        loss: the worker that has to be started again before it can go on.
-        events: gets a `Fault` or a `Loss` when the run cannot go on, and whatever else the driver waits for.
+        faults: why the run cannot go on.
     """
 
     def __init__(
@@ -98,28 +80,19 @@ class Team:
         progress: Callable[[str], None],
         num_restarts: int = 0,
     ) -> None:
-        self._num_restarts = num_restarts
         self._identity, self._job, self.names = identity, job, tuple(names)
-        self._patience, self._progress = patience, progress
+        self._progress = progress
         self.members: dict[int, Member] = {}
         self.acceptor: Acceptor | None = None
-        self.events: queue.Queue[Any] = queue.Queue()
-        self.fault: LlamaplanError | None = None
-        self.loss: Loss | None = None
+        self.faults = Faults(num_restarts=num_restarts)
         self.epoch = 0
-        self._fault_at = self._beat_at = 0.0
-        self._started_at = time.monotonic()
-        self._is_handled = False
-        self._is_over = False
-        self._suspicion: tuple[float, str] | None = None
+        self.started_at = time.monotonic()
         self.links = LinkWatch(len(self.names), patience=patience, who=self.who)
         self.count_links: Callable[[], LinkCounts | None] = lambda: None
         self._num_requests = 0
-        self._changed = threading.Condition()
-        self.store = SharedStore(self.broadcast, has_ended=lambda: self.fault is not None or self._is_over)
-        threading.Thread(target=self._watch, daemon=True, name="watch").start()
-
-    # --- joining ---------------------------------------------------------------------------------------------------
+        self._changed = self.faults.changed
+        self.store = SharedStore(self.broadcast, has_ended=lambda: self.faults.fault is not None or self.faults.is_over)
+        Watch(self, patience=patience).start()
 
     def adopt(self, rank: int, channel: Channel, local: LocalProcess) -> None:
         """Take in a worker that this process starts; it still has to say that it is there."""
@@ -161,20 +134,12 @@ class Team:
             PeerError: one did not join in time, or was lost.
             LlamaplanError: whatever a worker failed with.
         """
-        self.wait_until(lambda: not self._missing() and all(member.ready for member in self.members.values()))
+        self.wait_until(lambda: not self.missing() and all(member.ready for member in self.members.values()))
 
-    def _missing(self) -> list[int]:
+    def missing(self) -> list[int]:
+        """Return the ranks that have not joined."""
         ranks = range(1, len(self.names))
         return [rank for rank in ranks if rank not in self.members or self.members[rank].join is None]
-
-    def _did_not_join(self, ranks: Iterable[int]) -> PeerError:
-        return PeerError(
-            f"{', '.join(self.names[rank] for rank in ranks)} did not join within {self._patience.join_seconds:.0f} s",
-            hint="start it, or give it longer with --join-timeout",
-            code="E-JOIN",
-        )
-
-    # --- talking ---------------------------------------------------------------------------------------------------
 
     def who(self, rank: int) -> str:
         """Return what a process is called, with all that is known of it."""
@@ -208,7 +173,7 @@ class Team:
 
     def finish(self) -> None:
         """End the run in order: every worker acknowledges before anything is closed."""
-        self._is_over = True
+        self.faults.is_over = True
         self.broadcast(Finish())
         deadline = time.monotonic() + 5.0
         with self._changed:
@@ -218,7 +183,7 @@ class Team:
 
     def abort(self, *, exit_code: int, line: str) -> None:
         """End the run because of an error; every worker is told why."""
-        self._is_over = self._is_handled = True
+        self.faults.is_over = self.faults.is_handled = True
         self.broadcast(Abort(exit_code=exit_code, line=line[:4000]))
         self._dismiss(seconds=0.5)
 
@@ -234,64 +199,38 @@ class Team:
         for member in self.members.values():
             member.channel.close()
 
-    # --- faults ----------------------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raise the fault of the run, if there is one."""
-        if self.fault is not None:
-            self._is_handled = True
-            raise self.fault
-
     def fail(self, error: LlamaplanError) -> None:
-        """Record why the run cannot go on; the first reason counts."""
-        with self._changed:
-            if self.fault is not None or self._is_over:
-                return
-            self.fault, self._fault_at = error, time.monotonic()
-            self._changed.notify_all()
-        self.broadcast(Abort(exit_code=ExitCode.PEER, line=error.line()[:4000]))
-        self.events.put(Fault(error))
+        """End the run for a reason; the first one counts, and everybody is told."""
+        if self.faults.record(error):
+            self.broadcast(Abort(exit_code=ExitCode.PEER, line=error.line()[:4000]))
+            self.faults.events.put(Fault(error))
 
     def lose(self, member: Member, error: PeerError) -> None:
         """Record that a worker is gone: the end of the run, unless it may be started again."""
-        with self._changed:
-            may_restart = self._num_restarts > 0 and member.formed_epoch == self.epoch > 0 and self.loss is None
-            if may_restart and self.fault is None and not self._is_over:
-                self._num_restarts -= 1
-                self.loss = Loss(member.rank, error)
-        if self.loss is not None and self.loss.error is error:
-            self.events.put(self.loss)
-        else:
+        if not self.faults.record_loss(member.rank, error, was_running=member.formed_epoch == self.epoch > 0):
             self.fail(error)
 
     def replace(self, rank: int) -> None:
         """Make room for a new worker in the place of a lost one."""
         with self._changed:
             member = self.members.pop(rank)
-            self._started_at, self._suspicion, self.loss = time.monotonic(), None, None
-            self.links.start(None, now=self._started_at)
+            self.started_at = time.monotonic()
+            self.faults.mended()
+            self.links.start(None, now=self.started_at)
             self.epoch += 1  # what is still said about the old connections no longer counts
         member.is_replaced = True
         member.channel.close()
         if member.local is not None:
             member.local.end()
 
-    def suspect(self, rank: int, peer: int, reason: str) -> None:
-        """Note that a data connection broke; if nobody turns out to be gone, that itself is the fault."""
-        text = f"the data connection between {self.who(rank)} and {self.who(peer)} broke: {reason}"
-        with self._changed:
-            self._suspicion = self._suspicion or (time.monotonic(), text)
-
     def wait_until(self, is_done: Callable[[], bool]) -> None:
         """Wait for something that the run cannot go on without; errors as `wait_until_loaded`."""
         with self._changed:
-            while self.fault is None and self.loss is None and not is_done():
+            while self.faults.fault is None and self.faults.loss is None and not is_done():
                 self._changed.wait(timeout=0.1)
-        if self.loss is not None:
-            self.fail(self.loss.error)
-        self.check()
-
-    # --- threads ---------------------------------------------------------------------------------------------------
+        if self.faults.loss is not None:
+            self.fail(self.faults.loss.error)
+        self.faults.check()
 
     def _listen(self, member: Member, first: Message | None = None) -> None:
         try:
@@ -306,7 +245,7 @@ class Team:
             return
         except OSError:
             pass  # as good as the end of the stream
-        if not (member.is_finished or member.is_replaced or self._is_over):
+        if not (member.is_finished or member.is_replaced or self.faults.is_over):
             self.lose(member, member.ended())
 
     def _handle(self, member: Member, message: Message) -> None:
@@ -345,56 +284,79 @@ class Team:
         member.channel.send(self._job(join.rank))
         member.join = join
 
+    def suspect(self, rank: int, peer: int, reason: str) -> None:
+        """Note that a data connection broke; if nobody turns out to be gone, that itself is the fault."""
+        self.faults.suspect(f"the data connection between {self.who(rank)} and {self.who(peer)} broke: {reason}")
+
     def _on_put(self, member: Member, entry: Put) -> None:
         self.store.receive(entry)
         for other in list(self.members.values()):
             if other is not member:
                 other.channel.try_send(entry)
 
+
+class Watch:
+    """Looks ten times a second for whoever is silent, and says to everybody that this process lives."""
+
+    def __init__(self, team: Team, *, patience: Patience) -> None:
+        self._team, self._patience = team, patience
+        self._beat_at = 0.0
+
+    def start(self) -> None:
+        """Begin, in a thread of its own."""
+        threading.Thread(target=self._watch, daemon=True, name="watch").start()
+
     def _watch(self) -> None:
         woke = time.monotonic()
-        while not self._is_over:
+        while not self._team.faults.is_over:
             time.sleep(0.1)
             slept, woke = time.monotonic() - woke, time.monotonic()
             if slept > self._patience.heartbeat_seconds / 2:
                 self._forgive()  # it was this process that stood still
             self._send_beats(woke)
             self._find_faults(woke)
-            if self.fault is not None and not self._is_handled and woke - self._fault_at > STUCK_SECONDS:
-                self._leave_now(self.fault)
+            if self._team.faults.fault is not None and self._team.faults.is_stuck(after_seconds=STUCK_SECONDS):
+                self._leave_now(self._team.faults.fault)
 
     def _forgive(self) -> None:
-        self.links.forgive()
-        for member in list(self.members.values()):
+        self._team.links.forgive()
+        for member in list(self._team.members.values()):
             member.channel.last_heard = time.monotonic()
 
     def _send_beats(self, now: float) -> None:
         if now - self._beat_at >= self._patience.beat_seconds:
             self._beat_at = now
-            self.broadcast(Beat())
+            self._team.broadcast(Beat())
 
     def _find_faults(self, now: float) -> None:
         limit = self._patience.heartbeat_seconds
-        for member in list(self.members.values()):
-            is_lost = self.loss is not None and self.loss.rank == member.rank
-            if member.join and not member.is_finished and not is_lost and now - member.channel.last_heard > limit:
-                self.lose(member, member.silent(limit))
-        if now - self._started_at > self._patience.join_seconds and (missing := self._missing()):
-            self.fail(self._did_not_join(missing))
-        if (counts := self.count_links()) is not None:
-            self.links.hear(0, counts, now=now)
-        if self.loss is None and (silence := self.links.fault(now=now)) is not None:
-            self.fail(silence)
-        suspicion = self._suspicion
-        if suspicion is not None and self.loss is None and now - suspicion[0] > BLAME_SECONDS:
-            self.fail(PeerError(suspicion[1], code="E-LINK"))
+        for member in list(self._team.members.values()):
+            is_quiet = now - member.channel.last_heard > limit
+            if member.join and not member.is_finished and not self._team.faults.is_lost(member.rank) and is_quiet:
+                self._team.lose(member, member.silent(limit))
+        if now - self._team.started_at > self._patience.join_seconds and (missing := self._team.missing()):
+            self._team.fail(self._did_not_join(missing))
+        if (counts := self._team.count_links()) is not None:
+            self._team.links.hear(0, counts, now=now)
+        if self._team.faults.loss is None and (silence := self._team.links.fault(now=now)) is not None:
+            self._team.fail(silence)
+        if (text := self._team.faults.confirmed_suspicion(after_seconds=BLAME_SECONDS)) is not None:
+            self._team.fail(PeerError(text, code="E-LINK"))
 
     def _leave_now(self, fault: LlamaplanError) -> NoReturn:
         """End the process from outside its main thread, which is deep inside a computation."""
-        for member in self.members.values():
+        for member in self._team.members.values():
             if member.local is not None:
                 member.local.process.kill()
         sys.stdout.flush()
         sys.stderr.write(f"error[{fault.code}]: {fault.line()}\n")
         sys.stderr.flush()
         os._exit(fault.exit_code)
+
+    def _did_not_join(self, ranks: Iterable[int]) -> PeerError:
+        names = ", ".join(self._team.names[rank] for rank in ranks)
+        return PeerError(
+            f"{names} did not join within {self._patience.join_seconds:.0f} s",
+            hint="start it, or give it longer with --join-timeout",
+            code="E-JOIN",
+        )
