@@ -130,8 +130,9 @@ def _open(model: Path, output: Path, *, speed: str) -> Any:
     from runtime.distributed.control.launch import LocalWorkers
     from runtime.distributed.opening import open_processes
     from runtime.distributed.session import ProcessSettings
+    from runtime.prepared import prepare_session
     from runtime.reading.opening import open_source
-    from runtime.session import load_session, prepare_session
+    from runtime.session import load_session
 
     @contextmanager
     def opened() -> Any:

@@ -32,8 +32,8 @@ from runtime.distributed.session import ProcessSession, ProcessSettings
 from runtime.generate.limits import Limits
 from runtime.generate.loop import Generation, Request
 from runtime.generate.sampling import Sampling
+from runtime.prepared import prepare_session
 from runtime.reading.opening import open_source
-from runtime.session import prepare_session
 
 PROMPT_TOKENS, NEW_TOKENS, CALIBRATION_TOKENS = 256, 32, 16
 CONTEXT = 512

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from planner.cli.options import OfferOptions, WorkloadOptions
 from plans.commands.console import Output
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from planner.measure.known import Known
-    from planner.problem.goal import SolverName
     from plans.checkpoint.folder import Checkpoint
     from plans.cluster import Cluster
     from plans.profile import ModelProfile
@@ -65,11 +64,6 @@ def check_number(option: str, value: float, expected: str, *, is_good: bool) -> 
     """Refuse a value that is out of range."""
     if not is_good:
         raise UsageError(f"{option} is {value}", expected=expected)
-
-
-def solvers_of(name: Literal["auto", "highs", "cbc"]) -> "tuple[SolverName, ...]":
-    """Return the solvers that --solver names."""
-    return ("highs", "cbc") if name == "auto" else (name,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,8 +64,7 @@ def compare_command(
     offer: options.OfferOptions,
     load: options.WorkloadOptions,
     wanted: CompareOptions,
-    solver: options.SolverOption = "auto",
-    time_limit: options.TimeLimitOption = 60.0,
+    search: options.SearchOptions,
     printed: ScreenOptions,
 ) -> None:
     """Put all strategies and the rules of other engines side by side, scored by one simulator.
@@ -73,15 +72,13 @@ def compare_command(
     Example: llamaplan compare my-model/ --device 2xrtx3090=20GiB --device cpu=32GiB --partition vllm:20,12
     """
     from planner.problem.question import Question
-    from planner.program.effort import Effort
     from planner.rivals.alternatives import compare_plan
     from planner.rivals.compare import compare
     from planner.show import compare as show_compare
     from plans.check import read_plan
 
     screen = printed.output()
-    ask.check_time_limit(time_limit)
-    effort = Effort(ask.solvers_of(solver), time_limit)
+    effort = search.effort()
     known = read_plan(Path(target)) if ask.is_plan(target) else None
     if known is not None:
         ask.refuse_given("a plan brings its own question", replace(offer, probe=True), load, wanted)

@@ -1,12 +1,13 @@
 """Command-line options that several commands share, so that they are spelled and explained once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from planner.program.effort import Effort
     from plans.plan import Demands
 
 ModelArgument = Annotated[
@@ -214,3 +215,37 @@ class CutOptions(DemandOptions):
     def demands(self) -> "Demands":
         """Return them as a plan records them."""
         return DemandOptions.demands(self).model_copy(update={"layers": self.layers, "use_all": self.use_all})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What a search may cost."""
+
+    solver: SolverOption = "auto"
+    time_limit: TimeLimitOption = 60.0
+
+    def effort(self) -> "Effort":
+        """Return it, checked.
+
+        Raises:
+            UsageError: a limit that is none.
+        """
+        from planner.cli import ask
+        from planner.program.effort import Effort
+
+        ask.check_time_limit(self.time_limit)
+        return Effort(("highs", "cbc") if self.solver == "auto" else (self.solver,), self.time_limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactSearchOptions(SearchOptions):
+    """The same, and how close to the optimum it must come."""
+
+    mip_gap: GapOption = 0.0
+
+    def effort(self) -> "Effort":
+        """Return it, checked; errors as `SearchOptions.effort`."""
+        from planner.cli import ask
+
+        ask.check_number("--mip-gap", self.mip_gap, "0 to below 1", is_good=0 <= self.mip_gap < 1)
+        return replace(SearchOptions.effort(self), mip_gap=self.mip_gap)

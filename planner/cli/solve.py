@@ -39,9 +39,7 @@ def solve_command(
     prefill_chunk: options.ChunkOption = None,
     execution: options.ExecutionOption = "one_process",
     cut: options.CutOptions,
-    solver: options.SolverOption = "auto",
-    time_limit: options.TimeLimitOption = 60.0,
-    mip_gap: options.GapOption = 0.0,
+    search: options.ExactSearchOptions,
     max_ctx: options.MaxContextOption = False,
     max_in_flight: options.MaxInFlightOption = False,
     output: options.OutputOption = None,
@@ -57,12 +55,10 @@ def solve_command(
     from planner.answers.solve import solve
     from planner.devices.clusters import for_speed
     from planner.problem.question import Question
-    from planner.program.effort import Effort
     from planner.show import plan as show
 
     screen = printed.output()
-    ask.check_time_limit(time_limit)
-    ask.check_number("--mip-gap", mip_gap, "0 to below 1", is_good=0 <= mip_gap < 1)
+    effort = search.effort()
     asked = ask.read_asked(
         model, load, offer, prefill_chunk_tokens=ask.chunk_tokens(prefill_chunk), screen=screen, speed=speed
     )
@@ -79,11 +75,10 @@ def solve_command(
         execution=execution,
         demands=cut.demands(),
     )
-    effort = Effort(ask.solvers_of(solver), time_limit, mip_gap)
     started = time.monotonic()
     with screen.spinner(f"solving for {len(offered.devices)} devices"):
         plan = solve_with_best_chunk(question, effort) if prefill_chunk == ask.AUTO else solve(question, effort)
-        capacities = capacities_of(plan, max_ctx=max_ctx, max_in_flight=max_in_flight, time_limit=time_limit)
+        capacities = capacities_of(plan, max_ctx=max_ctx, max_in_flight=max_in_flight, time_limit=search.time_limit)
     seconds = time.monotonic() - started
     if output is not None:
         from plans.reading.files import write_text

@@ -17,8 +17,8 @@ from runtime.chat.template import ChatTemplate
 from runtime.generate.limits import Limits, check_prompt
 from runtime.generate.loop import Request
 from runtime.generate.sampling import Sampling
+from runtime.prepared import Prepared
 from runtime.reading.tokenizer import encode_prompt
-from runtime.session import Prepared
 
 MAX_INPUT_BYTES = 1 << 30
 

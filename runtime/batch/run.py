@@ -10,8 +10,9 @@ from runtime.batch.input import Job
 from runtime.batch.output import ResultFile
 from runtime.generate.loop import Generation
 from runtime.generate.writer import GeneratedSequence
+from runtime.prepared import Prepared
 from runtime.reading.capacity import memory_faults
-from runtime.session import AnySession, Prepared
+from runtime.session import AnySession
 
 
 @dataclass(slots=True)

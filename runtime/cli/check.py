@@ -12,7 +12,7 @@ from runtime.cli import options
 from runtime.cli.opening import load, prepare
 
 if TYPE_CHECKING:
-    from runtime.session import Prepared
+    from runtime.prepared import Prepared
 
 CHECK_PROMPTS = ("def main(argv: list[str]) -> int:\n", "import os\n", "The quick brown fox jumps over the lazy dog.")
 

@@ -12,7 +12,8 @@ from runtime.fast.speed import Speed
 if TYPE_CHECKING:
     from runtime.distributed.control.launch import LocalWorkers
     from runtime.generate.sampling import Sampling
-    from runtime.session import Prepared, Session
+    from runtime.prepared import Prepared
+    from runtime.session import Session
 
 
 def prepare(
@@ -45,7 +46,7 @@ def prepare(
             import torch
             import transformers
 
-            from runtime.session import prepare_session
+            from runtime.prepared import prepare_session
 
         # Our own sentences say what a person needs; the library's advice about its internals does not help here.
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from runtime.distributed.control.address import Address
     from runtime.distributed.control.launch import LocalWorkers
     from runtime.distributed.session import ProcessSettings
-    from runtime.session import AnySession, Prepared
+    from runtime.prepared import Prepared
+    from runtime.session import AnySession
 
 ProcessesOption = Annotated[
     bool, typer.Option("--processes", help="Run every stage in a process of its own, started here.")

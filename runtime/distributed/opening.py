@@ -13,7 +13,7 @@ from runtime.distributed.control.messages import Job
 from runtime.distributed.control.team import Team
 from runtime.distributed.loading import LoadSettings, load_stage, share_threads
 from runtime.distributed.session import ProcessSession, ProcessSettings
-from runtime.session import Prepared
+from runtime.prepared import Prepared
 
 
 def open_processes(

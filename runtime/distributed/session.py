@@ -28,10 +28,10 @@ from runtime.generate.loop import Generation, Request
 from runtime.generate.text import Decode
 from runtime.generate.tokens import padding_token
 from runtime.generate.writer import OnText
+from runtime.prepared import Prepared
 from runtime.reading.capacity import peak_memory_bytes
 from runtime.reading.families import rope_switch
 from runtime.reading.opening import Source
-from runtime.session import Prepared
 from runtime.stage_time import FAST_PATH, OnStep, StageTime, StageView, StepTrace
 from runtime.stages.traffic import stage_read_bytes
 

@@ -89,12 +89,6 @@ def load_units(
         _share_tied_table(model)
 
 
-def source_names(spec: StageRange, tensors: Iterable[str], *, is_tied: bool) -> frozenset[str]:
-    """Return the names of the stored tensors that a stage reads."""
-    recipes = _recipes(spec, tensors, is_tied=is_tied)
-    return frozenset(source for recipe in recipes.values() for source in recipe.sources)
-
-
 def _owned(spec: StageRange, name: str) -> bool:
     key = unit_of(name)
     return key is not None and spec.owns(key)

@@ -49,7 +49,17 @@ FLOORS = {
         "emit",
     ),
     "runtime": (
-        *("stage_time", "reading", "fast", "stages", "generate", "session", "distributed.control", "distributed"),
+        *(
+            "stage_time",
+            "reading",
+            "fast",
+            "stages",
+            "generate",
+            "prepared",
+            "session",
+            "distributed.control",
+            "distributed",
+        ),
         *("results", "chat", "batch", "cli", "worker"),
     ),
 }

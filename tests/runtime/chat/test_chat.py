@@ -26,8 +26,9 @@ from runtime.generate.kept_cache import KeptCache
 from runtime.generate.limits import Limits
 from runtime.generate.loop import generate
 from runtime.generate.sampling import Sampling
+from runtime.prepared import prepare_session
 from runtime.reading.opening import open_source
-from runtime.session import Session, load_session, prepare_session
+from runtime.session import Session, load_session
 from tests.conftest import RunCommand
 
 QUESTIONS = ("What does os.path.join do?", "And what is a tuple?", "Explain the csv module.")

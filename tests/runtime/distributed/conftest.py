@@ -18,8 +18,9 @@ from runtime.cli import run as llamarun
 from runtime.distributed.control.launch import LocalWorkers
 from runtime.distributed.opening import open_processes
 from runtime.distributed.session import ProcessSession, ProcessSettings
+from runtime.prepared import Prepared, prepare_session
 from runtime.reading.opening import open_source
-from runtime.session import Prepared, Session, load_session, prepare_session
+from runtime.session import Session, load_session
 from tests.exporter.export_helpers import make_plan
 
 CUTS = {2: [4, 3], 3: [2, 4, 1], 4: [0, 3, 4, 0]}

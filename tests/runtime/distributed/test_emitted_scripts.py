@@ -10,8 +10,9 @@ from jobs import ENVIRONMENT, PROMPT
 
 from exporter import export
 from exporter.emit import emit
+from runtime.prepared import prepare_session
 from runtime.reading.opening import open_source
-from runtime.session import load_session, prepare_session
+from runtime.session import load_session
 from tests.exporter.export_helpers import make_plan
 
 

@@ -16,8 +16,9 @@ from runtime.distributed.session import ProcessSession, ProcessSettings
 from runtime.generate.limits import Limits
 from runtime.generate.loop import Generation, Request
 from runtime.generate.sampling import Sampling
+from runtime.prepared import prepare_session
 from runtime.reading.opening import open_source
-from runtime.session import Session, load_session, prepare_session
+from runtime.session import Session, load_session
 from tests.exporter.export_helpers import make_plan
 from tests.runtime.reading.test_families import family_config
 

@@ -30,9 +30,10 @@ from runtime.cli.opening import merge_sampling
 from runtime.generate.loop import Generation, Request
 from runtime.generate.rules import check_rules
 from runtime.generate.stop_tokens import TokenStops
+from runtime.prepared import Prepared, prepare_session
 from runtime.reading.generation_config import end_tokens, score_rules, stop_strings
 from runtime.reading.opening import open_source
-from runtime.session import Prepared, Session, prepare_session
+from runtime.session import Session
 from runtime.stages.chain import Chain
 
 PROMPT = [7, 8, 9, 10, 11, 7, 8, 9, 10]

@@ -10,7 +10,9 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from plans.stages import StageRange
 from runtime import load
-from runtime.session import load_session, open_source, prepare_session
+from runtime.prepared import prepare_session
+from runtime.reading.opening import open_source
+from runtime.session import load_session
 from runtime.stages.caches import new_cache
 from runtime.stages.chain import Chain
 from tests.conftest import RunCommand
