@@ -102,8 +102,10 @@ def test_a_command_imports_nothing_from_the_current_folder(trapped: Path, name: 
 def test_emitted_scripts_keep_python_from_the_current_folder(trapped: Path) -> None:
     """Scripts of sh by PYTHONSAFEPATH, which every Python below them obeys; one of Python by itself."""
     plan = read_plan(trapped / "plan.json")
+    gpus = tuple(device.model_copy(update={"kind": "cuda"}) for device in plan.cluster.devices)
+    on_gpus = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"devices": gpus})})
     for engine in ("vllm", "sglang", "tensorrt-llm", "torchrun"):
-        for text in emit(plan, engine=engine, directory="shards").files.values():
+        for text in emit(on_gpus, engine=engine, directory="shards").files.values():
             assert re.search(r"^export PYTHONSAFEPATH=1\b", text, flags=re.MULTILINE)
     script = trapped / "run_transformers.py"
     script.write_text(emit(plan, engine="transformers", directory="shards").files["run_transformers.py"])
