@@ -1,6 +1,5 @@
 """What several commands check before they ask the planner."""
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,11 +45,6 @@ def refuse_given(why: str, *groups: "DataclassInstance") -> None:
                 raise UsageError(f"{why}; --{field.name.replace('_', '-')} cannot change it", hint="leave it out")
 
 
-def check_time_limit(seconds: float) -> None:
-    """Refuse a time limit that is no time."""
-    check_number("--time-limit", seconds, "above 0", is_good=0 < seconds < math.inf)
-
-
 def chunk_tokens(text: str | None) -> int | None:
     """Return the tokens of --prefill-chunk; None where the planner chooses, or where all are taken at once."""
     if text is None or text == AUTO:
@@ -58,12 +52,6 @@ def chunk_tokens(text: str | None) -> int | None:
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:12]) <= 2**31):
         raise UsageError(f"--prefill-chunk is {printable(text, limit=40)}", expected=f"1 to {2**31}, or auto")
     return int(text)
-
-
-def check_number(option: str, value: float, expected: str, *, is_good: bool) -> None:
-    """Refuse a value that is out of range."""
-    if not is_good:
-        raise UsageError(f"{option} is {value}", expected=expected)
 
 
 @dataclass(frozen=True, slots=True)

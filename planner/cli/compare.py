@@ -158,7 +158,7 @@ def report_command(
     from plans.reading.files import write_text
 
     screen = printed.output()
-    ask.check_time_limit(time_limit)
+    options.check_time_limit(time_limit)
     refuse_same_file(plan, output, trace)
     known = read_plan(plan)
     with screen.spinner("comparing with other strategies and engines"):

@@ -43,7 +43,7 @@ def frontier_command(
     from planner.show import frontier as show
 
     screen = printed.output()
-    ask.check_time_limit(time_limit)
+    options.check_time_limit(time_limit)
     asked = ask.read_asked(model, load, offer, prefill_chunk_tokens=prefill_chunk, screen=screen)
     offered = asked.cluster
     question = Question(

@@ -1,10 +1,13 @@
 """Command-line options that several commands share, so that they are spelled and explained once."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from plans.errors import UsageError
 
 if TYPE_CHECKING:
     from planner.program.effort import Effort
@@ -217,6 +220,17 @@ class CutOptions(DemandOptions):
         return DemandOptions.demands(self).model_copy(update={"layers": self.layers, "use_all": self.use_all})
 
 
+def check_time_limit(seconds: float) -> None:
+    """Refuse a time limit that is no time."""
+    check_number("--time-limit", seconds, "above 0", is_good=0 < seconds < math.inf)
+
+
+def check_number(option: str, value: float, expected: str, *, is_good: bool) -> None:
+    """Refuse a value that is out of range."""
+    if not is_good:
+        raise UsageError(f"{option} is {value}", expected=expected)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """What a search may cost."""
@@ -230,10 +244,9 @@ class SearchOptions:
         Raises:
             UsageError: a limit that is none.
         """
-        from planner.cli import ask
         from planner.program.effort import Effort
 
-        ask.check_time_limit(self.time_limit)
+        check_time_limit(self.time_limit)
         return Effort(("highs", "cbc") if self.solver == "auto" else (self.solver,), self.time_limit)
 
 
@@ -245,7 +258,5 @@ class ExactSearchOptions(SearchOptions):
 
     def effort(self) -> "Effort":
         """Return it, checked; errors as `SearchOptions.effort`."""
-        from planner.cli import ask
-
-        ask.check_number("--mip-gap", self.mip_gap, "0 to below 1", is_good=0 <= self.mip_gap < 1)
+        check_number("--mip-gap", self.mip_gap, "0 to below 1", is_good=0 <= self.mip_gap < 1)
         return replace(SearchOptions.effort(self), mip_gap=self.mip_gap)
