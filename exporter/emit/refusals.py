@@ -11,6 +11,7 @@
 from exporter.emit.nearest import Candidate, as_option, nearest_cut, nearest_even_cut
 from exporter.emit.plan_view import hosts_of, kind_of, runs_on_cpus
 from plans.config.config import SUPPORTED_FAMILIES
+from plans.config.context import beyond_context
 from plans.engines.spelling import COUNT_ENGINES, MAP_ENGINES
 from plans.errors import UsageError
 from plans.plan import Plan
@@ -37,12 +38,11 @@ def refuse_unworkable(plan: Plan, *, engine: str) -> None:
 
 
 def _refuse_long_context(plan: Plan, engine: str) -> None:
-    tokens, longest = plan.workload.context_tokens, plan.profile.model.longest_context_tokens
+    model, tokens = plan.profile.model, plan.workload.context_tokens
+    longest = model.longest_context_tokens
     if tokens > longest and engine in REFUSE_LONGER_CONTEXTS:
-        raise UsageError(
-            f"the plan's context of {tokens} tokens is longer than the model's {longest}, and {engine} refuses that",
-            hint=f"solve again with --ctx-size {longest}",
-        )
+        what = beyond_context(tokens, longest=longest, trained=model.max_position_embeddings)
+        raise UsageError(f"{what}; {engine} refuses such a context", hint=f"solve again with --ctx-size {longest}")
 
 
 def _refuse_cpus(plan: Plan, engine: str) -> None:
