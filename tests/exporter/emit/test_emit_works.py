@@ -289,8 +289,13 @@ def test_a_context_longer_than_the_models_is_refused_or_said_as_the_engine_does(
     longest = plan.profile.model.max_position_embeddings
     plan = plan.model_copy(update={"workload": plan.workload.model_copy(update={"context_tokens": longest + 1})})
     if engine in {"vllm", "sglang", "torchrun"}:
-        with pytest.raises(UsageError, match=f"{longest + 1} tokens are more than the model was trained for .{longest}.") as caught:
+        with pytest.raises(
+            UsageError, match=f"{longest + 1} tokens are more than the model was trained for .{longest}."
+        ) as caught:
             emit(plan, engine=engine)
         assert caught.value.hint == f"solve again with --ctx-size {longest}"
     else:
-        assert any(f"more than the model was trained for ({longest})" in text for text in emit(plan, engine=engine).not_expressed)
+        assert any(
+            f"more than the model was trained for ({longest})" in text
+            for text in emit(plan, engine=engine).not_expressed
+        )
