@@ -27,7 +27,7 @@ class ExitCode(IntEnum):
 
 def printable(text: object, *, limit: int = 120) -> str:
     """Escape control characters and cut to `limit`, so that hostile names cannot garble a terminal."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 

@@ -12,13 +12,14 @@ from plans.errors import InputError
 from plans.plan import Share
 from plans.profile import Count, ModelProfile, Sha256
 from plans.reading.files import read_limited
-from plans.reading.strict import SchemaVersion, StrictModel, parse_json, validate_json
+from plans.reading.strict import MAX_KEYS, SchemaVersion, StrictModel, parse_json, validate_json
 from plans.stages import StageRange, chain_fault
-from plans.workload import Workload
+from plans.workload import MAX_TOKENS, BatchSize, Workload
 
 DEFAULT_CHUNK_TOKENS = 2048
 """What `llamarun generate` reads at once."""
 MAX_RUN_BYTES = 16 << 20
+MAX_RUN_VALUES = 2_000_000
 FinishReason = Literal["eos", "stop_string", "length", "interrupted"]
 Positive = Annotated[int, Field(ge=1, le=2**31)]
 
@@ -90,7 +91,7 @@ class _TimedRun(_Measured):
 
     prompt_tokens: Positive
     new_tokens: Count
-    batch_size: Positive
+    batch_size: BatchSize
     time_to_first_token_seconds: Seconds
     median_seconds_per_token: Seconds | None
     """Null where nothing was decoded after the first token."""
@@ -101,6 +102,12 @@ class _TimedRun(_Measured):
         fault = chain_fault([stage.range for stage in self.stages], num_layers=self.stages[-1].end_layer)
         if fault is not None:
             raise ValueError(str(fault))
+        return self
+
+    @model_validator(mode="after")
+    def _is_a_workload(self) -> "_TimedRun":
+        if self.prompt_tokens + self.new_tokens > MAX_TOKENS:
+            raise ValueError(f"{self.prompt_tokens} + {self.new_tokens} tokens are more than {MAX_TOKENS}")
         return self
 
     @property
@@ -204,7 +211,7 @@ def read_run(path: Path) -> TimedRun:
         InputError: no such document, or one without times (`generate` needs `--json`, and two new tokens).
     """
     data = read_limited(path, max_bytes=MAX_RUN_BYTES)
-    value = parse_json(data, where=path)
+    value = parse_json(data, where=path, max_values=MAX_RUN_VALUES, max_keys=MAX_KEYS)
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind not in ("run", "bench"):
         raise InputError(

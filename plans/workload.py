@@ -11,7 +11,9 @@ from plans.errors import InputError
 from plans.reading.files import read_limited
 from plans.reading.strict import StrictModel
 
-Tokens = Annotated[int, Field(ge=1, le=2**31)]
+MAX_TOKENS = 2**31
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+BatchSize = Annotated[int, Field(ge=1, le=65536)]
 
 
 class Workload(StrictModel):
@@ -20,8 +22,8 @@ class Workload(StrictModel):
     prompt_tokens: Tokens = 128
     new_tokens: Annotated[int, Field(ge=0, le=2**31)] = 128
     context_tokens: Tokens
-    batch_size: Annotated[int, Field(ge=1, le=65536)] = 1
-    requests_in_flight: Annotated[int, Field(ge=1, le=65536)] = 1
+    batch_size: BatchSize = 1
+    requests_in_flight: BatchSize = 1
     prefill_chunk_tokens: Tokens
     """Prompt tokens per prefill step; the whole prompt if not smaller."""
     dtype: DtypeName

@@ -7,6 +7,7 @@ framework's own (which we count as overhead). So the margin is per device or kin
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,6 +24,7 @@ KIND_MARGINS: Mapping[str, Fraction] = {
     "other": Fraction(20, 100),
 }
 """Share of the memory that stays free, by kind of device."""
+_PERCENT = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,9})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +130,8 @@ def _check_names(cluster: Cluster, margins: Margins) -> None:
 def _parse_margin(text: str) -> Margin:
     if not text.endswith("%"):
         return Margin(None, parse_bytes(text))
-    try:
-        share = Fraction(text[:-1]) / 100
-    except (ValueError, ZeroDivisionError):
-        share = Fraction(-1)
-    if not 0 <= share < 1:
+    # Not whatever Fraction takes: a power of ten as long as a line would be computed digit by digit.
+    share = Fraction(text[:-1]) / 100 if _PERCENT.fullmatch(text[:-1]) else None
+    if share is None or share >= 1:
         raise UsageError(f"'{printable(text, limit=40)}' is not a margin", expected="a size, or 0% to below 100%")
     return Margin(share)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from plans.checkpoint.cache import REPOSITORY_PREFIX, find_snapshot, repository_name
 from plans.errors import InputError, printable
+from plans.reading.files import typed_path
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
@@ -21,7 +22,7 @@ def find_model(text: str, *, environment: Mapping[str, str] = os.environ) -> Pat
     Raises:
         InputError: neither a path nor a cached model, or a cached model whose download never finished.
     """
-    path = Path(text).expanduser()
+    path = typed_path(text)
     if _exists(path):
         return find_snapshot(path)
     if not _HUB_NAME.fullmatch(text):
@@ -41,10 +42,10 @@ def cache_folder(environment: Mapping[str, str]) -> Path:
     """Return the Hugging Face hub cache, by the variables and defaults of `huggingface_hub`."""
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environment.get(variable):
-            return Path(environment[variable]).expanduser()
+            return typed_path(environment[variable])
     cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
     home = environment.get("HF_HOME") or f"{cache}/huggingface"
-    return Path(home).expanduser() / "hub"
+    return typed_path(home) / "hub"
 
 
 def model_name(path: Path) -> str:

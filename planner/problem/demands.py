@@ -16,7 +16,7 @@ from plans.cuts import layer_ranges, read_counts
 from plans.errors import UsageError, printable
 from plans.plan import Demands
 
-_RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
+_RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class _Reader:
 
     def _stage(self, part: str, text: str) -> StageChoice:
         span, separator, name = part.partition("@")
-        match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", span)
+        match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", span, re.ASCII)
         if not separator or match is None:
             raise self._malformed("--layers", text, "for example 0-16@cuda:0,16-32@cpu")
         start, end = int(match.group(1)), int(match.group(2))

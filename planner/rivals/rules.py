@@ -14,8 +14,9 @@ from planner.rivals.accelerate import DISK, Room, Sizes
 from plans.cluster import Cluster, Device
 from plans.dtypes import DTYPES
 from plans.engines import rules as rules_counts
-from plans.errors import UsageError
+from plans.errors import UsageError, printable
 from plans.profile import ModelProfile
+from plans.reading.sizes import parse_count
 from plans.stages import StageRange
 
 ROTARY_BYTES = 4
@@ -179,10 +180,12 @@ def _device_called(name: str, cluster: Cluster) -> str:
     gpus, home = [d for d in cluster.devices if d.kind != "cpu"], _cpu(cluster)
     if name == "cpu" and home is not None:
         return home.name
-    index = name.removeprefix("cuda:")
-    if index.isdecimal() and int(index) < len(gpus):
-        return gpus[int(index)].name
-    raise UsageError(f"the partition names device {name}", expected=", ".join(d.name for d in cluster.devices))
+    index = parse_count(name.removeprefix("cuda:"))
+    if index is not None and index < len(gpus):
+        return gpus[index].name
+    raise UsageError(
+        f"the partition names device {printable(name, limit=64)}", expected=", ".join(d.name for d in cluster.devices)
+    )
 
 
 def _equal(engine: str, rule: Callable[..., tuple[int, ...]], profile: ModelProfile, cluster: Cluster) -> Split:

@@ -20,6 +20,7 @@ from plans.reading.strict import parse_json
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS_PER_FILE = 100_000
 MAX_DIMENSIONS = 8
+MAX_VALUES_PER_FILE = MAX_TENSORS_PER_FILE * (MAX_DIMENSIONS + 7)
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,254}")
 
@@ -76,7 +77,7 @@ def read_header(path: Path) -> SafetensorsHeader:
             expected=f"at most {MAX_TENSORS_PER_FILE}",
             code="E-HEADER",
         )
-    document = parse_json(raw, where=path)
+    document = parse_json(raw, where=path, max_values=MAX_VALUES_PER_FILE)
     if not isinstance(document, dict):
         raise InputError("the header is not a JSON object", where=path, code="E-HEADER")
     metadata = _check_metadata(document.pop("__metadata__", {}), path)

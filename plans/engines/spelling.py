@@ -100,7 +100,7 @@ def _llama_cpp(text: str, num_layers: int) -> Partition:
 
 
 def _device_map(text: str, engine: str, num_layers: int) -> Partition:
-    table = parse_json(text.encode(), where=f"--partition {engine}")
+    table = parse_json(text.encode("utf-8", "surrogatepass"), where=f"--partition {engine}")
     if not isinstance(table, dict) or not all(isinstance(v, int | str) for v in table.values()):
         raise UsageError("not a device_map", expected="a JSON object of module names and devices")
     devices = [_device_of(f"model.layers.{layer}", table) for layer in range(num_layers)]

@@ -29,7 +29,7 @@ from plans.export.tensors import check_metadata, check_tensors, metadata_of
 from plans.plan import Plan
 from plans.reading.digest import FileState, check_xxh3
 from plans.reading.files import explain_os_error, read_limited, sha256_hex
-from plans.reading.strict import parse_json, validate_json
+from plans.reading.strict import MAX_KEYS, parse_json, validate_json
 
 MAX_ROOT_FILE_BYTES = 256 << 20
 
@@ -171,7 +171,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _check_version(data: bytes, path: Path) -> None:
-    document = parse_json(data, where=path)
+    document = parse_json(data, where=path, max_keys=MAX_KEYS)
     version = document.get("schema_version") if isinstance(document, dict) else None
     if type(version) is not int or version != 1:
         raise InputError(

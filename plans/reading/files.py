@@ -39,6 +39,14 @@ def check_basename(name: str, *, where: object) -> str:
     return name
 
 
+def typed_path(text: str) -> Path:
+    """Return the path a person typed, ``~`` replaced as a shell does it: a home that nobody has stays as it is."""
+    try:
+        return Path(text).expanduser()
+    except (RuntimeError, ValueError):  # no such user, or no name at all
+        return Path(text)
+
+
 def explain_os_error(error: OSError, path: object) -> InputError | MachineError:
     """Turn an operating-system error on `path` into ours: missing is bad input, the rest is the machine."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):

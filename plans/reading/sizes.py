@@ -1,4 +1,4 @@
-"""The grammar of sizes (``20GiB``, ``20GB``, ``512MiB``, plain bytes) and how bytes are printed."""
+"""The grammar of sizes (``20GiB``, ``20GB``, ``512MiB``, plain bytes) and counts, and how bytes are printed."""
 
 import re
 from fractions import Fraction
@@ -12,6 +12,7 @@ _UNITS = {"": 1, "B": 1}
 _UNITS |= {prefix + "B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {prefix + "iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 _SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,9})?) ?([KMGT]?i?B?)")
+_COUNT = re.compile(r"[0-9]{1,18}")
 MAX_BYTES = 2**60
 
 
@@ -36,6 +37,16 @@ def parse_bytes(text: str) -> int:
     if value > MAX_BYTES:
         raise UsageError(f"'{printable(text, limit=40)}' is too large", expected="at most 2^60 bytes")
     return value
+
+
+def parse_count(text: str) -> int | None:
+    """Return the whole number that `text` writes in at most 18 plain digits, None where it does not.
+
+    Example:
+        >>> parse_count("12"), parse_count("-1"), parse_count("9" * 5000)
+        (12, None, None)
+    """
+    return int(text) if _COUNT.fullmatch(text) else None
 
 
 def format_bytes(value: int | float) -> str:

@@ -1,7 +1,8 @@
 """Strict JSON: the one way files of ours, and everything that came from elsewhere, are read and written.
 
 Refused: anything but UTF-8, byte-order marks, duplicate keys, NaN and infinities (also by overflow, ``1e999``),
-integers beyond 64 bits, NUL and lone surrogates in strings, nesting deeper than 64, and files above a size cap.
+integers beyond 64 bits, NUL and lone surrogates in strings, nesting deeper than 64, too many values, and files above
+a size cap.
 """
 
 import json
@@ -12,13 +13,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
 
 from plans.errors import InputError, printable
 from plans.reading.files import read_limited
 
 MAX_DEPTH = 64
 MAX_JSON_BYTES = 64 << 20
+MAX_VALUES = 600_000
+"""Of one document, objects and lists among them; some take half a kilobyte each while they are read."""
+MAX_KEYS = 10_000
+"""Of one object of ours. Validation keeps every key it does not know, at a kilobyte each, before the first is shown."""
 _MAX_INT = 2**64
 # An unterminated string runs to the end, so that no text makes the search start over again and again.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
@@ -26,6 +32,16 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 # What only a careful reading tells apart from plain JSON: huge numbers, exponents, escaped NULs and surrogates.
 _NEEDS_CARE = re.compile(rb"[0-9]{19}|[0-9][eE]|\\u")
+
+
+def _stop_at_first(schema: Any) -> None:
+    """Mark every list of a validation schema."""
+    parts = schema.values() if isinstance(schema, dict) else schema
+    if isinstance(schema, dict) and schema.get("type") in {"list", "tuple"}:
+        schema["fail_fast"] = True
+    for part in parts:
+        if isinstance(part, dict | list):
+            _stop_at_first(part)
 
 
 class StrictModel(BaseModel):
@@ -52,8 +68,15 @@ class StrictModel(BaseModel):
         Raises:
             InputError: naming the JSON pointer and what was expected there.
         """
-        parse_json(data, where=where)
+        parse_json(data, where=where, max_keys=MAX_KEYS)
         return validate_json(cls, data, where=where)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Let validation stop at the first wrong item of a list: a million of them would cost a gigabyte."""
+        schema = handler(source)
+        _stop_at_first(schema)
+        return schema
 
     @classmethod
     def read(cls, path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Self:
@@ -72,18 +95,20 @@ def dump_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def parse_json(data: bytes, *, where: object) -> Any:
-    """Parse JSON bytes strictly.
+def parse_json(data: bytes, *, where: object, max_values: int = MAX_VALUES, max_keys: int = MAX_VALUES) -> Any:
+    """Parse JSON bytes strictly: at most `max_values` commas and opening brackets, and `max_keys` in one object.
 
     Raises:
         InputError: with line and column for syntax, or the offending key or value.
     """
     text = _decode(data, where)
-    _check_depth(data, where)
+    _check_shape(data, where, max_values)
 
     is_plain = _NEEDS_CARE.search(data) is None
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(pairs) > max_keys:
+            raise InputError(f"an object has more than {max_keys} keys", where=where, code="E-TOO-LARGE")
         result = dict(pairs)
         if len(result) != len(pairs):
             twice = next(key for key, count in Counter(key for key, _value in pairs).items() if count > 1)
@@ -149,8 +174,12 @@ def _decode(data: bytes, where: object) -> str:
         raise InputError(f"not UTF-8 at byte {error.start}", where=where, code="E-JSON") from None
 
 
-def _check_depth(data: bytes, where: object) -> None:
-    brackets = _STRING.sub(b"", data).translate(None, _NOT_BRACKETS)
+def _check_shape(data: bytes, where: object, max_values: int) -> None:
+    # Each comma lies between two values, and a value with its key is two strings.
+    plain, num_strings = _STRING.subn(b"", data, count=2 * max_values + 3)
+    if num_strings > 2 * max_values + 2 or sum(map(plain.count, (b",", b"{", b"["))) > max_values:
+        raise InputError(f"holds more than {max_values} values", where=where, code="E-TOO-LARGE")
+    brackets = plain.translate(None, _NOT_BRACKETS)
     if max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_DEPTH:
         raise InputError(f"nested deeper than {MAX_DEPTH} levels", where=where, code="E-JSON")
 

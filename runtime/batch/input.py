@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from plans.errors import InputError, LlamaplanError, UsageError, printable
 from plans.reading.files import read_limited
-from plans.reading.strict import StrictModel, parse_json, validate_json
+from plans.reading.strict import MAX_KEYS, StrictModel, parse_json, validate_json
 from runtime.chat.conversation import SavedMessage
 from runtime.chat.template import ChatTemplate
 from runtime.generate.limits import Limits, check_prompt
@@ -102,7 +102,7 @@ def read_jobs(path: Path, prepared: Prepared, defaults: Defaults, *, model_id: s
 
 
 def _parse(data: bytes, *, where: str) -> BatchLine:
-    parse_json(data, where=where)
+    parse_json(data, where=where, max_keys=MAX_KEYS)
     return validate_json(BatchLine, data, where=where)
 
 

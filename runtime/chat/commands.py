@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from plans.errors import UsageError, printable
+from plans.reading.files import typed_path
 from runtime.chat.chat import Answer, Chat
 from runtime.chat.conversation import Conversation, read_conversation
 from runtime.chat.template import special_tokens_in
@@ -155,4 +156,4 @@ class ChatCommands:
 def _path(text: str, command: str) -> Path:
     if not text:
         raise UsageError(f"{command} needs a file", expected=f"{command} FILE", code="E-CHAT")
-    return Path(text).expanduser()
+    return typed_path(text)

@@ -8,7 +8,7 @@ import typer
 
 from plans.commands.console import Output
 from plans.commands.option_groups import ScreenOptions, with_option_groups
-from plans.errors import UsageError
+from plans.errors import UsageError, printable
 from plans.reading.files import read_limited
 from runtime.cli import options
 from runtime.cli import processes as several
@@ -95,15 +95,17 @@ def _run(output: Output, session: "AnySession", request: object, *, prompt: str,
 
 
 def _parse_ids(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    from plans.reading.sizes import parse_count
+
+    ids = [parse_count(part.strip()) for part in text.split(",")]
+    if None in ids:
         raise UsageError(
-            f"'{text[:60]}' is no list of token ids",
+            f"'{printable(text, limit=60)}' is no list of token ids",
             where="--prompt-ids",
             expected="whole numbers from 0 up, separated by commas",
             code="E-PROMPT",
         )
-    return [int(part) for part in parts]
+    return [token for token in ids if token is not None]
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

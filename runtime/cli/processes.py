@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plans.commands.console import Output
-from plans.errors import MachineError, PeerError, UsageError
+from plans.errors import MachineError, PeerError, UsageError, printable
 from runtime.cli.opening import load, prepare
 from runtime.cli.options import LoadingOptions
 
@@ -138,14 +138,19 @@ def choose_in_flight(choices: ProcessOptions, prepared: "Prepared", text: str | 
     Raises:
         UsageError: not a count, or several in one process.
     """
-    if (text not in {None, "auto"} and not (text or "").isdecimal()) or text == "0":
-        raise UsageError(f"'{text}' is no count", where="--in-flight", expected="a number from 1, or auto")
+    from plans.reading.sizes import parse_count
+
+    asked = None if text in {None, "auto"} else parse_count(text or "")
+    if text not in {None, "auto"} and not asked:
+        raise UsageError(
+            f"'{printable(text, limit=40)}' is no count", where="--in-flight", expected="a number from 1, or auto"
+        )
     if not choices.is_used:
-        if text not in {None, "auto", "1"}:
+        if (asked or 1) > 1:
             raise UsageError("one process computes one batch at a time", where="--in-flight", hint="add --processes")
         return 1
-    if text not in {None, "auto"}:
-        return int(text or 1)
+    if asked:
+        return asked
     planned = prepared.source.plan.workload.requests_in_flight if prepared.source.plan else 1
     return planned if planned > 1 else len(prepared.source.stages)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from plans.errors import MachineError, UsageError
+from plans.errors import MachineError, UsageError, printable
 
 
 def torch_device(name: str) -> torch.device:
@@ -18,15 +18,14 @@ def torch_device(name: str) -> torch.device:
         MachineError: the device is not on this machine; the message lists what is.
     """
     plain = name.rsplit("/", 1)[-1].split("#", 1)[0]
-    try:
-        device = torch.device(plain)
-    except RuntimeError:
+    device = _parse_device(plain)
+    if device is None:
         raise UsageError(
-            f"{name} is not a device torch knows",
+            f"{printable(name, limit=64)} is not a device torch knows",
             expected=", ".join(present_devices()),
             hint="map the stage to one of them with --device-map",
             code="E-DEVICE",
-        ) from None
+        )
     if device.type == "cpu":
         return torch.device("cpu")
     device = torch.device(device.type, device.index or 0)
@@ -38,6 +37,15 @@ def torch_device(name: str) -> torch.device:
             code="E-DEVICE",
         )
     return device
+
+
+def _parse_device(plain: str) -> torch.device | None:
+    try:
+        device = torch.device(plain)
+    except RuntimeError:
+        return None
+    # torch keeps the lowest eight bits of a number: its cuda:256 is cuda:0.
+    return device if plain in {device.type, str(device)} else None
 
 
 def planned_device(name: str) -> torch.device:

@@ -7,10 +7,11 @@ from pathlib import Path
 from plans.check import read_plan
 from plans.checkpoint.folder import Checkpoint, Shard, StoredTensor, check_same_shapes, open_checkpoint, require_full
 from plans.dtypes import DTYPES
-from plans.errors import InputError, UsageError
+from plans.errors import InputError, UsageError, printable
 from plans.export.manifest import MANIFEST_NAME
 from plans.export.opening import Export, check_unchanged, open_export
 from plans.plan import Plan
+from plans.reading.sizes import parse_count
 from plans.stages import StageRange
 
 
@@ -139,12 +140,13 @@ def parse_device_map(values: list[str], *, num_stages: int) -> Mapping[int, str]
         if not separator:
             device_map |= dict.fromkeys(range(num_stages), number)
             continue
-        if not number.isdecimal() or int(number) >= num_stages or not device:
+        stage = parse_count(number)
+        if stage is None or stage >= num_stages or not device:
             raise UsageError(
-                f"'{value}' maps no stage",
+                f"'{printable(value, limit=60)}' maps no stage",
                 where="--device-map",
                 expected=f"STAGE=DEVICE with a stage from 0 to {num_stages - 1}, or one DEVICE for all",
                 code="E-DEVICE",
             )
-        device_map[int(number)] = device
+        device_map[stage] = device
     return device_map

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_NAME = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 128 << 20
+MAX_TOKENIZER_VALUES = 16_000_000
 MAX_PROMPT_BYTES = 64 << 20
 
 
@@ -35,6 +36,8 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> "PreTrainedTokenizerBase
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        encoder: Any = tokenizer
+        encoder("x")  # settings of a wrong type are met here, and not at the first prompt
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust core panics with exceptions that are no Exception
@@ -55,7 +58,8 @@ def missing_tokenizer(folder: Path) -> InputError:
 
 
 def _check_vocabulary(path: Path, vocab_size: int) -> None:
-    document = parse_json(read_limited(path, max_bytes=MAX_TOKENIZER_BYTES), where=path)
+    data = read_limited(path, max_bytes=MAX_TOKENIZER_BYTES)
+    document = parse_json(data, where=path, max_values=MAX_TOKENIZER_VALUES, max_keys=MAX_TOKENIZER_VALUES)
     model = document.get("model") if isinstance(document, dict) else None
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict | list):
@@ -64,6 +68,8 @@ def _check_vocabulary(path: Path, vocab_size: int) -> None:
     if len(set(map(str, ids))) != len(ids):
         raise InputError("two tokens share an id", where=path, code="E-TOKENIZER")
     added = document.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise InputError("added_tokens is no list", where=path, code="E-TOKENIZER")
     ids += [token.get("id") for token in added if isinstance(token, dict)]
     bad = next((i for i in ids if type(i) is not int or not 0 <= i < vocab_size), None)
     if bad is not None:

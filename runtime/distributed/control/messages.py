@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from plans.errors import ExitCode, PeerError
-from plans.reading.strict import StrictModel, parse_json
+from plans.reading.strict import MAX_KEYS, StrictModel, parse_json
 
 PROTOCOL = 2
 """Version of both planes; driver and workers must agree."""
@@ -271,7 +271,7 @@ def decode(data: bytes) -> Message:
         PeerError: not one of ours.
     """
     try:
-        parse_json(data, where="control connection")
+        parse_json(data, where="control connection", max_values=len(data), max_keys=MAX_KEYS)
         return _ADAPTER.validate_json(data)
     except ValueError as error:  # ours and pydantic's are both ValueErrors
         first = str(error).splitlines()[0]
