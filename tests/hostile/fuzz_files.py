@@ -12,10 +12,10 @@ from planner.devices.budgets import with_budgets
 from planner.model import formula
 from planner.model.profile import build_profile
 from plans.check import read_plan
-from plans.checkpoint.config import parse_config
 from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.header import read_header
 from plans.cluster import Cluster
+from plans.config.config import parse_config
 from plans.export.manifest import MANIFEST_NAME
 from plans.export.opening import open_export
 from plans.profile import ModelProfile

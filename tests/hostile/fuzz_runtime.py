@@ -8,19 +8,20 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from plans.checkpoint.config import read_config
+from plans.config.config import read_config
+from plans.errors import InputError
 from runtime.batch.input import Defaults, read_jobs
 from runtime.chat.conversation import read_conversation
-from runtime.chat.template import encode_chat
+from runtime.chat.rendering import _answer
 from runtime.cli.opening import merge_sampling
 from runtime.distributed.control import messages as control
 from runtime.distributed.header import STEP, Header, Stamp, pack, unpack
 from runtime.generate.limits import Limits
 from runtime.generate.sampling import Sampling
+from runtime.prepared import Prepared, prepare_session
 from runtime.reading.families import parse_model_config
 from runtime.reading.opening import open_source
 from runtime.reading.tokenizer import encode_prompt, load_tokenizer, read_prompt
-from runtime.session import Prepared, prepare_session
 from tests.hostile.fuzz_files import CONFIGS, KNOWN_KEYS, SHIPPED
 from tests.hostile.fuzz_reader import Reader, reader
 from tests.hostile.mutations import (
@@ -80,14 +81,15 @@ def batch(folder: Path) -> Reader:
         {"id": 7, "messages": MESSAGES, "temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "seed": 3},
         {"prompt": "x", "stop": ["\n", "end"], "repetition_penalty": 1.1},
     ]
-    seed = "\n".join(map(json.dumps, rows)).encode() + b"\n"
+    # A conversation takes a process that renders it, and a second to start it: one of twenty has one.
+    talk, plain = ("\n".join(map(json.dumps, some)).encode() + b"\n" for some in (rows, rows[::2]))
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
         jobs = read_jobs(path, model, defaults, model_id="0")
         assert all(job.num_tokens <= model.context_tokens for job in jobs), "longer than the context"
 
-    return Reader(make=lambda rng: mutate_lines(rng, seed), read=read)
+    return Reader(make=lambda rng: mutate_lines(rng, rng.choices((talk, plain), (1, 19))[0]), read=read)
 
 
 @reader
@@ -178,7 +180,7 @@ def model_config(folder: Path) -> Reader:
 
 @reader
 def templates(folder: Path) -> Reader:
-    """Chat templates, and what is said in them; bounded by the contract for templates (row P11), not by ours."""
+    """Chat templates, and what is said in them, as the process that renders answers; others end that one after 5 s."""
     known = load_tokenizer(SHIPPED, vocab_size=2048)
 
     def make(rng: Random) -> bytes:
@@ -192,9 +194,11 @@ def templates(folder: Path) -> Reader:
     def read(data: bytes) -> None:
         text, talk = json.loads(data)
         known.chat_template = text
-        encode_chat(known, json.loads(talk))
+        answer = _answer(known, json.loads(talk))
+        if "ids" not in answer:
+            raise InputError(**answer)
 
-    return Reader(make=make, read=read, max_seconds=10.0, max_extra_bytes=1 << 30)
+    return Reader(make=make, read=read, max_seconds=30.0, max_extra_bytes=1 << 30)
 
 
 @reader
@@ -204,8 +208,9 @@ def control_messages(folder: Path) -> Reader:
         protocol=1, version="0", torch="2", byte_order="little", model_id="ab", plan_sha256="c", num_stages=2
     )
     drawing = control.Drawing(
-        temperature=0.5, top_k=1, top_p=1.0, min_p=None, repetition_penalty=1.0, seed=2, sequence_index=0
-    )
+        temperature=0.5, top_k=1, top_p=1.0, min_p=None, repetition_penalty=1.0, seed=2, sequence_index=0,
+        rules={"typical_p": 0.5}, max_length=9, eos_token_ids=(0, 5),
+    )  # fmt: skip
     good = (
         control.Join(rank=1, host="box", pid=7, identity=identity),
         control.Open(

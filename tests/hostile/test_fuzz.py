@@ -16,7 +16,6 @@ from tests.planner.cases import TINY, make_plan
 from tests.planner.measure.test_calibrate import document
 
 INPUTS = 200
-NOT_YET: dict[str, str] = {"generation": "P20: values of the wrong type reach transformers"}
 DIGITS = "9" * 5000  # more than int() takes
 
 FOUND: list[tuple[str, bytes]] = [
@@ -58,8 +57,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reader]:
 
 
 def _named() -> list[object]:
-    waits = {name: [pytest.mark.xfail(strict=True, reason=reason)] for name, reason in NOT_YET.items()}
-    return [pytest.param(name, marks=waits.get(name, [])) for name in READERS]
+    return [pytest.param(name) for name in READERS]
 
 
 @pytest.mark.parametrize("name", _named())
