@@ -22,7 +22,7 @@ def analyze_model(
     """Return what every unit of a model costs; no weight is read.
 
     Args:
-        model: checkpoint folder, bare `config.json`, or `org/name` in the local Hugging Face cache.
+        model: checkpoint folder, `.gguf` file, bare `config.json`, or `org/name` in the local Hugging Face cache.
         dtype: count weights at this dtype; None keeps the stored one.
         kv_cache_dtype: dtype of the KV cache; None takes `dtype`.
 

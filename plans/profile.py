@@ -13,7 +13,7 @@ UnitKind = Literal["embedding", "layer", "head"]
 
 
 class ShardIdentity(StrictModel):
-    """One safetensors file the profile was read from."""
+    """One safetensors or GGUF file the profile was read from."""
 
     name: str
     size_bytes: Count
@@ -27,8 +27,8 @@ class ModelIdentity(StrictModel):
     model_type: str
     architecture: str
     config_sha256: Sha256
-    source: Literal["headers", "config"]
-    """Whether sizes come from safetensors headers or only from the formula over the configuration."""
+    source: Literal["headers", "config", "gguf"]
+    """Where sizes come from: safetensors headers, the formula over the configuration alone, or a GGUF header."""
     shards: tuple[ShardIdentity, ...]
     hidden_size: Count
     intermediate_size: Count

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from exporter.emit.memory_shares import cpu_cache_limits, share_limits
 from exporter.emit.nearest import needed_bytes
-from exporter.emit.plan_view import hosts_of, kind_of, runs_on_cpus
+from exporter.emit.plan_view import has_head_on_cpu, hosts_of, kind_of, runs_on_cpus
 from plans.config.context import beyond_context
 from plans.errors import UsageError
 from plans.plan import Plan
@@ -123,7 +123,8 @@ def _llama_cpp_limits(plan: Plan) -> list[str]:
     _require_one_host(plan)
     kinds = [kind_of(plan, stage) for stage in plan.stages]
     on_cpu = [i for i, kind in enumerate(kinds) if kind == "cpu"]
-    if len(on_cpu) > 1 or (on_cpu and on_cpu != [0]):
+    with_layers = on_cpu[:-1] if has_head_on_cpu(plan) else on_cpu
+    if with_layers not in ([], [0]):
         raise UsageError(
             f"llama.cpp puts the first layers on the CPU and the rest on GPUs; here the CPU holds stages {on_cpu}",
             hint="fix an order in which one CPU stage comes first, and solve again",

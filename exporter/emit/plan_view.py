@@ -63,8 +63,17 @@ class PlanView:
         return self.plan.workload.batch_size * self.plan.workload.requests_in_flight
 
     @property
+    def has_gguf(self) -> bool:
+        """Whether the plan was made for a GGUF file, so that nothing is to be converted."""
+        return self.plan.profile.model.source == "gguf"
+
+    @property
     def gguf(self) -> str:
-        """The file that llama.cpp's converter makes of the folder."""
+        """The file that llama.cpp's converter makes of the folder; of a plan for a GGUF file, that file."""
+        model = self.plan.profile.model
+        if self.has_gguf:
+            named = self.directory.endswith(".gguf")
+            return self.directory if named else f"{self.directory.rstrip('/')}/{model.shards[0].name}"
         return beside(self.directory, suffix=".gguf")
 
     @property
@@ -108,3 +117,9 @@ def runs_on_cpus(plan: Plan, *, engine: str) -> bool:
 def kind_of(plan: Plan, stage: Stage) -> str:
     """Return the kind of a stage's device."""
     return plan.cluster.device(stage.device).kind
+
+
+def has_head_on_cpu(plan: Plan) -> bool:
+    """Whether the last stage is the head alone, on a CPU behind other devices."""
+    last = plan.stages[-1]
+    return len(plan.stages) > 1 and kind_of(plan, last) == "cpu" and not last.range.num_layers

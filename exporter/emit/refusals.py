@@ -5,6 +5,7 @@
 | vLLM | rank without layers (no KV cache to set up), GPUs and CPUs in one run, CPUs of several machines | its KV cache set-up, its platform for CPUs |
 | SGLang | rank without layers, CPU, hosts with unlike numbers of ranks | its layer partition and launcher |
 | TensorRT-LLM | rank without layers, CPU, hosts with unlike numbers of ranks | its mapping of ranks |
+| all but llama.cpp | plan for a GGUF file | its sizes are those of the file |
 | vLLM, SGLang, llamarun | context beyond the model's | each checks it at the start |
 """  # noqa: E501 - a row of a table
 
@@ -27,6 +28,7 @@ def refuse_unworkable(plan: Plan, *, engine: str) -> None:
     Raises:
         UsageError: what it cannot run, and the nearest plan that it can.
     """
+    _refuse_gguf(plan, engine)
     _refuse_long_context(plan, engine)
     if engine not in COUNT_ENGINES:
         return
@@ -35,6 +37,16 @@ def refuse_unworkable(plan: Plan, *, engine: str) -> None:
     fault = _mixed_kinds(plan, engine) or _empty_stages(plan) or _unlike_hosts(plan, engine)
     if fault:
         raise UsageError(f"{engine} does not run this plan: {fault}", hint=_way_out(plan, engine))
+
+
+def _refuse_gguf(plan: Plan, engine: str) -> None:
+    model = plan.profile.model
+    if model.source == "gguf" and engine != "llama.cpp":
+        raise UsageError(
+            f"{engine} does not run this plan: it was made for a GGUF file ({model.quantization}), and its sizes are "
+            "those of llama.cpp",
+            hint="--for llama.cpp takes it; for another engine solve again for the safetensors checkpoint",
+        )
 
 
 def _refuse_long_context(plan: Plan, engine: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from exporter.emit.directory import spelled
 from exporter.emit.limits import not_expressed
 from exporter.emit.memory_shares import cpu_cache_gib, share_of_memory
-from exporter.emit.plan_view import PlanView, hosts_of, kind_of, runs_on_cpus
+from exporter.emit.plan_view import PlanView, has_head_on_cpu, hosts_of, kind_of, runs_on_cpus
 from exporter.emit.refusals import refuse_unworkable
 from plans.engines.spelling import COUNT_ENGINES, ENGINES, device_map, device_map_json
 from plans.errors import UsageError, printable
@@ -113,12 +113,18 @@ def _map_of(view: PlanView) -> dict[str, int | str]:
     return device_map(ranges, devices=view.devices(), is_tied=view.plan.profile.tied)
 
 
+_HEAD_ON_CPU = {False: r"^output(_norm)?\.weight$=CPU", True: r"^(token_embd|output_norm)\.weight$=CPU"}
+"""A tied head is the embedding's table, which lies on the CPU anyway; both patterns name whole tensors."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Split:
     """llama.cpp's arguments."""
 
     text: str
     num_gpu_layers: int
+    override: str = ""
+    """Of --override-tensor: patterns of tensors and where they lie."""
 
 
 def _llama_cpp_split(view: PlanView) -> _Split:
@@ -126,7 +132,8 @@ def _llama_cpp_split(view: PlanView) -> _Split:
     parts = [stage.range.num_layers for stage in stages]
     if parts:
         parts[-1] += 1  # the output counts as one more layer and goes to the last GPU
-    return _Split(",".join(map(str, parts)) or "1", sum(parts))
+    override = _HEAD_ON_CPU[view.plan.profile.tied] if parts and has_head_on_cpu(view.plan) else ""
+    return _Split(",".join(map(str, parts)) or "1", sum(parts), override)
 
 
 def _file_name(host: str) -> str:

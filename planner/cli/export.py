@@ -158,7 +158,10 @@ def emit_command(
         typer.Option("-o", "--output", metavar="PATH", help="File to write, or folder for torchrun's scripts."),
     ] = None,
     directory: Annotated[
-        str, typer.Option("--directory", metavar="DIR", help="The export, as the commands should name it.")
+        str,
+        typer.Option(
+            "--directory", metavar="DIR", help="The export (or the .gguf file), as the commands should name it."
+        ),
     ] = "DIR",
     printed: ScreenOptions,
 ) -> None:

@@ -1,4 +1,4 @@
-"""What a person can do next with an export: only what works with it is named."""
+"""What a person can do next with a plan or an export: only what works with it is named."""
 
 import shlex
 from pathlib import Path
@@ -37,6 +37,21 @@ def after_export(plan: "Plan", directory: Path) -> str:
         return f"another cut: llamarun does not run {why}, and no other engine takes this one"
     command = f"llamaplan emit {shown(directory / PLAN_NAME)} --for {engine} --directory {shown(directory)}"
     return f"{command} (llamarun does not run {why})"
+
+
+def after_solve(plan: "Plan", file: Path, *, model: str | None = None) -> str:
+    """Return the next command for a plan in `file`: the export, or of a GGUF file the script for llama.cpp."""
+    if plan.profile.model.source != "gguf":
+        return f"llamaplan export {shown(file)} --model {'MODEL' if model is None else shown(model)} -o shards/"
+    from exporter.emit import emit
+    from plans.errors import UsageError
+
+    try:
+        emit(plan, engine="llama.cpp")
+    except UsageError as error:
+        return f"another cut, for llama.cpp does not take this one: {error.what}"
+    place = plan.profile.model.shards[0].name if model is None else model
+    return f"llamaplan emit {shown(file)} --for llama.cpp --directory {shown(place)} -o llama_cpp.sh"
 
 
 def _first_engine(plan: "Plan") -> str | None:

@@ -17,7 +17,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Checkpoint folder, bare config.json, or org/name in the local Hugging Face cache.",
+        help="Checkpoint folder, .gguf file (of a split one the first), bare config.json, or org/name in the local "
+        "Hugging Face cache.",
         show_default=False,
     ),
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planner.cli import ask, options
-from planner.cli.next_steps import shown
+from planner.cli.next_steps import after_solve
 from plans.commands.console import Output
 from plans.commands.option_groups import ScreenOptions, with_option_groups
 
@@ -92,13 +92,8 @@ def solve_command(
     for line in [*(() if learnt is None else learnt[1]), *map(show.capacity_line, capacities)]:
         screen.show(line)
     screen.note(f"solved in {seconds:.2f} s" + (f", wrote {output}" if output is not None else ""))
-    screen.next_step(_next_step(output, model))
-
-
-def _next_step(output: Path | None, model: str) -> str:
-    if output is None:
-        return "the same command with -o plan.json, to keep the plan"
-    return f"llamaplan export {shown(output)} --model {shown(model)} -o shards/"
+    kept = "the same command with -o plan.json, to keep the plan"
+    screen.next_step(kept if output is None else after_solve(plan, output, model=model))
 
 
 def calibration_of(path: Path, cluster: "Cluster", profile: "ModelProfile") -> "Calibration":
@@ -145,7 +140,7 @@ def show_command(plan: options.PlanArgument, *, printed: ScreenOptions) -> None:
     known = read_plan(plan)
     screen.data(show.as_json(known))
     print_plan(known, screen)
-    screen.next_step(f"llamaplan export {shown(plan)} --model MODEL -o shards/")
+    screen.next_step(after_solve(known, plan))
 
 
 @with_option_groups
@@ -175,8 +170,7 @@ def check_command(
     screen.data({"stages": len(known.stages), "prediction": predicted.model_dump(mode="json"), "model": model})
     against = f"; the tensors of {model} are the plan's" if model is not None else ""
     screen.show(f"sound: {len(known.stages)} stages, memory and times are what the plan's own data give{against}")
-    next_model = shown(model) if model is not None else "MODEL"
-    screen.next_step(f"llamaplan export {shown(plan)} --model {next_model} -o shards/")
+    screen.next_step(after_solve(known, plan, model=model))
 
 
 def print_plan(plan: "Plan", screen: Output) -> None:

@@ -28,7 +28,8 @@ def differences(checkpoint: Checkpoint) -> tuple[Difference, ...]:
         InputError: a tensor the model cannot do without is missing, or has another shape than the configuration says.
     """
     found = [*_leftovers(checkpoint), *_tied_copy(checkpoint)]
-    if formula.is_known(checkpoint.config) and checkpoint.config.quantization is None:
+    has_own_shapes = checkpoint.config.quantization is None or checkpoint.format == "gguf"
+    if formula.is_known(checkpoint.config) and has_own_shapes:
         layer = formula.layer_shapes(checkpoint.config)
         for table in unit_tables(checkpoint):
             found += _unit_differences(checkpoint, table, _expected(table, checkpoint.config, layer))
@@ -59,18 +60,19 @@ def _unit_differences(
     checkpoint: Checkpoint, table: UnitTable, expected: Mapping[str, formula.Shape]
 ) -> Iterator[Difference]:
     prefix = f"model.layers.{table.key[1]}." if table.key[0] == "layer" else ""
+    implied = "its metadata imply" if checkpoint.format == "gguf" else "config.json implies"
     held = {local_name(name): stored for name, stored in table.tensors.items()}
     for name, shape in expected.items():
         if name not in held:
             raise InputError(
                 f"no tensor {prefix}{name}",
                 where=checkpoint.path,
-                expected=f"one of shape {list(shape)}, as config.json implies",
+                expected=f"one of shape {list(shape)}, as {implied}",
                 code="E-TENSOR",
             )
         if held[name].entry.shape != shape:
             raise InputError(
-                f"{prefix}{name} has shape {list(held[name].entry.shape)}, config.json implies {list(shape)}",
+                f"{prefix}{name} has shape {list(held[name].entry.shape)}, {implied} {list(shape)}",
                 where=checkpoint.path,
                 code="E-SHAPE",
             )

@@ -1,4 +1,4 @@
-"""What a person typed as MODEL -> a path: a folder, a configuration file, or a name in the local Hugging Face cache."""
+"""What a person typed as MODEL -> a path: a folder, a configuration or GGUF file, or a name in the cache."""
 
 import os
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from plans.checkpoint.cache import REPOSITORY_PREFIX, find_snapshot, repository_name
 from plans.errors import InputError, printable
+from plans.gguf.split import SPLIT_NAME
 from plans.reading.files import typed_path
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -16,7 +17,7 @@ def find_model(text: str, *, environment: Mapping[str, str] = os.environ) -> Pat
     """Resolve a model argument without touching the network.
 
     Args:
-        text: folder, path of a `config.json`, or ``org/name`` if that lies in the Hugging Face cache.
+        text: folder, path of a `config.json` or a GGUF file, or ``org/name`` if that lies in the Hugging Face cache.
         environment: where HF_HUB_CACHE, HF_HOME and XDG_CACHE_HOME are looked up.
 
     Raises:
@@ -25,7 +26,7 @@ def find_model(text: str, *, environment: Mapping[str, str] = os.environ) -> Pat
     path = typed_path(text)
     if _exists(path):
         return find_snapshot(path)
-    if not _HUB_NAME.fullmatch(text):
+    if not _HUB_NAME.fullmatch(text) or path.suffix == ".gguf":
         return path
     repository = cache_folder(environment) / (REPOSITORY_PREFIX + text.replace("/", "--"))
     if not repository.is_dir():
@@ -51,6 +52,9 @@ def cache_folder(environment: Mapping[str, str]) -> Path:
 def model_name(path: Path) -> str:
     """Return a short name for a model's path: ``org/name`` in a cache, else the name of its folder or file."""
     absolute = path.absolute()
+    if absolute.suffix == ".gguf":
+        part = SPLIT_NAME.fullmatch(absolute.name)
+        return printable(part[1] if part else absolute.stem)
     folder = absolute.parent if absolute.suffix == ".json" else absolute
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith(REPOSITORY_PREFIX):

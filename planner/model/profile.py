@@ -1,7 +1,7 @@
 """Checkpoint -> model profile: what every unit of a model costs, without loading weights.
 
-Sizes come from the safetensors headers; for the supported families they are compared with the formula over the
-configuration, and every difference is named. A bare configuration is sized by the formula alone.
+Sizes come from the headers of the safetensors or GGUF files; for the supported families they are compared with the
+formula over the configuration, and every difference is named. A bare configuration is sized by the formula alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -48,7 +48,8 @@ def build_profile(
     stored = {dtype for unit in rows.values() for dtype, _shape in unit.values()}
     chosen = dtype or run_dtype(checkpoint)
     try:
-        return _assemble(checkpoint, rows, stored, Sizing(checkpoint.config, chosen, kv_cache_dtype or chosen))
+        sizing = Sizing(checkpoint.config, chosen, kv_cache_dtype or chosen, is_gguf=checkpoint.format == "gguf")
+        return _assemble(checkpoint, rows, stored, sizing)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise InputError(
@@ -117,14 +118,14 @@ def _named_differences(checkpoint: Checkpoint) -> tuple[Difference, ...]:
 
 def _identity(checkpoint: Checkpoint, stored: set[str]) -> ModelIdentity:
     config = checkpoint.config
-    names = [STORED_DTYPES[dtype].name or dtype for dtype in stored]
+    names = [(STORED_DTYPES[dtype].name if dtype in STORED_DTYPES else None) or dtype for dtype in stored]
     longest = config.longest_context_tokens
     return ModelIdentity(
         name=model_name(checkpoint.path),
         model_type=config.model_type,
         architecture=config.architecture,
         config_sha256=config.sha256,
-        source="headers" if checkpoint.has_weights else "config",
+        source="gguf" if checkpoint.format == "gguf" else "headers" if checkpoint.has_weights else "config",
         shards=tuple(
             ShardIdentity(name=s.name, size_bytes=s.header.file_bytes, header_sha256=s.header.header_sha256)
             for s in checkpoint.shards

@@ -16,6 +16,7 @@ from plans.checkpoint.folder import UnitKey, hash_shapes
 from plans.config.attention import LayerAttention
 from plans.config.config import ModelConfig
 from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName
+from plans.gguf.types import TYPES_BY_NAME
 from plans.profile import UnitProfile
 
 Rows = Mapping[str, tuple[str, formula.Shape]]
@@ -32,11 +33,13 @@ class Sizing:
     config: ModelConfig
     dtype: DtypeName
     kv_cache_dtype: DtypeName
+    is_gguf: bool = False
+    """Packed, with the shapes of the weights themselves."""
 
     @property
     def has_logical_shapes(self) -> bool:
         """Whether the stored tensors are packed, and what they stand for is known."""
-        return self.config.quantization is not None and formula.is_known(self.config)
+        return self.config.quantization is not None and formula.is_known(self.config) and not self.is_gguf
 
 
 def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
@@ -49,14 +52,13 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
     idle_bytes = _idle(sum(size for name, size in weight_bytes.items() if name in experts), config)
     total_bytes = sum(weight_bytes.values())
     attention = config.attention[key[1]] if is_layer else NO_ATTENTION
-    row_bytes = config.hidden_size * DTYPES[sizing.dtype].size_bytes
     return UnitProfile(
         kind="layer" if is_layer else "embedding" if is_embedding else "head",
         index=key[1],
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         stored_weight_bytes=sum(_stored_bytes(row) for row in rows.values()),
         weight_bytes=total_bytes,
-        decode_read_bytes=row_bytes if is_embedding else total_bytes - idle_bytes,
+        decode_read_bytes=_row_bytes(total_bytes, sizing) if is_embedding else total_bytes - idle_bytes,
         kv_bytes_per_token=attention.kv_width * DTYPES[sizing.kv_cache_dtype].size_bytes,
         kv_window_tokens=attention.window,
         flops_per_token=0 if is_embedding else _flops_per_token(shapes, config),
@@ -67,15 +69,25 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
 
 def _logical_shapes(key: UnitKey, rows: Rows, sizing: Sizing) -> formula.Shapes:
     """Quantised tensors are packed: count what they stand for where the family is known, else what is stored."""
+    if sizing.is_gguf:
+        return {name: shape for name, (_dtype, shape) in rows.items()}
     if not sizing.has_logical_shapes:
         return {name: logical_shape(name, row, rows, sizing.config) for name, row in rows.items()}
     by_kind = {"embedding": formula.embedding_shapes, "layer": formula.layer_shapes, "head": formula.head_shapes}
     return by_kind[key[0]](sizing.config)
 
 
+def _row_bytes(table_bytes: int, sizing: Sizing) -> int:
+    """Bytes of one row of the embedding."""
+    config = sizing.config
+    return table_bytes // config.vocab_size if sizing.is_gguf else config.hidden_size * DTYPES[sizing.dtype].size_bytes
+
+
 def _stored_bytes(row: tuple[str, formula.Shape]) -> int:
     dtype, shape = row
-    return math.prod(shape) * STORED_DTYPES[dtype].size_bytes
+    if dtype in STORED_DTYPES:
+        return math.prod(shape) * STORED_DTYPES[dtype].size_bytes
+    return TYPES_BY_NAME[dtype].bytes_of(math.prod(shape))
 
 
 def _bytes_at_dtype(row: tuple[str, formula.Shape], sizing: Sizing) -> int:

@@ -35,6 +35,13 @@ class Source:
     how: str
 
 
+def meanings_for(plan: Plan) -> tuple[tuple[Origin, str], ...]:
+    """Return what each origin means for a plan: headers are those of the files that it was made from."""
+    if plan.profile.model.source != "gguf":
+        return MEANINGS
+    return tuple((name, what.replace("safetensors", "GGUF")) for name, what in MEANINGS)
+
+
 def sources_of(plan: Plan, model: CostModel) -> tuple[Source, ...]:
     """Return the origin of everything a plan was computed from, and of what it claims."""
     return (
@@ -76,9 +83,11 @@ def _weights(plan: Plan) -> Source:
     value = f"{format_bytes(profile.total_weight_bytes)} in {profile.total_parameters:,} parameters"
     if profile.model.source == "config":
         return Source("weights", value, "formula", "tensor shapes that config.json implies; no weights were there yet")
-    files = f"{num_files} safetensors file{'s' if num_files > 1 else ''}"
+    is_gguf = profile.model.source == "gguf"
+    files = f"{num_files} {'GGUF' if is_gguf else 'safetensors'} file{'s' if num_files > 1 else ''}"
+    stored = f"stored ({profile.model.quantization})" if is_gguf else profile.dtype
     tied = "; embedding and head share one table" if profile.tied else ""
-    return Source("weights", value, "headers", f"dtype and shape of every tensor in {files}, as {profile.dtype}{tied}")
+    return Source("weights", value, "headers", f"dtype and shape of every tensor in {files}, as {stored}{tied}")
 
 
 def _kv_cache(plan: Plan) -> Source:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from planner.answers.frontier import FrontierPoint
 from planner.report.drawing import number
 from planner.report.memory import PARTS, memory_drawing
-from planner.report.origins import MEANINGS, Origin, decode_origin, hop_origin, sources_of
+from planner.report.origins import Origin, decode_origin, hop_origin, meanings_for, sources_of
 from planner.report.timeline import decode_drawing, prefill_drawing
 from planner.report.topology import topology_drawing
 from planner.report.tradeoff import Point, tradeoff_drawing
@@ -111,7 +111,7 @@ def render_report(plan: Plan, *, alternatives: Alternatives | None = None) -> st
         unused=unused_words(plan),
         **_alternatives(alternatives),
         sources=sources_of(plan, model),
-        meanings=MEANINGS,
+        meanings=meanings_for(plan),
     )  # fmt: skip
 
 

@@ -34,8 +34,10 @@ def headline(plan: Plan) -> str:
     batch = f", batch {work.batch_size}" * (work.batch_size > 1)
     flight = f", {work.requests_in_flight} in flight" * (work.requests_in_flight > 1)
     flight += f", prefill in chunks of {work.prefill_chunk_tokens}" * (work.prefill_chunk_tokens < work.prompt_tokens)
+    model = plan.profile.model
+    stored = model.quantization if model.source == "gguf" else work.dtype
     return (
-        f"{plan.profile.model.name}: {plan.profile.model.num_hidden_layers} layers in {work.dtype}, context "
+        f"{model.name}: {model.num_hidden_layers} layers in {stored}, context "
         f"{work.context_tokens}, {work.prompt_tokens} + {work.new_tokens} tokens{batch}{flight}; "
         f"strategy {plan.strategy} ({plan.objective}{weight})"
     )

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 MAX_DIFFERENCES = 12
 MAX_LABEL = 12
+_SOURCES = {
+    "headers": "the safetensors headers",
+    "config": "config.json alone",
+    "gguf": "the header of the GGUF file",
+}
 
 
 def headline(profile: ModelProfile) -> str:
@@ -28,7 +33,7 @@ def headline(profile: ModelProfile) -> str:
         f"{model.name}: {model.model_type}, {model.num_hidden_layers} layers of {model.hidden_size}, "
         f"{model.num_attention_heads} heads ({model.num_key_value_heads} KV) of {model.head_dim}, "
         f"vocabulary {model.vocab_size}{experts}, stored in {model.stored_dtype}{quantised}, "
-        f"sizes from {'the safetensors headers' if model.source == 'headers' else 'config.json alone'}"
+        f"sizes from {_SOURCES[model.source]}"
     )
 
 
@@ -36,7 +41,7 @@ def unit_table(profile: ModelProfile, workload: Workload) -> "Table":
     """Return the per-unit table; identical layers share a row that counts one of them."""
     numbers = (
         "parameters",
-        f"weights\n{profile.dtype}",
+        f"weights\n{'GGUF' if profile.model.source == 'gguf' else profile.dtype}",
         "read\n/token",
         f"KV {profile.kv_cache_dtype}\n/token",
         f"KV cache\n{_context(workload)}",

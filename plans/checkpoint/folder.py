@@ -9,6 +9,7 @@ from pathlib import Path
 
 from plans.checkpoint.cache import find_snapshot
 from plans.checkpoint.foreign import foreign_weights, holds_adapter
+from plans.checkpoint.gguf import SUFFIX, open_gguf
 from plans.checkpoint.names import (
     EMBEDDING,
     FINAL_NORM,
@@ -44,11 +45,11 @@ from plans.reading.files import explain_os_error
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint folder, or a bare `config.json` (planning before downloading).
+    """Open a checkpoint folder, a GGUF file, or a bare `config.json` (planning before downloading).
 
     Args:
         path: folder with `config.json` and safetensors files (or with `config.json` alone), a repository's folder in
-            the Hugging Face cache, or the path of a configuration file.
+            the Hugging Face cache, or the path of a configuration or a GGUF file (of a split one the first).
 
     Raises:
         InputError: a file is missing, malformed or contradicts another; the message names it.
@@ -61,12 +62,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise (explain_os_error(error, path) if isinstance(error, OSError) else InputError(str(error))) from None
     if is_file and path.suffix == ".json":
         return Checkpoint(path, None, read_config(path), (), {}, ())
+    if is_file and path.suffix == SUFFIX:
+        return open_gguf(path)
     if not is_dir:
         what = "is a file, not a checkpoint folder" if path.exists() else "no such file or folder"
         raise InputError(
             what,
             where=path,
-            expected=f"a folder with {CONFIG_NAME} and *.safetensors, or a {CONFIG_NAME}",
+            expected=f"a folder with {CONFIG_NAME} and *.safetensors, a .gguf file, or a {CONFIG_NAME}",
             code="E-MISSING",
         )
     return _open_folder(find_snapshot(path))

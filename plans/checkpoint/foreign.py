@@ -11,7 +11,7 @@ from plans.reading.strict import parse_json
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 _ADAPTERS = (ADAPTER_CONFIG_NAME, "adapter_model.safetensors", "adapter_model.bin")
 _MAX_ADAPTER_BYTES = 1 << 20
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf")
+_OTHER_FORMATS = (".bin", ".pt", ".pth")
 
 
 def holds_adapter(names: Collection[str]) -> bool:
@@ -26,6 +26,15 @@ def foreign_weights(folder: Path, names: Collection[str]) -> InputError | None:
     original = sorted(n for n in names if n.startswith("consolidated.") or n == "params.json")
     if original and any(name.endswith((".safetensors", ".pth")) for name in original):
         return _foreign(folder, original[0], "which is the vendor's own format")
+    gguf = sorted(name for name in names if name.endswith(".gguf"))
+    if gguf:
+        return InputError(
+            f"holds {printable(gguf[0])}, which is not safetensors",
+            where=folder,
+            expected=f"{SINGLE_NAME} or {INDEX_NAME}",
+            hint=f"to plan it, give the file itself: {printable(folder / gguf[0], limit=300)}",
+            code="E-FORMAT",
+        )
     others = sorted(name for name in names if name.endswith(_OTHER_FORMATS))
     if others:
         return _foreign(folder, others[0], "which is not safetensors")

@@ -24,7 +24,10 @@ _OWNERS: Mapping[str, UnitKey] = {
 """A scale or a bias belongs to the unit of its weight, whatever the format calls it."""
 
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")
-_IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*\.rotary_emb\.cos_cached|.*\.rotary_emb\.sin_cached")
+_IGNORED = re.compile(
+    r".*rotary_emb\.inv_freq|.*\.rotary_emb\.cos_cached|.*\.rotary_emb\.sin_cached"
+    r"|rope_(?:freqs|factors_long|factors_short)\.weight"  # as GGUF calls them
+)
 
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Left by torch.compile, FSDP and activation checkpointing, anywhere in a name."""

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from plans.checkpoint.header import SafetensorsHeader, TensorEntry
 from plans.checkpoint.names import UnitKey, head_name, is_leftover, local_name, unit_of
@@ -64,6 +65,8 @@ class Checkpoint:
     warnings: tuple[str, ...]
     index_dtype: str | None = None
     """What the index says about the dtype, in torch's spelling."""
+    format: Literal["safetensors", "gguf"] = "safetensors"
+    """How the weights are stored. A GGUF file has no directory of its own: nothing else in its folder is read."""
 
     @property
     def has_weights(self) -> bool:
@@ -110,11 +113,20 @@ def unexpected_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def require_full(checkpoint: Checkpoint) -> Path:
-    """Return the folder, or raise when only a configuration was given.
+    """Return the folder, or raise when only a configuration or a GGUF file was given.
 
     Raises:
-        InputError: the checkpoint is a bare configuration.
+        InputError: the checkpoint is a bare configuration, or of a format that is planned and not read any further.
     """
+    if checkpoint.format == "gguf":
+        raise InputError(
+            "is a GGUF file; it can be planned, but not exported or run by llamarun yet",
+            where=checkpoint.path,
+            expected="a folder of safetensors",
+            hint="llama.cpp runs it: 'llamaplan emit PLAN --for llama.cpp'; or convert it: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(TARGET)",
+            code="E-FORMAT",
+        )
     if checkpoint.directory is None:
         raise InputError(
             "is only a configuration; the weights are needed here",

@@ -104,6 +104,8 @@ def _checkpoint_of(export: Export) -> Checkpoint:
 
 
 def _open_plan(path: Path, model: Path | None) -> Source:
+    if path.suffix == ".gguf":
+        require_full(open_checkpoint(path))
     if path.suffix != ".json":
         raise InputError("is a file", where=path, expected="an export, a plan (.json) or a checkpoint folder")
     if model is None:

@@ -25,7 +25,19 @@ EXTRA = {
 
 FLOORS = {
     "plans": (
-        *("errors", "dtypes", "cuts", "reading", "commands", "engines", "config", "checkpoint", "profile", "cluster"),
+        *(
+            "errors",
+            "dtypes",
+            "cuts",
+            "reading",
+            "commands",
+            "engines",
+            "config",
+            "gguf",
+            "checkpoint",
+            "profile",
+            "cluster",
+        ),
         *("stages", "workload", "memory", "plan", "run", "check", "export", "schemas"),
     ),
     "planner": (
