@@ -169,7 +169,8 @@ def _kinds_by_rule(fields: Fields, layers: int, *, window: int | None, chunk: in
     rule = WINDOW_RULES.get(str(fields.raw.get("model_type")))
     every = next((k for k in _EVERY if fields.raw.get(k) is not None), None)
     if rule == "rope_layers" and chunk is not None:
-        return _rope_layers(fields, layers), "no_rope_layers"
+        # Llama 4: layers with rotary positions attend in chunks, those without to everything
+        return [CHUNKED if rotary else FULL for rotary in rope_layers(fields, layers)], "no_rope_layers"
     if chunk is not None and chunk < _positions(fields):
         raise fields.error("attention_chunk_size", f"is {chunk}, and no key says which layers attend in chunks")
     if window is None:
@@ -202,15 +203,21 @@ def _positions(fields: Fields) -> int:
     return fields.count("max_position_embeddings", default=1 << 31)
 
 
-def _rope_layers(fields: Fields, layers: int) -> list[str]:
-    """Llama 4: layers with rotary positions attend in chunks, those without to everything."""
+def rope_layers(fields: Fields, layers: int, *, every: int | None = None) -> list[bool]:
+    """Return which layers have rotary positions: `no_rope_layers`, else all but every N-th.
+
+    Args:
+        fields: the configuration; its `no_rope_layers` is 1 for a layer that has them.
+        layers: how many there are.
+        every: N where `no_rope_layer_interval` is absent; None: then that is an error.
+    """
     flags = fields.raw.get("no_rope_layers") or []
     if not flags:
-        step = fields.count("no_rope_layer_interval")
+        step = fields.count("no_rope_layer_interval", default=every)
         flags = [int((i + 1) % step != 0) for i in range(layers)]
     if not isinstance(flags, list) or len(flags) != layers or not all(flag in (0, 1) for flag in flags):
         raise fields.error("no_rope_layers", f"does not list {layers} layers", expected="0 or 1 for each")
-    return [CHUNKED if flag else FULL for flag in flags]
+    return [bool(flag) for flag in flags]
 
 
 # --- block_configs ------------------------------------------------------------------------------------------------

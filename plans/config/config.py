@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from plans.config.attention import (
-    FULL,
-    SLIDING,
     Heads,
     LayerAttention,
     Origin,
     block_intermediate_size,
-    check_layer_types,
     is_latent,
     plain_layers,
     query_head_dim,
@@ -28,6 +25,7 @@ from plans.config.families import class_defaults
 from plans.config.fields import Fields
 from plans.config.text_part import text_part
 from plans.config.values import CONFIG_VALUES, ROPE_VALUES, check_values
+from plans.config.windows import sliding_windows
 from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import InputError, printable
 from plans.reading.files import read_limited, sha256_hex
@@ -228,7 +226,7 @@ def _heads(fields: Fields) -> Heads:
 def _attention(fields: Fields, heads: Heads, layers: int) -> tuple[tuple[LayerAttention, ...], tuple[Origin, ...]]:
     if not _is_supported(fields.raw):
         return read_layers(fields, heads, layers)
-    return plain_layers(heads, _sliding_windows(fields, layers)), ()
+    return plain_layers(heads, sliding_windows(fields, layers)), ()
 
 
 def _experts(fields: Fields) -> tuple[int, int, tuple[Origin, ...]]:
@@ -316,33 +314,6 @@ def _check_rope(fields: Fields, table: Mapping[str, Any], path: str) -> str:
             continue  # longrope lists one factor per frequency
         fields.number(table, name, path)
     return kind
-
-
-def _sliding_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
-    raw = fields.raw
-    if raw.get("layer_types") is not None:
-        check_layer_types(fields, raw["layer_types"], layers, allowed=(FULL, SLIDING))
-    window = raw.get("sliding_window")
-    if window is None or raw.get("use_sliding_window") is False:
-        return (None,) * layers
-    if type(window) is not int or window < 1:
-        raise fields.error("sliding_window", f"is {printable(window, limit=40)}", expected="an integer above 0")
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        kinds = _default_layer_types(raw, layers)
-    return tuple(window if kind == SLIDING else None for kind in kinds)
-
-
-def _default_layer_types(raw: Mapping[str, Any], layers: int) -> list[str]:
-    """The attention kinds transformers assumes for a family when `layer_types` is absent."""
-    family = raw.get("model_type")
-    if family == "gemma2":
-        return [SLIDING if (i + 1) % 2 else FULL for i in range(layers)]
-    if family in {"qwen2", "qwen3"}:
-        first = raw.get("max_window_layers")
-        first = first if type(first) is int else 28
-        return [SLIDING if i >= first else FULL for i in range(layers)]
-    return [SLIDING] * layers
 
 
 def _quantization(fields: Fields) -> str | None:

@@ -181,3 +181,44 @@ def test_a_configuration_is_an_object(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(data)
     with pytest.raises(InputError, match="not a JSON object"):
         read_config(tmp_path / "config.json")
+
+
+@pytest.mark.row("P2")
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"sliding_window": None},
+        {"sliding_window": 6},
+        {"sliding_window": 6, "use_sliding_window": True},
+        {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 3},
+        {"sliding_window": 6, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 4},
+        {"sliding_window": 6, "use_sliding_window": True, "no_rope_layers": [0, 1, 1, 1, 1, 1, 1, 0]},
+    ],
+    ids=str,
+)
+def test_windows_are_those_that_transformers_keeps(family: str, keys: dict[str, Any]) -> None:
+    from transformers import AutoConfig, DynamicCache
+
+    if family == "gemma2" and keys == {"sliding_window": None}:
+        pytest.skip("half of its layers slide: refused, see below")
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 8,
+             "intermediate_size": 64, "vocab_size": 64}  # fmt: skip
+    live = DynamicCache(config=AutoConfig.for_model(family, **shape, **keys))
+    kept = tuple(getattr(layer, "sliding_window", None) for layer in live.layers)
+    assert parse_config({"model_type": family} | shape | keys, where="x").sliding_windows == kept
+
+
+@pytest.mark.row("P20")
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_layers_that_slide_need_the_size_of_their_window(family: str) -> None:
+    raw = {"model_type": family, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+           "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 64,
+           "layer_types": ["sliding_attention", "full_attention"], "sliding_window": None}  # fmt: skip
+    message = r"sliding_window: is (missing|false), and layers are of the kind"
+    with pytest.raises(InputError, match=message):
+        parse_config(raw, where="x")
+    if family == "gemma2":
+        with pytest.raises(InputError, match=message):
+            parse_config(raw | {"layer_types": None}, where="x")
