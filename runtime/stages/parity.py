@@ -3,7 +3,7 @@
 Shapes: B sequences, S tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,19 +38,38 @@ def load_unsplit(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """Load the whole model with transformers, as its users would.
 
     Raises:
-        InputError: transformers does not load the folder; with its reason.
+        InputError: transformers does not load the folder, with its reason; or it finds no weights under the names it
+            knows and would fill them with random numbers.
     """
     path = find_snapshot(folder)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, local_files_only=True, trust_remote_code=False, **_own_config(path)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **_own_config(path),
         )
     except (OSError, ValueError) as error:
         raise InputError(
             f"transformers does not load it: {printable(error, limit=300)}", where=folder, code="E-MODEL"
         ) from None
-    model.eval()  # type: ignore[no-untyped-call]
-    return model
+    _refuse_random_weights(info["missing_keys"], folder)
+    model.eval()
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _refuse_random_weights(missing: Collection[str], folder: Path) -> None:
+    if missing:
+        raise InputError(
+            f"transformers finds no {printable(min(missing))} there and would make up {len(missing)} tensors",
+            where=folder,
+            expected="the names that transformers saves",
+            hint="an export of it has them; compare with the model before it was wrapped or renamed",
+            code="E-MODEL",
+        )
 
 
 def _own_config(folder: Path) -> dict[str, Any]:

@@ -221,3 +221,15 @@ def test_what_transformers_cannot_load_is_said_by_check(tmp_path: Path, run_comm
     (model / "model.safetensors.index.json").unlink()
     done = run_command("llamarun", "check", model, "--against", model, "-n", "2")
     assert (done.code, "transformers does not load it" in done.err) == (3, True), done.err
+
+
+@pytest.mark.row("P7")
+@pytest.mark.parametrize("wrap", ["base_model.model.", "_orig_mod.", "language_model."])
+def test_check_never_compares_with_weights_that_transformers_makes_up(
+    wrap: str, tmp_path: Path, run_command: RunCommand
+) -> None:
+    model = make_llama(tmp_path / "model", num_hidden_layers=2)
+    tensors = load_file(model / SINGLE)
+    save_file({wrap + name: tensor for name, tensor in tensors.items()}, model / SINGLE, metadata={"format": "pt"})
+    done = run_command("llamarun", "check", model, "--against", model, "-n", "2")
+    assert (done.code, "transformers finds no " in done.err) == (3, True), done.err
