@@ -1,7 +1,8 @@
 """Families outside the allow-list: sized right from their headers, or refused by the key that is not understood.
 
-Configurations are the published `config.json`; the parameter counts are those of the model pages and reports (rounded
-there: the pages' figures are repeated in `published`), KV sizes follow from the papers' attention.
+Exact parameter counts stand where another program's count of the published weights was found (for Command-R7B that of
+Aya Expanse 8B, which has its shape); the others are only held against the size their name or page gives. KV sizes
+follow from the attention: the latent, or keys and values of every KV head.
 """
 
 import json
@@ -193,16 +194,17 @@ def glm_4_9b() -> tuple[dict[str, Any], Shapes]:
     return config, whole(config, [norms(config) | attention(config, bias="qkv") | fused] * 40)
 
 
-PUBLISHED = {  # name: (made by, exact parameters, as published, KV bytes per token over all layers in bf16)
+PUBLISHED: dict[str, tuple[Any, int | None, float, int]] = {
+    # name: (made by, parameters counted by others, size as published, KV bytes per token over all layers in bf16)
     "DeepSeek-V2-Lite": (deepseek_v2_lite, 15_706_484_224, 15.7e9, 27 * 576 * 2),
-    "Moonlight-16B-A3B": (moonlight, 15_960_110_208, 16e9, 27 * 576 * 2),
+    "Moonlight-16B-A3B": (moonlight, None, 16e9, 27 * 576 * 2),
     "gemma-3-1b": (gemma_3_1b, 999_885_952, 1e9, 26 * 2 * 256 * 2),
-    "c4ai-command-r-v01": (command_r, 34_980_831_232, 35e9, 40 * 2 * 8192 * 2),
+    "c4ai-command-r-v01": (command_r, None, 35e9, 40 * 2 * 8192 * 2),
     "c4ai-command-r7b-12-2024": (command_r7b, 8_028_033_024, 8.03e9, 32 * 2 * 1024 * 2),
     "Qwen3-30B-A3B": (qwen3_30b_a3b, 30_532_122_624, 30.5e9, 48 * 2 * 512 * 2),
     "Qwen1.5-MoE-A2.7B": (qwen15_moe, 14_315_784_192, 14.3e9, 24 * 2 * 2048 * 2),
     "OLMoE-1B-7B": (olmoe, 6_919_161_856, 6.92e9, 16 * 2 * 2048 * 2),
-    "starcoder2-3b": (starcoder2_3b, 3_030_371_328, 3.03e9, 30 * 2 * 256 * 2),
+    "starcoder2-3b": (starcoder2_3b, None, 3e9, 30 * 2 * 256 * 2),
     "glm-4-9b-hf": (glm_4_9b, 9_399_951_360, 9.4e9, 40 * 2 * 256 * 2),
 }
 
@@ -220,8 +222,8 @@ def kv_bytes(profile: ModelProfile, context: int) -> int:
 def test_published_models_have_their_parameters_and_their_cache(name: str, tmp_path: Path) -> None:
     make, exact, published, kv = PUBLISHED[name]
     profile = profile_of(tmp_path, *make())
-    assert profile.total_parameters == exact
-    assert profile.total_parameters == pytest.approx(published, rel=0.01)
+    assert exact is None or profile.total_parameters == exact
+    assert profile.total_parameters == pytest.approx(published, rel=0.02)
     assert sum(layer.kv_bytes_per_token for layer in profile.layers) == kv
     assert any(origin.number == "kv_bytes_per_token" for origin in profile.origins)
 
