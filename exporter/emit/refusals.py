@@ -6,6 +6,7 @@
 | SGLang | rank without layers, CPU, hosts with unlike numbers of ranks | its layer partition and launcher |
 | TensorRT-LLM | rank without layers, CPU, hosts with unlike numbers of ranks | its mapping of ranks |
 | all but llama.cpp | plan for a GGUF file | its sizes are those of the file |
+| llamarun | other families, packed weights | its list of families |
 | vLLM, SGLang, llamarun | context beyond the model's | each checks it at the start |
 """  # noqa: E501 - a row of a table
 
@@ -30,6 +31,10 @@ def refuse_unworkable(plan: Plan, *, engine: str) -> None:
     """
     _refuse_gguf(plan, engine)
     _refuse_long_context(plan, engine)
+    if engine == "torchrun" and not _llamarun_runs(plan):
+        model = plan.profile.model
+        why = f"{model.quantization} weights" if model.quantization else f"model_type {model.model_type}"
+        raise UsageError(f"torchrun starts llamarun, which does not run {why}", hint=_others(plan))
     if engine not in COUNT_ENGINES:
         return
     if all(kind_of(plan, stage) == "cpu" for stage in plan.stages):
@@ -117,11 +122,15 @@ def _way_out(plan: Plan, engine: str) -> str:
 def _others(plan: Plan) -> str:
     """Which engines take the plan as it is."""
     engines = list(MAP_ENGINES) if len(hosts_of(plan)) == 1 else []
-    if plan.profile.model.model_type in SUPPORTED_FAMILIES and plan.profile.model.quantization is None:
+    if _llamarun_runs(plan):
         engines.append("torchrun")
     return (
         f"as it is, the plan runs with --for {' or '.join(engines)}" if engines else "no other engine takes it as it is"
     )
+
+
+def _llamarun_runs(plan: Plan) -> bool:
+    return plan.profile.model.model_type in SUPPORTED_FAMILIES and plan.profile.model.quantization is None
 
 
 def _candidates(plan: Plan, engine: str) -> list[Candidate]:

@@ -299,3 +299,14 @@ def test_a_context_longer_than_the_models_is_refused_or_said_as_the_engine_does(
             f"more than the model was trained for ({longest})" in text
             for text in emit(plan, engine=engine).not_expressed
         )
+
+
+@pytest.mark.row("P9")
+@pytest.mark.parametrize("change", [{"model_type": "gemma3_text"}, {"quantization": "fp8"}], ids=str)
+def test_no_script_starts_llamarun_on_a_model_it_does_not_run(shipped: Path, change: dict[str, str]) -> None:
+    plan = make_plan(shipped, [4, 3], hosts=["here", "here"])
+    model = plan.profile.model.model_copy(update=change)
+    plan = plan.model_copy(update={"profile": plan.profile.model_copy(update={"model": model})})
+    with pytest.raises(UsageError, match=r"llamarun, which does not run .*(gemma3_text|fp8)") as caught:
+        emit(plan, engine="torchrun")
+    assert "--for accelerate or transformers" in caught.value.hint
