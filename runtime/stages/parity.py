@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from plans.checkpoint.cache import find_snapshot
@@ -51,7 +52,7 @@ def load_unsplit(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
             output_loading_info=True,
             **_own_config(path),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise InputError(
             f"transformers does not load it: {printable(error, limit=300)}", where=folder, code="E-MODEL"
         ) from None

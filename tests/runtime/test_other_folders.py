@@ -233,3 +233,13 @@ def test_check_never_compares_with_weights_that_transformers_makes_up(
     save_file({wrap + name: tensor for name, tensor in tensors.items()}, model / SINGLE, metadata={"format": "pt"})
     done = run_command("llamarun", "check", model, "--against", model, "-n", "2")
     assert (done.code, "transformers finds no " in done.err) == (3, True), done.err
+
+
+@pytest.mark.row("P7")
+def test_check_names_what_transformers_refuses_in_a_larger_model(tmp_path: Path, run_command: RunCommand) -> None:
+    model = make_llama(tmp_path / "model", num_hidden_layers=2)
+    text = json.loads((model / "config.json").read_text())
+    whole = {"model_type": "llava", "text_config": text, "vision_config": {"hidden_size": 32}}  # 32 is not 12 x N
+    (model / "config.json").write_text(json.dumps(whole))
+    done = run_command("llamarun", "check", model, "--against", model, "-n", "2")
+    assert (done.code, "transformers does not load it" in done.err) == (3, True), done.err
