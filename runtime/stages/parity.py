@@ -44,7 +44,7 @@ def load_unsplit(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """
     path = find_snapshot(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # with what it found: a pair
             str(path),
             dtype=dtype,
             local_files_only=True,
@@ -56,10 +56,10 @@ def load_unsplit(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
         raise InputError(
             f"transformers does not load it: {printable(error, limit=300)}", where=folder, code="E-MODEL"
         ) from None
-    _refuse_random_weights(info["missing_keys"], folder)
-    model.eval()
-    loaded: PreTrainedModel = model
-    return loaded
+    model: PreTrainedModel = loaded[0]
+    _refuse_random_weights(loaded[1]["missing_keys"], folder)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def _refuse_random_weights(missing: Collection[str], folder: Path) -> None:
