@@ -143,6 +143,8 @@ def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> 
     raw, part_of = text_part(raw)
     check_values(raw, CONFIG_VALUES, where=where)
     fields = Fields(_with_family_defaults(raw), where)
+    if _is_supported(raw) and raw.get("tie_word_embeddings", False) is None:  # transformers refuses it too
+        raise fields.error("tie_word_embeddings", "is null", expected="true or false")
     model_type = fields.text("model_type")
     heads, layers = _heads(fields), fields.count("num_hidden_layers")
     attention, origins = _attention(fields, heads, layers)

@@ -40,6 +40,10 @@ PER_LAYER_KEYS = ("layer_types", "no_rope_layers")
 _FIELD = re.compile(r"[Ff]ield '(\w+)'")
 
 
+ONE_MASK = ("mistral", "mixtral", "phi3")
+"""Families whose forward fails on a prompt longer than the window where layers keep different numbers of tokens."""
+
+
 def family_class(model_type: str) -> type[PreTrainedModel]:
     """Return the transformers class of a supported `model_type`."""
     family: type[PreTrainedModel] = getattr(transformers, CAUSAL_LM_CLASSES[model_type])
@@ -84,11 +88,11 @@ def parse_model_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     check_family(raw.get("model_type"), is_quantized=raw.get("quantization_config") is not None)
     with _named_refusals():
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(without_foreign_code(raw)))
-    _check_names_and_ids(config)
+    _check_what_runs(config)
     return config
 
 
-def _check_names_and_ids(config: PreTrainedConfig) -> None:
+def _check_what_runs(config: PreTrainedConfig) -> None:
     """Refuse what transformers notices only when it builds the model, and then without naming the key."""
     activation = getattr(config, "hidden_act", None)
     if activation is not None and activation not in ACT2FN:
@@ -96,6 +100,15 @@ def _check_names_and_ids(config: PreTrainedConfig) -> None:
             f"activation '{printable(activation, limit=40)}' does not exist",
             where="config.json:/hidden_act",
             expected="one that transformers knows, such as 'silu'",
+            code="E-CONFIG",
+        )
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    if config.model_type in ONE_MASK and len(kinds) > 1:
+        raise InputError(
+            f"mixes {' and '.join(kinds)}, and transformers' {config.model_type} has one mask for all layers",
+            where="config.json:/layer_types",
+            expected="one kind for all layers",
+            hint="analyze and solve still size it",
             code="E-CONFIG",
         )
     pad = config.pad_token_id

@@ -222,3 +222,9 @@ def test_layers_that_slide_need_the_size_of_their_window(family: str) -> None:
     if family == "gemma2":
         with pytest.raises(InputError, match=message):
             parse_config(raw | {"layer_types": None}, where="x")
+
+
+@pytest.mark.row("P20")
+def test_a_tie_that_is_null_is_refused_as_transformers_refuses_it() -> None:
+    with pytest.raises(InputError, match="/tie_word_embeddings: is null; expected true or false"):
+        parse(tie_word_embeddings=None)

@@ -172,3 +172,13 @@ def test_code_that_a_configuration_names_elsewhere_is_never_fetched(
 def test_an_attention_of_transformers_itself_is_kept(shipped: Path) -> None:
     raw = json.loads((shipped / "config.json").read_text()) | {"attn_implementation": "eager"}
     assert parse_model_config(raw)._attn_implementation == "eager"
+
+
+@pytest.mark.row("P20")
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_layers_that_the_one_mask_of_a_family_does_not_fit_are_refused_by_key(family: str) -> None:
+    kinds = ["full_attention", "sliding_attention"]
+    raw = {"model_type": family, "num_hidden_layers": 2, "layer_types": kinds, "sliding_window": 8, "pad_token_id": 0}
+    with pytest.raises(InputError, match=r"config\.json:/layer_types: mixes full_attention and sliding_attention"):
+        parse_model_config(raw)
+    assert parse_model_config(raw | {"layer_types": kinds[1:] * 2}).layer_types == kinds[1:] * 2
