@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 
 from plans.check import check_plan
-from plans.checkpoint.folder import Checkpoint, UnitTable, check_same_shapes, unit_tables
 from plans.checkpoint.run_dtype import run_dtype
+from plans.checkpoint.units import Checkpoint, UnitTable, check_same_shapes, unit_tables
 from plans.config.config import ModelConfig
 from plans.dtypes import DTYPE_NAMES, DTYPES, STORED_DTYPES
 from plans.errors import IntegrityError, UsageError, printable

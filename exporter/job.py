@@ -14,7 +14,7 @@ from exporter.layout import Layout, StageLayout
 from exporter.root_files import RootFiles
 from exporter.sources import Sources
 from exporter.stream import Sink, stream_stage
-from plans.checkpoint.folder import Checkpoint
+from plans.checkpoint.units import Checkpoint
 from plans.export.manifest import MANIFEST_NAME, ExportedFile, Manifest, ManifestStage, SourceFile, stage_name
 from plans.plan import Plan
 from plans.reading.digest import FileDigest

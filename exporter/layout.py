@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from plans.checkpoint.folder import Checkpoint, StoredTensor, UnitKey, unexpected_tensors, unit_of, unit_tables
+from plans.checkpoint.names import UnitKey, unit_of
+from plans.checkpoint.units import Checkpoint, StoredTensor, unexpected_tensors, unit_tables
 from plans.dtypes import DTYPES, STORED_DTYPES
 from plans.export.manifest import weights_name
 from plans.export.opening import metadata_of

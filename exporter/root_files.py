@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from exporter.layout import Layout
-from plans.checkpoint.folder import CONFIG_NAME, INDEX_NAME, Checkpoint, link_home
+from plans.checkpoint.folder import link_home
+from plans.checkpoint.units import CONFIG_NAME, INDEX_NAME, Checkpoint
 from plans.dtypes import DTYPES
 from plans.errors import InputError, IntegrityError
 from plans.export.manifest import PLAN_NAME, SourceFile

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from plans.checkpoint.folder import Shard
 from plans.checkpoint.header import read_header
+from plans.checkpoint.units import Shard
 from plans.errors import IntegrityError, LlamaplanError
 from plans.reading.digest import FileState, read_into, scan
 from plans.reading.files import explain_os_error

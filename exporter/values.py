@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from exporter.sources import Sources
-from plans.checkpoint.folder import StoredTensor, open_checkpoint, require_full
+from plans.checkpoint.folder import open_checkpoint
+from plans.checkpoint.units import StoredTensor, require_full
 from plans.dtypes import STORED_DTYPES
 from plans.reading.digest import BUFFER_BYTES
 

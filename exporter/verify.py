@@ -5,17 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.sources import Sources
-from plans.checkpoint.folder import (
-    Checkpoint,
-    StoredTensor,
-    check_same_shapes,
-    open_checkpoint,
-    require_full,
-    unit_of,
-)
+from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.header import TensorEntry
-from plans.checkpoint.names import head_name
+from plans.checkpoint.names import head_name, unit_of
 from plans.checkpoint.scales import unscaled
+from plans.checkpoint.units import Checkpoint, StoredTensor, check_same_shapes, require_full
 from plans.dtypes import STORED_DTYPES
 from plans.errors import IntegrityError
 from plans.export.manifest import ExportedFile

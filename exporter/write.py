@@ -10,8 +10,9 @@ from exporter.job import Job, Progress, start_workers
 from exporter.layout import Layout, lay_out
 from exporter.root_files import RootFiles, collect
 from exporter.sources import Sources
-from plans.checkpoint.folder import Checkpoint, open_checkpoint, require_full
+from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.scales import unscaled
+from plans.checkpoint.units import Checkpoint, require_full
 from plans.errors import InputError, UsageError
 from plans.export.manifest import Manifest
 from plans.plan import Plan

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from plans.checkpoint.folder import UnitKey
+from plans.checkpoint.names import UnitKey
 from plans.errors import InputError
 from plans.profile import ModelProfile, UnitProfile
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from plans.checkpoint.folder import require_full
 from plans.checkpoint.run_dtype import run_dtype
+from plans.checkpoint.units import require_full
 from plans.config.context import beyond_context
 from plans.dtypes import DTYPE_NAMES
 from plans.errors import UsageError

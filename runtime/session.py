@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from plans.checkpoint.folder import require_full
+from plans.checkpoint.units import require_full
 from plans.stages import StageRange
 from runtime.generate.kept_cache import KeptCache
 from runtime.generate.loop import Generation, Request, generate_requests

@@ -7,7 +7,8 @@ from planner.answers.capacity import chain_of
 from planner.problem.evaluate import violations
 from planner.problem.question import Question
 from planner.timing.costs import predict
-from plans.checkpoint.folder import check_same_shapes, open_checkpoint
+from plans.checkpoint.folder import open_checkpoint
+from plans.checkpoint.units import check_same_shapes
 from plans.errors import IntegrityError
 from plans.plan import Plan, Prediction
 

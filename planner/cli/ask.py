@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from planner.measure.known import Known
-    from plans.checkpoint.folder import Checkpoint
+    from plans.checkpoint.units import Checkpoint
     from plans.cluster import Cluster
     from plans.profile import ModelProfile
     from plans.workload import Workload

@@ -125,7 +125,8 @@ def measured(
     from planner.model.find import find_model
     from planner.model.profile import build_profile
     from planner.model.workloads import parse_dtype
-    from plans.checkpoint.folder import open_checkpoint, require_full
+    from plans.checkpoint.folder import open_checkpoint
+    from plans.checkpoint.units import require_full
 
     chosen = parse_dtype(dtype)
     checkpoint = open_checkpoint(find_model(model)) if model is not None else None

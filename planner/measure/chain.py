@@ -10,7 +10,9 @@ import torch
 from planner.devices.nvml import cuda_devices
 from planner.measure.points import default_checkpoint
 from planner.model import formula
-from plans.checkpoint.folder import EMBEDDING, HEAD, Checkpoint, open_checkpoint, unit_of
+from plans.checkpoint.folder import open_checkpoint
+from plans.checkpoint.names import EMBEDDING, HEAD, unit_of
+from plans.checkpoint.units import Checkpoint
 from plans.config.config import ModelConfig
 from plans.dtypes import DtypeName
 from plans.stages import StageRange

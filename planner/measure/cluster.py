@@ -9,7 +9,7 @@ from planner.devices.machine import Machine, inspect_machine
 from planner.measure.points import Points, choose_points, default_checkpoint, last_cache_bytes
 from planner.measure.process import Footprint, Request, measure_footprint
 from planner.model.profile import build_profile
-from plans.checkpoint.folder import Checkpoint
+from plans.checkpoint.units import Checkpoint
 from plans.cluster import Cluster, Device, Host, Link, Timings
 from plans.dtypes import DtypeName
 from plans.errors import UsageError

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from planner.measure.calm import MOST_OTHER_CORES, WINDOW_SECONDS, CalmMeter
 from planner.measure.chain import WEIGHT_SCALE, PathName, short_chain
 from planner.measure.points import Points
-from plans.checkpoint.folder import Checkpoint
+from plans.checkpoint.units import Checkpoint
 from plans.cluster import Timings
 from plans.profile import ModelProfile
 from runtime.generate.clock import stage_clock

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planner.timing.roofline import Work, flops, flops_rate, roofline_seconds
-from plans.checkpoint.folder import Checkpoint
+from plans.checkpoint.units import Checkpoint
 from plans.cluster import Device
 from plans.config.config import parse_config
 from plans.errors import MachineError

@@ -3,17 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from planner.model import formula
-from plans.checkpoint.folder import (
-    EMBEDDING,
-    HEAD,
-    Checkpoint,
-    StoredTensor,
-    UnitTable,
-    local_name,
-    unexpected_tensors,
-    unit_of,
-    unit_tables,
-)
+from plans.checkpoint.names import EMBEDDING, HEAD, local_name, unit_of
+from plans.checkpoint.units import Checkpoint, StoredTensor, UnitTable, unexpected_tensors, unit_tables
 from plans.config.config import ModelConfig
 from plans.errors import InputError
 from plans.profile import Difference

@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 
 from planner.model.experts import check_experts
-from plans.checkpoint.folder import Checkpoint, UnitKey, unexpected_tensors, unit_of
+from plans.checkpoint.names import UnitKey, unit_of
+from plans.checkpoint.units import Checkpoint, unexpected_tensors
 from plans.config.attention import is_latent
 from plans.config.config import ModelConfig
 from plans.dtypes import STORED_DTYPES

@@ -6,7 +6,7 @@ is compared with a checkpoint that transformers itself saved (tests/planner/test
 
 from collections.abc import Mapping
 
-from plans.checkpoint.folder import EMBEDDING, FINAL_NORM, HEAD
+from plans.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD
 from plans.config.config import SUPPORTED_FAMILIES, ModelConfig
 from plans.errors import InputError
 

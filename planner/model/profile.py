@@ -13,8 +13,9 @@ from planner.model.crosscheck import differences
 from planner.model.evidence import prove
 from planner.model.find import find_model, model_name
 from planner.model.units import Rows, Sizing, profile_unit
-from plans.checkpoint.folder import Checkpoint, UnitKey, local_name, unit_keys, unit_tables
+from plans.checkpoint.names import UnitKey, local_name
 from plans.checkpoint.run_dtype import run_dtype
+from plans.checkpoint.units import Checkpoint, unit_keys, unit_tables
 from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName
 from plans.errors import InputError
 from plans.profile import Difference, ModelIdentity, ModelProfile, Origin, ShardIdentity, UnitProfile

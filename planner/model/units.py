@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from planner.model import formula
 from planner.model.experts import is_expert
 from planner.model.packing import logical_shape
-from plans.checkpoint.folder import UnitKey, hash_shapes
+from plans.checkpoint.names import UnitKey
+from plans.checkpoint.units import hash_shapes
 from plans.config.attention import LayerAttention
 from plans.config.config import ModelConfig
 from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName

@@ -14,10 +14,8 @@ from plans.checkpoint.names import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
-    UnitKey,
     canonical_names,
     is_leftover,
-    local_name,
     unit_of,
 )
 from plans.checkpoint.same import has_own_head
@@ -27,15 +25,7 @@ from plans.checkpoint.units import (
     INDEX_NAME,
     SINGLE_NAME,
     Checkpoint,
-    Shard,
     StoredTensor,
-    UnitTable,
-    check_same_shapes,
-    hash_shapes,
-    require_full,
-    unexpected_tensors,
-    unit_keys,
-    unit_tables,
 )
 from plans.checkpoint.weights import Weights, incomplete, open_weights
 from plans.config.config import ModelConfig, read_config
@@ -253,28 +243,3 @@ def _check_tables(folder: Path, config: ModelConfig, tensors: Mapping[str, Store
             raise InputError(
                 f"{name} has shape {list(stored.entry.shape)}, {CONFIG_NAME} says {rows}", where=folder, code="E-SHAPE"
             )
-
-
-__all__ = [
-    "CONFIG_NAME",
-    "EMBEDDING",
-    "FINAL_NORM",
-    "HEAD",
-    "INDEX_NAME",
-    "SINGLE_NAME",
-    "Checkpoint",
-    "Shard",
-    "StoredTensor",
-    "UnitKey",
-    "UnitTable",
-    "check_same_shapes",
-    "hash_shapes",
-    "link_home",
-    "local_name",
-    "open_checkpoint",
-    "require_full",
-    "unexpected_tensors",
-    "unit_keys",
-    "unit_of",
-    "unit_tables",
-]

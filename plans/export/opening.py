@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.check import read_plan
-from plans.checkpoint.folder import CONFIG_NAME
 from plans.checkpoint.header import SafetensorsHeader, read_header
+from plans.checkpoint.units import CONFIG_NAME
 from plans.config.config import ModelConfig, read_config
 from plans.errors import InputError, IntegrityError, LlamaplanError, UsageError, printable
 from plans.export.manifest import (

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from plans.checkpoint.folder import UnitKey, hash_shapes, local_name, unit_of
 from plans.checkpoint.header import SafetensorsHeader
-from plans.checkpoint.names import head_name
+from plans.checkpoint.names import UnitKey, head_name, local_name, unit_of
+from plans.checkpoint.units import hash_shapes
 from plans.dtypes import DTYPES
 from plans.errors import IntegrityError, printable
 from plans.export.manifest import Manifest

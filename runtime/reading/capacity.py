@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from plans.checkpoint.folder import Checkpoint, unit_tables
+from plans.checkpoint.units import Checkpoint, unit_tables
 from plans.commands.machine_memory import memory_bytes
 from plans.dtypes import DTYPES
 from plans.errors import MachineError

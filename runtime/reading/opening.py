@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plans.check import read_plan
-from plans.checkpoint.folder import Checkpoint, Shard, StoredTensor, check_same_shapes, open_checkpoint, require_full
+from plans.checkpoint.folder import open_checkpoint
+from plans.checkpoint.units import Checkpoint, Shard, StoredTensor, check_same_shapes, require_full
 from plans.dtypes import DTYPES
 from plans.errors import InputError, UsageError, printable
 from plans.export.manifest import MANIFEST_NAME

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from plans.checkpoint.folder import Checkpoint, require_full
+from plans.checkpoint.units import Checkpoint, require_full
 from plans.dtypes import DTYPE_NAMES, DTYPES
 from plans.errors import UsageError
 from plans.stages import StageRange

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from plans.checkpoint.folder import EMBEDDING, HEAD, unit_of
+from plans.checkpoint.names import EMBEDDING, HEAD, unit_of
 from plans.errors import InputError, printable
 from plans.stages import StageRange
 

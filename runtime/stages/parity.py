@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from plans.checkpoint.cache import find_snapshot
-from plans.checkpoint.folder import CONFIG_NAME
+from plans.checkpoint.units import CONFIG_NAME
 from plans.config.config import read_config, without_foreign_code
 from plans.errors import InputError, printable
 from runtime.reading.families import parse_model_config

@@ -10,8 +10,9 @@ import pytest
 from export_helpers import make_plan, tensor_bytes, tree
 
 from exporter import export, verify
-from plans.checkpoint.folder import open_checkpoint, unit_of
+from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.header import read_header
+from plans.checkpoint.names import unit_of
 from plans.errors import IntegrityError, UsageError
 from plans.export.manifest import Manifest
 from plans.export.opening import check_fast, open_export

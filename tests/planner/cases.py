@@ -12,7 +12,7 @@ from planner.model.profile import build_profile
 from planner.problem.question import Question
 from planner.program.effort import Effort
 from planner.timing.costs import predict
-from plans.checkpoint.folder import Checkpoint
+from plans.checkpoint.units import Checkpoint
 from plans.cluster import Cluster, Device, Link
 from plans.config.config import parse_config
 from plans.dtypes import STORED_DTYPES

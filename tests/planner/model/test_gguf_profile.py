@@ -12,7 +12,8 @@ import gguf
 import pytest
 
 from planner.model.profile import build_profile
-from plans.checkpoint.folder import Checkpoint, open_checkpoint
+from plans.checkpoint.folder import open_checkpoint
+from plans.checkpoint.units import Checkpoint
 from plans.errors import InputError, LlamaplanError
 from plans.profile import ModelProfile
 from tests.gguf_files import FAMILIES, config_for, mutated, write_config, write_gguf

@@ -10,9 +10,10 @@ import pytest
 
 from planner.model.profile import build_profile
 from plans.checkpoint.cache import find_snapshot
-from plans.checkpoint.folder import open_checkpoint, require_full
+from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.header import read_header
 from plans.checkpoint.names import canonical_names
+from plans.checkpoint.units import require_full
 from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError
 from tests.planner.cases import TINY, tiny_profile, write_safetensors

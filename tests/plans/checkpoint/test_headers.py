@@ -322,7 +322,7 @@ def test_a_truncated_single_file_is_an_integrity_error(tmp_path: Path) -> None:
 def test_layers_are_counted_without_leading_zeros(tmp_path: Path) -> None:
     tensors = tensors_of() | {"model.layers.01.mlp.up_proj.weight": ("BF16", (48, 32))}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors))
-    from plans.checkpoint.folder import unexpected_tensors
+    from plans.checkpoint.units import unexpected_tensors
 
     assert unexpected_tensors(checkpoint) == ("model.layers.01.mlp.up_proj.weight",)
 

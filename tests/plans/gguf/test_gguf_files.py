@@ -8,7 +8,8 @@ import gguf
 import numpy as np
 import pytest
 
-from plans.checkpoint.folder import open_checkpoint, require_full
+from plans.checkpoint.folder import open_checkpoint
+from plans.checkpoint.units import require_full
 from plans.errors import ExitCode, InputError, LlamaplanError
 from plans.gguf.names import LAYER_NAMES
 from tests.gguf_files import config_for, write_gguf
