@@ -198,10 +198,7 @@ def _with_look(cluster: Cluster, machine: Fingerprint, speed: str) -> Known:
             return Known(cluster, (), ("this machine could not be looked at; the rates of its CPU are estimates",))
         kept = KeptLook(machine=machine, day=_today(), look=found)
         if found.is_disturbed:
-            text = (
-                "other programs were busy while this machine was looked at: its rates may be too low, and are not kept"
-            )
-            return Known(_seen(cluster, found, speed), (_look_line(kept),), (text,))
+            return Known(_seen(cluster, found, speed), (_look_line(kept),), (DISTURBED,))
         keep(_look_name(machine), kept)
     return Known(_seen(cluster, kept.look, speed), (_look_line(kept),))
 

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder, opened strictly: configuration, shard headers, and which unit owns which tensor.
+"""A Hugging Face checkpoint folder, opened strictly: its configuration, its shards, and whether they belong together.
 
 Nothing here reads weights (but to compare what is stored twice), imports torch, or runs code that lies in the folder.
 """

@@ -56,11 +56,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reader]:
     return find
 
 
-def _named() -> list[object]:
-    return [pytest.param(name) for name in READERS]
-
-
-@pytest.mark.parametrize("name", _named())
+@pytest.mark.parametrize("name", READERS)
 def test_mutated_inputs_are_read_or_refused_quickly_and_by_name(name: str) -> None:
     assert fuzz(name, inputs=INPUTS, seed=1).faults == []
 
