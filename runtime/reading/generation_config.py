@@ -84,7 +84,17 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever transformers says about values that only it knows
         what = printable(" ".join(f"{error}".split()), limit=300)
-        raise InputError(f"transformers refuses it: {what}", where=path, code="E-CONFIG") from None
+        key = next((f":/{printable(key)}" for key in raw if not _is_taken({key: raw[key]})), "")
+        raise InputError(f"transformers refuses it: {what}", where=f"{path}{key}", code="E-CONFIG") from None
+
+
+def _is_taken(raw: dict[str, Any]) -> bool:
+    """Whether transformers takes these values by themselves."""
+    try:
+        GenerationConfig.from_dict(raw)
+    except Exception:
+        return False
+    return True
 
 
 def generation_defaults(folder: Path, model_config: PreTrainedConfig, *, raw: Mapping[str, Any]) -> GenerationConfig:

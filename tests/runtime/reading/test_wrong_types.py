@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers.utils import logging
 
@@ -144,6 +144,7 @@ def test_a_wrong_type_in_config_json_ends_no_run_with_a_bug(place: tuple[str, ..
 
 
 @pytest.mark.row("P20")
+@example("watermarking_config", {"a": "a"})
 @given(st.sampled_from(sorted(GENERATION)), WRONG)
 def test_a_wrong_type_in_generation_config_json_is_named_and_the_rest_works(key: str, value: Any) -> None:
     with TemporaryDirectory() as folder:
