@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from plans.plan import Plan
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SERVING = ("vllm", "sglang", "tensorrt-llm", "transformers")
 
 
@@ -23,12 +22,13 @@ def after_export(plan: "Plan", directory: Path) -> str:
     `llamarun` where it runs the model; without a tokenizer what needs token ids only; else the first engine of
     `SERVING` that takes the plan.
     """
+    from plans.checkpoint.units import TOKENIZER_NAMES
     from plans.config.config import SUPPORTED_FAMILIES
     from plans.export.manifest import PLAN_NAME
 
     model = plan.profile.model
     if model.model_type in SUPPORTED_FAMILIES and model.quantization is None:
-        if any((directory / name).is_file() for name in TOKENIZERS):
+        if any((directory / name).is_file() for name in TOKENIZER_NAMES):
             return f"llamarun generate {shown(directory)} -p 'Once upon a time'"
         return f"llamarun bench {shown(directory)} (there is no tokenizer: prompts of text need one in the folder)"
     why = f"{model.quantization} weights" if model.quantization else model.model_type

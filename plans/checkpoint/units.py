@@ -14,6 +14,8 @@ from plans.errors import InputError, IntegrityError
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""One of these makes a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)

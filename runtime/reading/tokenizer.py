@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plans.checkpoint.units import TOKENIZER_NAMES
 from plans.errors import InputError, UsageError, printable
 from plans.reading.files import read_limited
 from plans.reading.strict import parse_json
@@ -49,7 +50,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> "PreTrainedTokenizerBase
 
 def holds_tokenizer(folder: Path) -> bool:
     """Whether the folder has a tokenizer of any kind."""
-    return any((folder / name).is_file() for name in (TOKENIZER_NAME, "tokenizer.model", "vocab.json"))
+    return any((folder / name).is_file() for name in TOKENIZER_NAMES)
 
 
 def missing_tokenizer(folder: Path) -> InputError:
