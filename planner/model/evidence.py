@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from planner.model.experts import check_experts
 from plans.checkpoint.names import UnitKey, unit_of
 from plans.checkpoint.units import Checkpoint, unexpected_tensors
-from plans.config.attention import is_latent
 from plans.config.config import ModelConfig
 from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError, printable
@@ -75,8 +74,9 @@ def _check_attention(unit: Rows, config: ModelConfig, index: int, where: str) ->
         if any(name.startswith(("k_proj.", "v_proj.", "qkv_proj.")) for name in parts):
             raise _not_understood("holds attention, config.json says it has none", where)
         return
-    if is_latent(config.raw):
-        width, rope = config.attention[index].kv_width, config.raw.get("qk_rope_head_dim")
+    rope = config.attention[index].latent_rope
+    if rope is not None:
+        width = config.attention[index].kv_width
         key = f"kv_lora_rank + qk_rope_head_dim ({rope})"
         _require(parts, {"kv_a_proj_with_mqa": width}, key, where)
         return

@@ -5,7 +5,7 @@ their spellings, chunks, and layers without attention (`block_configs`); the res
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plans.config.families import WINDOW_RULES
@@ -37,6 +37,8 @@ class LayerAttention:
     """Multiplications per (query, key) pair over all heads: query with key, and probability with value."""
     window: int | None
     """How many past tokens are kept, None for all."""
+    latent_rope: int | None = None
+    """The part of the latent that carries positions; None where keys and values are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def read_layers(fields: Fields, heads: Heads, layers: int) -> tuple[tuple[LayerA
         return _block_layers(fields, heads, windows), (*_BLOCK_ORIGINS, *forgets)
     if is_latent(fields.raw):
         layer, origin = _latent(fields, heads)
-        return tuple(LayerAttention(*layer, window) for window in windows), (origin, *forgets)
+        return tuple(replace(layer, window=window) for window in windows), (origin, *forgets)
     how = f"key and value of {heads.kv_heads} heads x {heads.head_dim}"
     origin = Origin("kv_bytes_per_token", "num_key_value_heads", how)
     return plain_layers(heads, windows), (origin, *forgets)
@@ -102,19 +104,21 @@ def _refuse_unknown(fields: Fields) -> None:
         )
 
 
-def _latent(fields: Fields, heads: Heads) -> tuple[tuple[int, int], Origin]:
+def _latent(fields: Fields, heads: Heads) -> tuple[LayerAttention, Origin]:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1.3): one vector for all heads.
 
     vLLM, SGLang, llama.cpp and transformers (5.x) keep this vector and the shared rotary part of the key.
     """
     rank, rope = fields.count("kv_lora_rank"), fields.count("qk_rope_head_dim")
-    value = fields.count("v_head_dim", default=heads.head_dim - rope)
+    is_plain_head = fields.raw.get("model_type") == "minicpm3"  # its values are as wide as a head without a latent
+    usual = fields.count("hidden_size") // heads.heads if is_plain_head else heads.head_dim - rope
+    value = fields.count("v_head_dim", default=usual)
     pairs = heads.heads * (heads.head_dim + value)
     how = (
         f"the compressed latent: kv_lora_rank {rank} + qk_rope_head_dim {rope} numbers per token and layer, not the "
         f"{pairs} that an engine keeps which expands it"
     )
-    return (rank + rope, pairs), Origin("kv_bytes_per_token", "kv_lora_rank", how)
+    return LayerAttention(rank + rope, pairs, None, latent_rope=rope), Origin("kv_bytes_per_token", "kv_lora_rank", how)
 
 
 # --- windows ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """How many past tokens every layer of an allow-listed family sees, as its class in transformers reads `config.json`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from plans.config.attention import FULL, SLIDING, Windows, check_layer_types, rope_layers
 from plans.config.fields import Fields
 from plans.errors import printable
@@ -16,7 +19,7 @@ def sliding_windows(fields: Fields, layers: int) -> Windows:
         check_layer_types(fields, raw["layer_types"], layers, allowed=(FULL, SLIDING))
     window = raw.get("sliding_window")
     _refuse_windows_of_no_size(fields, window)
-    if window is None or raw.get("use_sliding_window") is False:
+    if window is None or (_is_unused(raw) and raw.get("model_type") in _UNSIZED_WHEN_UNUSED):
         return (None,) * layers
     if type(window) is not int or window < 1:
         raise fields.error("sliding_window", f"is {printable(window, limit=40)}", expected="an integer above 0")
@@ -27,7 +30,11 @@ def sliding_windows(fields: Fields, layers: int) -> Windows:
 
 
 _UNSIZED_WHEN_UNUSED = {"qwen2", "qwen3"}
-"""Families whose class forgets `sliding_window` where `use_sliding_window` is false."""
+"""Families whose class forgets `sliding_window` where `use_sliding_window` is false; most do not know that key."""
+
+
+def _is_unused(raw: Mapping[str, Any]) -> bool:
+    return raw.get("use_sliding_window") is False
 
 
 def _refuse_windows_of_no_size(fields: Fields, window: object) -> None:
@@ -36,7 +43,7 @@ def _refuse_windows_of_no_size(fields: Fields, window: object) -> None:
     kinds = raw.get("layer_types") or ([SLIDING] if raw.get("model_type") == "gemma2" else [])
     if SLIDING not in kinds:
         return
-    if raw.get("use_sliding_window") is False and raw.get("model_type") in _UNSIZED_WHEN_UNUSED:
+    if _is_unused(raw) and raw.get("model_type") in _UNSIZED_WHEN_UNUSED:
         raise fields.error("use_sliding_window", f"is false, and layers are of the kind {SLIDING}", expected="true")
     if window is None:
         raise fields.error(
@@ -55,5 +62,5 @@ def _default_layer_types(fields: Fields, layers: int) -> list[str]:
         first = first if type(first) is int else 28
         return [SLIDING if i >= first else FULL for i in range(layers)]
     if family == "smollm3":  # only the layers without rotary positions forget
-        return [FULL if rotary else SLIDING for rotary in rope_layers(fields, layers, every=4)]
+        return [FULL if rotary or _is_unused(raw) else SLIDING for rotary in rope_layers(fields, layers, every=4)]
     return [SLIDING] * layers

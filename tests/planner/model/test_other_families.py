@@ -237,6 +237,16 @@ def test_a_latent_cache_is_counted_compressed_and_says_so(tmp_path: Path) -> Non
     assert ModelProfile.from_json(profile.to_json().encode(), where="x") == profile
 
 
+def test_a_latent_cache_may_be_given_by_the_class_alone(tmp_path: Path) -> None:
+    latents = {"kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+    config = base("minicpm3", 2560, 2, 40, 40, 6400, 73448, q_lora_rank=768, **latents)
+    shapes = whole(config, [norms(config) | latent(config) | mlp(2560, 6400)] * 2)
+    said = profile_of(tmp_path / "said", config, shapes)
+    unsaid = profile_of(tmp_path / "unsaid", {k: v for k, v in config.items() if k not in latents}, shapes)
+    assert unsaid.units == said.units
+    assert said.layers[0].kv_bytes_per_token == 2 * (256 + 32)
+
+
 def test_every_sixth_layer_keeps_everything(tmp_path: Path) -> None:
     profile = profile_of(tmp_path, *gemma_3_1b())
     assert [i for i, layer in enumerate(profile.layers) if layer.kv_window_tokens is None] == [5, 11, 17, 23]

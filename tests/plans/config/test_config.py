@@ -139,7 +139,8 @@ def test_layer_types_say_which_layers_forget() -> None:
     kinds = ["sliding_attention", "full_attention"] * 2
     assert parse(sliding_window=8, layer_types=kinds).sliding_windows == (8, None, 8, None)
     assert parse(sliding_window=8).sliding_windows == (8,) * 4
-    assert parse(sliding_window=8, use_sliding_window=False).sliding_windows == (None,) * 4
+    unused = parse(model_type="qwen2", sliding_window=8, use_sliding_window=False)
+    assert unused.sliding_windows == (None,) * 4
 
 
 def test_custom_code_is_noticed_and_quantisation_named() -> None:
@@ -192,6 +193,7 @@ def test_a_configuration_is_an_object(data: bytes, tmp_path: Path) -> None:
         {"sliding_window": None},
         {"sliding_window": 6},
         {"sliding_window": 6, "use_sliding_window": True},
+        {"sliding_window": 6, "use_sliding_window": False},
         {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 3},
         {"sliding_window": 6, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 4},
         {"sliding_window": 6, "use_sliding_window": True, "no_rope_layers": [0, 1, 1, 1, 1, 1, 1, 0]},
