@@ -179,18 +179,19 @@ def test_values_are_rounded_where_transformers_rounds_them(
     name: str, dtype: torch.dtype, kernels: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Processors differ in how torch multiplies half precision (those with AVX-512 BF16 drop small parts of a sum), so
-    # transformers gets products that are exact and rounded once. The first token attends to itself alone.
+    # transformers gets products that are exact and rounded once. The first token attends to itself alone, in a single
+    # layer: in deeper ones a sum that was rounded the other way (their order depends on the processor) changes all of
+    # its row. Left are 0.98 to 1; any of the roundings of `kernels.c` left out gives at most 0.87.
     monkeypatch.setattr(torch.nn.functional, "linear", _exact_linear)
-    model, ids = make_model(name, dtype=dtype), torch.arange(3, 43)[:, None]
+    model, ids = make_model(name, dtype=dtype, num_hidden_layers=1), torch.arange(3, 43)[:, None]
     positions, caches = torch.full((40, 1), 77), [DynamicCache(), DynamicCache()]
     found = fast_model(model, kernels).step(ids, attention_mask=None, position_ids=positions, cache=caches[0])
     with torch.no_grad():
         expected = model(ids, position_ids=positions, past_key_values=caches[1]).logits
-    least = 0.99 if dtype == torch.bfloat16 else 0.95  # fp16 is fine enough to show the order of a sum
-    assert _share_equal(found, expected) > least
-    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
-        assert _share_equal(ours.keys, theirs.keys) > least
-        assert _share_equal(ours.values, theirs.values) > least
+    (ours,), (theirs,) = (cache.layers for cache in caches)
+    assert _share_equal(found, expected) > 0.95
+    assert _share_equal(ours.keys, theirs.keys) > 0.95
+    assert _share_equal(ours.values, theirs.values) > 0.95
 
 
 def _exact_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
