@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from plans.cluster import Cluster, Name, Seconds
+from plans.packed.choice import WeightChoice
 from plans.profile import Count, ModelProfile
 from plans.reading.files import sha256_hex
 from plans.reading.strict import SchemaVersion, StrictModel
@@ -109,6 +110,8 @@ class Plan(StrictModel):
     execution: Execution = "one_process"
     demands: Demands | None = None
     """Absent where the user fixed nothing."""
+    weights: WeightChoice | None = None
+    """How many bits the weights are exported in; absent where they stay as they are stored."""
     workload: Workload
     cluster: Cluster
     profile: ModelProfile
@@ -131,10 +134,17 @@ class Plan(StrictModel):
             raise ValueError("demands.layers belongs to the strategy custom")
         return self
 
+    @model_validator(mode="after")
+    def _weights_are_of_every_layer(self) -> "Plan":
+        layers = self.profile.model.num_hidden_layers
+        if self.weights is not None and len(self.weights.layer_bits) != layers:
+            raise ValueError(f"weights say {len(self.weights.layer_bits)} layers, the model has {layers}")
+        return self
+
     @model_serializer(mode="wrap")
-    def _without_null_demands(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_is_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
-        return written if self.demands is not None else {k: v for k, v in written.items() if k != "demands"}
+        return {k: v for k, v in written.items() if v is not None or k not in ("demands", "weights")}
 
     @property
     def sha256(self) -> str:

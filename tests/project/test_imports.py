@@ -32,6 +32,7 @@ FLOORS = {
             "reading",
             "commands",
             "engines",
+            "packed",
             "config",
             "gguf",
             "checkpoint",

@@ -1,0 +1,1 @@
+"""How are weights of four or eight bits stored?"""
