@@ -18,6 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from plans.config.config import without_foreign_code
 from plans.errors import InputError, printable
+from plans.packed.config import Packing, read_packing
+from runtime.reading.packed import place_packed
 
 CAUSAL_LM_CLASSES: Mapping[str, str] = {
     "gemma": "GemmaForCausalLM",
@@ -50,12 +52,7 @@ def family_class(model_type: str) -> type[PreTrainedModel]:
     return family
 
 
-def check_config(config: PreTrainedConfig) -> None:
-    """Refuse configurations of families without a parity test; errors as `check_family`."""
-    check_family(config.model_type, is_quantized=getattr(config, "quantization_config", None) is not None)
-
-
-def check_family(model_type: object, *, is_quantized: bool) -> None:
+def check_family(model_type: object) -> None:
     """Refuse what has no parity test.
 
     Raises:
@@ -68,13 +65,11 @@ def check_family(model_type: object, *, is_quantized: bool) -> None:
             hint="analyze and solve still size it",
             code="E-FAMILY",
         )
-    if is_quantized:
-        raise InputError(
-            "quantised weights cannot run here",
-            expected="float32, float16 or bfloat16 weights",
-            hint="analyze and solve still size them",
-            code="E-FAMILY",
-        )
+
+
+def packing_of(config: PreTrainedConfig) -> Packing | None:
+    """Return how the weights of a model are packed; None where they are not. Errors as `read_packing`."""
+    return read_packing({"quantization_config": getattr(config, "quantization_config", None)})
 
 
 def parse_model_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
@@ -83,9 +78,11 @@ def parse_model_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     Both spellings of rotary settings are read: `rope_parameters`, and `rope_theta` with `rope_scaling`.
 
     Raises:
-        InputError: the family is not supported, or transformers refuses a value.
+        InputError: the family is not supported, its weights are packed in a way that is not understood, or transformers
+            refuses a value.
     """
-    check_family(raw.get("model_type"), is_quantized=raw.get("quantization_config") is not None)
+    check_family(raw.get("model_type"))
+    read_packing(raw)
     with _named_refusals():
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(without_foreign_code(raw)))
     _check_what_runs(config)
@@ -124,11 +121,17 @@ def _check_what_runs(config: PreTrainedConfig) -> None:
 def build_skeleton(config: PreTrainedConfig, family: type[PreTrainedModel]) -> PreTrainedModel:
     """Build the whole model without memory (meta device), in evaluation mode, on a private copy of `config`.
 
+    Layers that are stored packed are packed in it.
+
     Raises:
-        InputError: a value of the configuration builds no model, such as an activation that does not exist.
+        InputError: a value of the configuration builds no model, such as an activation that does not exist, or
+            `quantization_config` does not fit the model.
     """
     with torch.device("meta"), _named_refusals():
         model = family(copy.deepcopy(config))
+    packing = packing_of(config)
+    if packing is not None:
+        place_packed(model, packing)
     model.eval()  # type: ignore[no-untyped-call]
     return model
 

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from plans.checkpoint.names import EMBEDDING, HEAD, unit_of
 from plans.errors import InputError, printable
+from plans.packed.scheme import SCALE
 from plans.stages import StageRange
+from runtime.reading.packed import STORED, PackedLinear, check_packed
 
 
 def rebuild_buffers(model: PreTrainedModel, *, dtype: torch.dtype, device: torch.device, has_embedding: bool) -> None:
@@ -81,10 +83,14 @@ def load_units(
     recipes = _recipes(spec, tensors, is_tied=bool(model.config.tie_word_embeddings))
     expected = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False) if _owned(spec, name)}
     _compare_names(spec, expected=expected, found=recipes)
+    packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     for name, recipe in recipes.items():
-        value = _materialize(recipe, tensors, dtype=dtype, device=device)
+        value = _materialize(recipe, tensors, dtype=dtype, device=device, is_packed=_module(name) in packed)
         _check_shape(name, value, expected[name])
         _assign(model, name, value)
+    for name, layer in packed.items():
+        if _owned(spec, f"{name}.{SCALE}"):
+            check_packed(name, layer, dtype=dtype)
     if spec.has_both_ends and model.config.tie_word_embeddings:
         _share_tied_table(model)
 
@@ -153,18 +159,28 @@ def _compare_names(spec: StageRange, *, expected: Iterable[str], found: Iterable
         )
 
 
-def _materialize(recipe: Recipe, tensors: TensorSource, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _materialize(
+    recipe: Recipe, tensors: TensorSource, *, dtype: torch.dtype, device: torch.device, is_packed: bool
+) -> torch.Tensor:
     parts = []
     for source in recipe.sources:
-        tensor = tensors[source]
-        if tensor.dtype not in FLOAT_DTYPES:
+        tensor, as_stored = tensors[source], STORED.get(source.rpartition(".")[2]) if is_packed else None
+        if tensor.dtype not in (as_stored or FLOAT_DTYPES):
             raise InputError(
                 f"{printable(source)} is stored as {tensor.dtype}",
-                expected="float32, float16 or bfloat16",
+                expected=_dtype_words(as_stored) if as_stored else "float32, float16 or bfloat16",
                 code="E-DTYPE",
             )
-        parts.append(tensor.to(device=device, dtype=dtype))
+        parts.append(tensor.to(device=device, dtype=None if as_stored else dtype))
     return parts[0] if recipe.combine is None else recipe.combine(parts)
+
+
+def _dtype_words(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _check_shape(name: str, value: torch.Tensor, expected: torch.Size) -> None:
@@ -176,9 +192,11 @@ def _check_shape(name: str, value: torch.Tensor, expected: torch.Size) -> None:
 
 def _assign(model: PreTrainedModel, name: str, value: torch.Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
+    is_packed = leaf in STORED
     # Parameters want gradients, as transformers leaves them: torch picks a matmul kernel by that flag (bmm or mm for
     # the sliced states before the head), and the two differ in the last bit even when no gradient is computed.
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(value))
+    # Those of compressed-tensors do not.
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=not is_packed))
 
 
 def _share_tied_table(model: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from plans.errors import UsageError
 from plans.stages import StageRange, check_stages
 from runtime.fast.model import FastModel, plain_step
-from runtime.reading.families import build_skeleton, check_config, family_class
+from runtime.reading.families import build_skeleton, check_family, family_class
 from runtime.reading.weights import TensorSource, check_filled, load_units, rebuild_buffers
 from runtime.stage_time import REFERENCE_PATH, StageTime
 from runtime.stages.caches import new_cache
@@ -122,7 +122,7 @@ def build_chain(
         InputError: the stages do not cover the model, the family is not supported, or tensors do not fit.
     """
     check_stages(specs, num_layers=config.num_hidden_layers)
-    check_config(config)
+    check_family(config.model_type)
     chain = build_skeleton(config, _chain_class(config.model_type))
     assert isinstance(chain, Chain)
     chain.config.dtype = dtype

@@ -22,7 +22,7 @@ from runtime.fast.model import FastModel
 from runtime.fast.native import Unavailable
 from runtime.fast.setup import set_up
 from runtime.fast.speed import Speed, parse_speed
-from runtime.reading.families import PER_LAYER_KEYS, build_skeleton, check_config, family_class
+from runtime.reading.families import PER_LAYER_KEYS, build_skeleton, check_family, family_class
 from runtime.reading.weights import TensorSource, check_filled, load_units, rebuild_buffers
 from runtime.stage_time import FAST_PATH, REFERENCE_PATH
 from runtime.stages.caches import new_cache
@@ -151,7 +151,7 @@ def build_stage(
         UsageError: `speed` is none of the three.
     """
     wanted = parse_speed(speed if kv_cache_dtype in (None, dtype) else Speed.REFERENCE)
-    check_config(config)
+    check_family(config.model_type)
     model = build_skeleton(config, family_class(config.model_type))
     model.config.dtype = dtype
     load_units(model, spec, tensors, dtype=dtype, device=device)

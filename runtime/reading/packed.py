@@ -1,0 +1,131 @@
+"""Linear layers whose weights stay packed: unpacked for a moment, every time they are used.
+
+The numbers are those of transformers with compressed-tensors, bit for bit: the whole number times its scale, both in
+the dtype of the model, rounded once. Packed numbers and scales stay what the file holds (on a CPU: mapped).
+
+Shapes: O rows, I columns, G groups of columns per row.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from plans.errors import InputError, printable
+from plans.packed.config import Packing
+from plans.packed.scheme import PACKED, SCALE, SHAPE, Scheme
+
+STORED = {PACKED: (torch.int32,), SCALE: (torch.bfloat16, torch.float16, torch.float32), SHAPE: (torch.int64,)}
+"""What the three tensors of a packed layer may be stored as."""
+_VALUES_AT_ONCE = 1 << 20
+"""So many weights are unpacked at a time: what lies between packed and unpacked then stays in the processor."""
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with packed weights, in place of an `nn.Linear`.
+
+    Attributes:
+        scheme: how they are packed.
+        weight_packed: int32 [O, I * bits / 32].
+        weight_scale: [O, G], in the dtype it is stored in.
+        weight_shape: int64 [2], O and I as the file says them.
+        bias: [O] in the dtype of the model, or None.
+    """
+
+    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
+        """Make an empty layer (on the meta device) of the shape of `linear`, whose bias it takes over."""
+        super().__init__()
+        self.scheme = scheme
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        sides = (self.out_features, self.in_features)
+        self.weight_packed = _empty(scheme.packed_shape(*sides), torch.int32)
+        self.weight_scale = _empty(scheme.scale_shape(*sides), torch.float32)
+        self.weight_shape = _empty((2,), torch.int64)
+        self.bias = linear.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return inputs [..., I] times the weights, [..., O]."""
+        return functional.linear(inputs, self.unpack(inputs.dtype), self.bias)
+
+    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weights [O, I] as numbers of `dtype`."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight_packed.device)
+        num_rows = max(1, _VALUES_AT_ONCE // self.in_features)
+        with torch.no_grad():
+            scales = self.weight_scale.to(dtype)[..., None]  # [O, G, 1]
+            for rows in (slice(start, start + num_rows) for start in range(0, self.out_features, num_rows)):
+                numbers = unpack_numbers(self.weight_packed[rows], self.scheme.bits)
+                grouped = (len(numbers), scales.shape[1], -1)
+                torch.mul(numbers.view(grouped), scales[rows], out=weight[rows].view(grouped))
+        return weight
+
+    def extra_repr(self) -> str:
+        """Say shape and scheme where the model is printed."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.words}"
+
+
+def unpack_numbers(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return whole numbers [O, I] as int8 from words [O, I * bits / 32] that hold them + 2^(bits - 1)."""
+    data = packed.view(torch.uint8)  # [O, I * bits / 8]
+    if bits == 8:
+        return data.bitwise_xor(0x80).view(torch.int8)
+    halves = torch.stack((data & 0xF, data >> 4), dim=-1)
+    return halves.view(len(packed), -1).view(torch.int8) - 8
+
+
+def place_packed(model: PreTrainedModel, packing: Packing) -> None:
+    """Put an empty `PackedLinear` in place of every linear layer of a skeleton that is stored packed.
+
+    Raises:
+        InputError: (E-QUANT) a matrix that its scheme cannot hold, or a tied head that is to be packed.
+    """
+    for name, module in list(model.named_modules()):
+        scheme = packing.scheme_of(name) if isinstance(module, nn.Linear) else None
+        if scheme is None:
+            continue
+        assert isinstance(module, nn.Linear)
+        _check_place(name, module, scheme, is_tied=name == "lm_head" and bool(model.config.tie_word_embeddings))
+        model.set_submodule(name, PackedLinear(module, scheme))
+
+
+def check_packed(name: str, layer: PackedLinear, *, dtype: torch.dtype) -> None:
+    """Require that a loaded layer holds what its scheme says: the two sides, and finite scales.
+
+    Raises:
+        InputError: (E-SHAPE, E-SCALES) naming the tensor.
+    """
+    sides = [layer.out_features, layer.in_features]
+    if layer.weight_shape.tolist() != sides:
+        raise InputError(
+            f"{printable(name)}.{SHAPE} says {layer.weight_shape.tolist()}, config.json says {sides}", code="E-SHAPE"
+        )
+    wrong = ~layer.weight_scale.to(dtype).isfinite()
+    if wrong.any():
+        row, group = wrong.nonzero()[0].tolist()
+        raise InputError(
+            f"{printable(name)}.{SCALE} holds {layer.weight_scale[row, group].item()} in row {row}, group {group}",
+            expected=f"finite numbers as {str(dtype).removeprefix('torch.')}",
+            hint="the file is damaged; fetch or export it again",
+            code="E-SCALES",
+        )
+
+
+def _check_place(name: str, linear: nn.Linear, scheme: Scheme, *, is_tied: bool) -> None:
+    if is_tied:
+        raise InputError(
+            f"{name} shares the table of the embedding and is said to be {scheme.words}",
+            where="config.json:/quantization_config",
+            expected=f"{name} in the list 'ignore'",
+            code="E-QUANT",
+        )
+    if not scheme.can_pack(linear.out_features, linear.in_features):
+        raise InputError(
+            f"{printable(name)} has {linear.in_features} columns, which {scheme.words} does not divide",
+            where="config.json:/quantization_config",
+            expected="whole groups of columns in whole words of 32 bits",
+            code="E-QUANT",
+        )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
