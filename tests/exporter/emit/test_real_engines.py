@@ -29,7 +29,9 @@ from plans.config.config import read_config
 
 VLLM, LLAMA_CPP = os.environ.get("LLAMAPLAN_VLLM"), os.environ.get("LLAMAPLAN_LLAMA_CPP")
 MODEL = os.environ.get("LLAMAPLAN_MODEL")
-PATIENCE_SECONDS = 280
+PATIENCE_SECONDS = 1500
+
+pytestmark = pytest.mark.timeout(1800)  # vLLM compiles the model first
 
 
 def ask(port: int, document: dict[str, Any], server: subprocess.Popen[bytes]) -> Any:
