@@ -152,7 +152,7 @@ def adopt(cache: Cache, *, num_layers: int) -> bool:
         Whether all layers are `FastLayer` now. False, with nothing changed, for caches of another kind (static,
         quantised, offloaded) and for sliding windows that have already dropped slots.
     """
-    if len(cache.layers) == num_layers and all(type(layer) is FastLayer for layer in cache.layers):
+    if len(cache.layers) == num_layers and all(isinstance(layer, FastLayer) for layer in cache.layers):
         return True
     if cache.offloading or not all(_is_whole(layer) for layer in cache.layers):
         return False

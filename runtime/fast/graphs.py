@@ -1,9 +1,10 @@
 """The CUDA fast path: a step of one token per sequence through a stage, recorded once as a graph and replayed.
 
 What is recorded are transformers' own layers, on inputs and caches whose addresses stay the same
-(`runtime.fast.cache`). Everything that changes from step to step lies on the device, the place of the new token too, so
-that a step queues a few copies and one replay, and never waits. A recording belongs to one cache; larger buffers need a
-new one.
+(`runtime.fast.cache`). Everything that changes from step to step lies on the device, the places of the new tokens too,
+so that a step queues a few copies and one replay, and never waits. A recording belongs to one cache; larger buffers
+need a new one. A step of some slots of a shared cache (`runtime.fast.slots`) computes all of them and writes only to
+those: so a sequence gets the same numbers whatever its neighbours do.
 
 Shapes: B sequences, E hidden size, K key/value heads, C slots, D head size, V vocabulary, T tokens so far.
 """
@@ -22,6 +23,7 @@ from transformers import PreTrainedConfig
 
 from runtime.fast.cache import FastLayer
 from runtime.fast.kernels import FAMILIES, layer_window
+from runtime.fast.slots import Buffers, Places
 
 Work = Callable[[], torch.Tensor]
 
@@ -75,8 +77,6 @@ class CudaRecorder:
         return replay
 
 
-Buffers = Sequence[tuple[torch.Tensor, torch.Tensor]]
-
 _MASKED_ATTENTION = ("eager", "sdpa")
 
 
@@ -98,7 +98,8 @@ class _Inputs:
     sin: torch.Tensor
     slots: torch.Tensor  # [C], 0, 1, 2, ...
     is_token: torch.Tensor  # [B, C] bool; beyond the new token it may hold anything
-    slot: torch.Tensor  # [1] int64, where the new token goes
+    slot: torch.Tensor  # [B, 1] int64, where the new token goes
+    is_new: torch.Tensor  # [B, 1] bool, which sequences get one
 
     def put(
         self,
@@ -114,10 +115,20 @@ class _Inputs:
         self.cos.copy_(cos, non_blocking=True)
         self.sin.copy_(sin, non_blocking=True)
         self.slot.fill_(slot)
+        self.is_new.fill_(True)  # noqa: FBT003
         if attention_mask is None:
             self.is_token.fill_(True)  # noqa: FBT003
         else:
             self.is_token[:, : attention_mask.shape[1]].copy_(attention_mask, non_blocking=True)
+
+    def scatter(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, rows: torch.Tensor, slot: torch.Tensor
+    ) -> None:
+        """Bring the inputs of some sequences here; `rows` [R] says of which, `slot` [R] where their tokens go."""
+        for ours, given in ((self.hidden, hidden), (self.cos, cos), (self.sin, sin), (self.slot, slot[:, None])):
+            ours.index_copy_(0, rows, given.to(ours.device, non_blocking=True))
+        self.is_token.fill_(True)  # noqa: FBT003
+        self.is_new.fill_(False).index_fill_(0, rows, True)  # noqa: FBT003
 
     def mask(self, *, window: int) -> torch.Tensor:
         """Return what to add to attention scores [B, 1, 1, C]: minus infinity where there is nothing to see."""
@@ -138,9 +149,9 @@ class _Recording:
     has_run: bool = False
     replay: Work | None = None
 
-    def fits(self, batch: int, cache: Sequence[FastLayer]) -> bool:
+    def fits(self, batch: int, buffers: Sequence[Buffers]) -> bool:
         """Return whether batch and buffers are still those it was made for."""
-        is_same = all(known() is layer.buffers[0] for known, layer in zip(self.known, cache, strict=True))
+        is_same = all(known() is keys for known, (keys, _) in zip(self.known, buffers, strict=True))
         return is_same and len(self.inputs.hidden) == batch
 
 
@@ -150,13 +161,18 @@ class _Slots:
 
     keys: torch.Tensor  # [B, K, C, D]
     values: torch.Tensor
-    slot: torch.Tensor
+    inputs: _Inputs
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [B, K, 1, D] at the slot and return all slots: the mask leaves out what is not filled."""
-        return self.keys.index_copy_(2, self.slot, key_states), self.values.index_copy_(2, self.slot, value_states)
+        """Write [B, K, 1, D] at the slots and return all slots: the mask leaves out what is not filled."""
+        return self._put(self.keys, key_states), self._put(self.values, value_states)
+
+    def _put(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        place = self.inputs.slot[:, :, None, None].expand(-1, buffer.shape[1], 1, buffer.shape[3])  # [B, K, 1, D]
+        kept = buffer.gather(2, place)  # of a sequence that gets no token
+        return buffer.scatter_(2, place, torch.where(self.inputs.is_new[:, :, None, None], states, kept))
 
 
 class GraphStage:
@@ -196,8 +212,9 @@ class GraphStage:
         self._logits_scaling = float(getattr(config, "logits_scaling", 1.0))
         self._recorder = recorder
         self._lock = threading.Lock()
-        self._recordings: weakref.WeakKeyDictionary[FastLayer, _Recording] = weakref.WeakKeyDictionary()
-        self._no_cache = FastLayer()  # the key where the stage has no layers
+        # By what owns the buffers.
+        self._recordings: weakref.WeakKeyDictionary[object, _Recording] = weakref.WeakKeyDictionary()
+        self._no_cache = FastLayer()  # the key where the stage has no layers and no slots
         self.device: torch.device = next(p.device for m in (*layers, head) if m is not None for p in m.parameters())
         self.failure: str | None = None
 
@@ -230,21 +247,52 @@ class GraphStage:
             for layer in cache:
                 layer.reserve(1)
             slot = cache[0].length if cache else 0
-            recording = self._recording(hidden, cos, cache)
+            buffers = [layer.buffers for layer in cache]
+            recording = self._recording(hidden, cos, buffers, key=cache[0] if cache else self._no_cache)
             mask = attention_mask if cache else None
             recording.inputs.put(hidden, cos, sin, attention_mask=mask, slot=slot)
-            output = self._run(recording, [layer.buffers for layer in cache])
+            output = self._run(recording, buffers)
         for layer in cache:
             layer.length += 1
         return output
 
-    def _recording(self, hidden: torch.Tensor, cos: torch.Tensor, cache: Sequence[FastLayer]) -> _Recording:
-        """Return what was recorded for this cache, or a place to record."""
-        key = cache[0] if cache else self._no_cache
+    @torch.no_grad()
+    def ragged(
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        places: Places,
+    ) -> torch.Tensor:
+        """Run one new token of each of R sequences through the stage and write its keys and values.
+
+        Args:
+            hidden: [R, 1, E] on any device.
+            cos: rotary table [R, 1, rotary_dim] for the tokens' positions.
+            sin: like `cos`.
+            places: where the sequences are in a cache of N slots.
+
+        Returns:
+            Hidden states [R, 1, E], or logits [R, 1, V] from a stage with the head.
+        """
+        numbers = (torch.tensor(given) for given in (places.slots, places.lengths))
+        rows, slot = (given.to(self.device, non_blocking=True) for given in numbers)
+        buffers = places.buffers
+        with self._lock:
+            like = hidden[:1].expand(places.cache.num_slots, -1, -1)
+            recording = self._recording(like, cos, buffers, key=places.cache)
+            recording.inputs.scatter(hidden, cos, sin, rows=rows, slot=slot)
+            return self._run(recording, buffers).index_select(0, rows)
+
+    def _recording(
+        self, hidden: torch.Tensor, cos: torch.Tensor, buffers: Sequence[Buffers], *, key: object
+    ) -> _Recording:
+        """Return what was recorded for these buffers, or a place to record."""
         recording = self._recordings.get(key)
-        if recording is None or not recording.fits(len(hidden), cache):
-            known = [weakref.ref(layer.buffers[0]) for layer in cache]
-            inputs = self._inputs(hidden, cos, capacity=cache[0].capacity if cache else 1)
+        if recording is None or not recording.fits(len(hidden), buffers):
+            known = [weakref.ref(keys) for keys, _ in buffers]
+            inputs = self._inputs(hidden, cos, capacity=buffers[0][0].shape[2] if buffers else 1)
             self._recordings[key] = recording = _Recording(inputs, known)
         return recording
 
@@ -257,10 +305,11 @@ class GraphStage:
                 sin=torch.zeros((batch, 1, cos.shape[-1]), dtype=cos.dtype, device=device),
                 slots=torch.arange(capacity, device=device),
                 is_token=torch.zeros((batch, capacity), dtype=torch.bool, device=device),
-                slot=torch.zeros(1, dtype=torch.int64, device=device),
+                slot=torch.zeros((batch, 1), dtype=torch.int64, device=device),
+                is_new=torch.zeros((batch, 1), dtype=torch.bool, device=device),
             )
 
-    def _run(self, recording: _Recording, buffers: Buffers) -> torch.Tensor:
+    def _run(self, recording: _Recording, buffers: Sequence[Buffers]) -> torch.Tensor:
         work = partial(self._work, recording.inputs, buffers)
         if recording.replay is None and recording.has_run and self.failure is None:
             try:
@@ -271,7 +320,7 @@ class GraphStage:
         recording.has_run = True
         return self._recorder.run(work) if recording.replay is None else recording.replay()
 
-    def _work(self, inputs: _Inputs, buffers: Buffers) -> torch.Tensor:
+    def _work(self, inputs: _Inputs, buffers: Sequence[Buffers]) -> torch.Tensor:
         """Compute a step from what lies in the inputs; nothing here may depend on anything else that changes."""
         masks = {window: inputs.mask(window=window) for window in set(self._windows)}
         hidden = inputs.hidden
@@ -281,7 +330,7 @@ class GraphStage:
                 hidden,
                 attention_mask=masks[window],
                 position_embeddings=(inputs.cos, inputs.sin),
-                past_key_values=_Slots(keys, values, inputs.slot),
+                past_key_values=_Slots(keys, values, inputs),
                 use_cache=True,
             )
         if self._head is None:

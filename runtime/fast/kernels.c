@@ -1,12 +1,12 @@
-/* Decode steps of llama-like decoder layers on a CPU: a few rows (sequences x new tokens) through a run of layers in
- * one call, without Python in between.
+/* Decode steps of llama-like decoder layers on a CPU: a few rows (new tokens of some sequences) through a run of layers
+ * in one call, without Python in between.
  *
  * Weights are read where they are (row-major [out, in], any alignment, nothing packed). All sums are taken in fp32,
  * and every value is rounded to the model's dtype wherever the eager model would store it, so that both paths choose
  * the same tokens. Only GCC's vector extensions are used: the compiler turns them into AVX2, AVX-512 or NEON.
  *
- * Shapes: B sequences, S new tokens, R = B S rows, E hidden size, H query heads, K key/value heads, D head size,
- * F feed-forward size, C cache slots, V vocabulary.
+ * Shapes: R rows (new tokens of any sequences), E hidden size, H query heads, K key/value heads, D head size,
+ * F feed-forward size, C cache slots of a sequence, V vocabulary.
  */
 #include <math.h>
 #include <stddef.h>
@@ -83,14 +83,23 @@ typedef struct {
     int64_t has_rope;
 } Layer;
 
+/* Rows that follow each other, in the step and in their sequence. Keys are stored turned by their position, so that
+ * sequences of any lengths share a step. */
+typedef struct {
+    int64_t sequence;       /* which of the cache's */
+    int64_t first_row, num_rows;
+    int64_t past;           /* slots that are filled before: the first row goes into the next one */
+    int64_t start;          /* first slot that is not padding */
+} Piece;
+
 typedef struct {
     const OpenMP *openmp;
     int64_t threads, num_layers;
-    int64_t first_sequence, batch, new_tokens, past, capacity;
-    const void *inputs;     /* [B, S, E] */
-    void *outputs;          /* [B, S, E] */
-    const void *cos, *sin;  /* [B, S, rotary_dim] */
-    const int64_t *start;   /* [B] first slot that is not padding */
+    int64_t rows, num_pieces, capacity;
+    const void *inputs;     /* [R, E] */
+    void *outputs;          /* [R, E] */
+    const void *cos, *sin;  /* [R, rotary_dim] */
+    const Piece *pieces;    /* no sequence twice */
     float *workspace;       /* workspace_floats() */
     int64_t *counters;      /* num_counters(), any content */
 } Step;
@@ -494,7 +503,7 @@ static void project(const Decode *d, const Layer *layer, const float *x, int64_t
     }
 }
 
-/* ---- Phase 2: rotary positions, cache, attention; one task per sequence and key/value head. ---- */
+/* ---- Phase 2: rotary positions, cache, attention; one task per piece and key/value head. ---- */
 
 /* Norm and turn the head that starts at `from`, as a query or a key of row n. */
 static void prepare_head(const Decode *d, const Layer *layer, const void *norm, size_t n, const float *from, float *to) {
@@ -624,24 +633,27 @@ static void attend_heads(const Decode *d, const Layer *layer, size_t n, size_t h
     }
 }
 
-static void attend(const Decode *d, const Layer *layer, int64_t *counter) {
+/* The keys and values of a piece's rows go into the cache, then each row looks back from its own. */
+static void attend_piece(const Decode *d, const Layer *layer, const Piece *piece, int64_t kv_head) {
     const Shape *s = d->shape;
-    const Step *step = d->step;
-    int64_t group = s->num_heads / s->num_kv_heads, head_bytes = step->capacity * s->head_dim * (int64_t)size_of((int)s->dtype);
-    for (int64_t task; (task = take(counter)) < step->batch * s->num_kv_heads;) {
-        int64_t sequence = task / s->num_kv_heads, kv_head = task % s->num_kv_heads;
-        int64_t at = ((step->first_sequence + sequence) * s->num_kv_heads + kv_head) * head_bytes;
-        char *keys = (char *)layer->keys + at, *values = (char *)layer->values + at;
-        for (int64_t t = 0; t < step->new_tokens; t++)
-            append(d, layer, kv_head, sequence * step->new_tokens + t, step->past + t, keys, values);
-        for (int64_t t = 0; t < step->new_tokens; t++) {
-            int64_t end = step->past + t + 1, first = step->start[sequence];
-            if (layer->window && end - layer->window > first) first = end - layer->window;
-            for (int64_t g = 0; g < group; g += MAX_ROWS)
-                attend_heads(d, layer, sequence * step->new_tokens + t, kv_head * group + g,
-                             (int)(group - g < MAX_ROWS ? group - g : MAX_ROWS), keys, values, first, end);
-        }
+    int64_t group = s->num_heads / s->num_kv_heads, num_heads = piece->sequence * s->num_kv_heads + kv_head;
+    int64_t at = num_heads * d->step->capacity * s->head_dim * (int64_t)size_of((int)s->dtype);
+    char *keys = (char *)layer->keys + at, *values = (char *)layer->values + at;
+    for (int64_t t = 0; t < piece->num_rows; t++)
+        append(d, layer, kv_head, piece->first_row + t, piece->past + t, keys, values);
+    for (int64_t t = 0; t < piece->num_rows; t++) {
+        int64_t end = piece->past + t + 1, first = piece->start;
+        if (layer->window && end - layer->window > first) first = end - layer->window;
+        for (int64_t g = 0; g < group; g += MAX_ROWS)
+            attend_heads(d, layer, piece->first_row + t, kv_head * group + g,
+                         (int)(group - g < MAX_ROWS ? group - g : MAX_ROWS), keys, values, first, end);
     }
+}
+
+static void attend(const Decode *d, const Layer *layer, int64_t *counter) {
+    int64_t kv_heads = d->shape->num_kv_heads;
+    for (int64_t task; (task = take(counter)) < d->step->num_pieces * kv_heads;)
+        attend_piece(d, layer, d->step->pieces + task / kv_heads, task % kv_heads);
 }
 
 /* ---- Phases 3 and 5: o and down, added to the residual stream. ---- */
@@ -711,7 +723,7 @@ static void decode_body(void *data) {
 /* One decode step of all layers; needs 5 counters per layer. Outputs may be the inputs. */
 void decode_layers(const Shape *shape, const Layer *layers, const Step *step) {
     int dtype = (int)shape->dtype;
-    size_t rows = step->batch * step->new_tokens, count = rows * shape->hidden_size;
+    size_t rows = step->rows, count = rows * shape->hidden_size;
     Decode decode = {.layers = layers, .step = step};
     lay_out(&decode, shape, rows, step->threads, step->workspace);
     memset(step->counters, 0, step->num_layers * 5 * sizeof *step->counters);

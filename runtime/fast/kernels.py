@@ -3,9 +3,11 @@
 Transformers and kernels extend one and the same cache (`runtime.fast.cache`). Values are rounded where the
 reference rounds them, only the order of sums differs: greedy tokens are the same up to ties within that rounding.
 
-Shapes: B sequences, S new tokens, E hidden size, D head size, V vocabulary.
+Shapes: B sequences, S new tokens, R rows of a ragged step, N slots, K key/value heads, C tokens of a slot, E hidden
+size, D head size, V vocabulary.
 """
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,19 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from runtime.fast.cache import FastLayer
-from runtime.fast.native import COUNTERS_PER_LAYER, DTYPES, MAX_HEAD_DIM, MAX_ROWS, Head, Layer, Library, Shape, Step
+from runtime.fast.native import (
+    COUNTERS_PER_LAYER,
+    DTYPES,
+    MAX_HEAD_DIM,
+    MAX_ROWS,
+    Head,
+    Layer,
+    Library,
+    Piece,
+    Shape,
+    Step,
+)
+from runtime.fast.slots import Buffers, Places
 
 FAMILIES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """`model_type`s whose layers the kernels compute."""
@@ -117,67 +131,98 @@ class FastStage:
         batch, new_tokens, _ = hidden.shape
         if not self._layers or batch == 0 or new_tokens == 0:
             return hidden
-        assert hidden.dtype == self._dtype
         assert start.shape == (batch,)
-        assert cos.shape[-1] <= self._shape.head_dim
-        threads = threads or torch.get_num_threads()
-        cos, sin = cos.to(self._dtype).expand(batch, -1, -1), sin.to(self._dtype).expand(batch, -1, -1)
+        cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
+        outputs, first = torch.empty_like(hidden), start.tolist()
         with self._lock:
-            self._bind(cache, batch=batch, new_tokens=new_tokens)
-            if batch * new_tokens <= MAX_ROWS:
-                outputs = self._decode_rows(hidden, cos, sin, start, past=cache[0].length, threads=threads)
-            else:
-                outputs = torch.empty_like(hidden)
-                for tokens in _slices(new_tokens, MAX_ROWS):
-                    for rows in _slices(batch, MAX_ROWS // (tokens.stop - tokens.start)):
-                        outputs[rows, tokens] = self._decode_rows(
-                            hidden[rows, tokens],
-                            cos[rows, tokens],
-                            sin[rows, tokens],
-                            start[rows],
-                            past=cache[0].length + tokens.start,
-                            first_sequence=rows.start,
-                            threads=threads,
+            self._make_room(cache, batch=batch, new_tokens=new_tokens)
+            for tokens in _slices(new_tokens, MAX_ROWS):
+                width, past = tokens.stop - tokens.start, cache[0].length + tokens.start
+                for part in _slices(batch, MAX_ROWS // width):
+                    pieces = [
+                        Piece(
+                            sequence=sequence, first_row=row * width, num_rows=width, past=past, start=first[sequence]
                         )
+                        for row, sequence in enumerate(range(part.start, part.stop))
+                    ]
+                    rows = (table[part, tokens] for table in (hidden, cos, sin))
+                    outputs[part, tokens] = self._run(*rows, pieces=pieces, threads=threads)
         for layer in cache:
             layer.length += new_tokens
         return outputs
 
-    def _decode_rows(
+    @torch.no_grad()
+    def ragged(
         self,
         hidden: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        start: torch.Tensor,
         *,
-        past: int,
-        threads: int,
-        first_sequence: int = 0,
+        places: Places,
+        threads: int | None = None,
     ) -> torch.Tensor:
-        """Run one native call: at most MAX_ROWS rows, of the cache's sequences from `first_sequence` on."""
-        batch, new_tokens, _ = hidden.shape
-        inputs, cos, sin, start = (tensor.contiguous() for tensor in (hidden, cos, sin, start))
+        """Run one new token of each of R sequences through the layers and write its keys and values.
+
+        Args:
+            hidden: [R, 1, E].
+            cos: rotary table [R, 1, rotary_dim] for the tokens' positions.
+            sin: like `cos`.
+            places: where the sequences are in a cache.
+            threads: None takes torch's number.
+
+        Returns:
+            Hidden states [R, 1, E].
+        """
+        slots, lengths = places.slots, places.lengths
+        if not self._layers or not slots:
+            return hidden
+        assert len(set(slots)) == len(hidden)
+        outputs = torch.empty_like(hidden)
+        with self._lock:
+            self._bind(places.buffers)
+            assert max(lengths) < self._capacity
+            for part in _slices(len(hidden), MAX_ROWS):
+                pieces = [
+                    Piece(sequence=slot, first_row=row, num_rows=1, past=length, start=0)
+                    for row, (slot, length) in enumerate(zip(slots[part], lengths[part], strict=True))
+                ]
+                outputs[part] = self._run(hidden[part], cos[part], sin[part], pieces=pieces, threads=threads)
+        return outputs
+
+    def _run(
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        pieces: Sequence[Piece],
+        threads: int | None,
+    ) -> torch.Tensor:
+        """Run one native call: at most MAX_ROWS rows, [..., E] and tables alike, of the sequences that are bound."""
+        assert hidden.dtype == self._dtype
+        assert cos.shape[-1] <= self._shape.head_dim
+        inputs, cos, sin = (table.to(self._dtype).contiguous() for table in (hidden, cos, sin))
         outputs = torch.empty_like(inputs)
+        rows, threads = inputs[..., 0].numel(), threads or torch.get_num_threads()
         self._shape.rotary_dim = cos.shape[-1]
-        workspace, counters = self._workspace(batch * new_tokens, threads=threads)
+        workspace, counters = self._workspace(rows, threads=threads)
         step = Step(
             openmp=self._library.openmp_address,
             threads=threads,
             num_layers=len(self._layers),
-            first_sequence=first_sequence,
-            batch=batch,
-            new_tokens=new_tokens,
-            past=past,
+            rows=rows,
+            num_pieces=len(pieces),
             capacity=self._capacity,
             inputs=inputs.data_ptr(),
             outputs=outputs.data_ptr(),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
-            start=start.data_ptr(),
+            pieces=ctypes.addressof(table := (Piece * len(pieces))(*pieces)),
             workspace=workspace,
             counters=counters,
         )
         self._library.decode_layers(self._shape, self._layers, step)
+        del table
         return outputs
 
     @torch.no_grad()
@@ -211,25 +256,35 @@ class FastStage:
                 self._library.compute_logits(step)
         return logits.view(*hidden.shape[:-1], vocab_size)
 
-    def _bind(self, cache: Sequence[FastLayer], *, batch: int, new_tokens: int) -> None:
+    def _make_room(self, cache: Sequence[FastLayer], *, batch: int, new_tokens: int) -> None:
         """Point the layers at the cache's buffers, with room for the new tokens."""
-        if self._is_bound(cache) and cache[0].length + new_tokens <= self._capacity:
+        buffers = [layer.buffers for layer in cache]
+        if self._is_bound(buffers) and cache[0].length + new_tokens <= self._capacity:
             return
-        kv_heads, head_dim = self._shape.num_kv_heads, self._shape.head_dim
-        for entry, layer in zip(self._layers, cache, strict=True):
-            layer.start(batch, kv_heads, head_dim, dtype=self._dtype)
+        for layer in cache:
+            layer.start(batch, self._shape.num_kv_heads, self._shape.head_dim, dtype=self._dtype)
             layer.reserve(new_tokens)
-            keys, values = layer.buffers
             assert layer.length == cache[0].length
-            assert keys.shape == values.shape == (batch, kv_heads, cache[0].capacity, head_dim)
-            assert keys.dtype == values.dtype == self._dtype
-            entry.keys, entry.values = keys.data_ptr(), values.data_ptr()
-        self._bound = [weakref.ref(layer.buffers[0]) for layer in cache]
-        self._capacity = cache[0].capacity
+            assert layer.buffers[0].shape[0] == batch
+        self._bind([layer.buffers for layer in cache])
 
-    def _is_bound(self, cache: Sequence[FastLayer]) -> bool:
-        pairs = zip(self._bound, cache, strict=False)
-        return len(self._bound) == len(cache) and all(known() is layer.buffers[0] for known, layer in pairs)
+    def _bind(self, buffers: Sequence[Buffers]) -> None:
+        """Point the layers at these buffers."""
+        if self._is_bound(buffers):
+            return
+        sequences, _, capacity, _ = buffers[0][0].shape
+        for entry, (keys, values) in zip(self._layers, buffers, strict=True):
+            assert keys.shape == values.shape == (sequences, self._shape.num_kv_heads, capacity, self._shape.head_dim)
+            assert keys.dtype == values.dtype == self._dtype
+            assert keys.is_contiguous()
+            assert values.is_contiguous()
+            entry.keys, entry.values = keys.data_ptr(), values.data_ptr()
+        self._bound = [weakref.ref(keys) for keys, _ in buffers]
+        self._capacity = capacity
+
+    def _is_bound(self, buffers: Sequence[Buffers]) -> bool:
+        pairs = zip(self._bound, buffers, strict=False)
+        return len(self._bound) == len(buffers) and all(known() is keys for known, (keys, _) in pairs)
 
     def _workspace(self, rows: int, *, threads: int) -> tuple[int, int]:
         """Return the addresses of scratch space and counters."""

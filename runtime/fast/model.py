@@ -4,11 +4,11 @@ A step that they can serve goes stage by stage: on a CPU in one call of the nati
 graph, elsewhere through the transformers layers, given what the model's own forward would give them. Every other step
 is left to that forward, on the same cache.
 
-Shapes: B sequences, S new tokens, T = past + S, E hidden size, V vocabulary.
+Shapes: B sequences, S new tokens, T = past + S, R sequences of a ragged step, E hidden size, V vocabulary.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +21,8 @@ from plans.stages import StageRange
 from runtime.fast.cache import STEP_SLOTS, FastLayer, adopt, hand_back
 from runtime.fast.graphs import GraphStage
 from runtime.fast.kernels import FastStage, first_slots, layer_window
+from runtime.fast.native import MAX_ROWS
+from runtime.fast.slots import Places, SlotCache, is_slot
 from runtime.fast.speed import Choice
 from runtime.reading.devices import synchronize
 from runtime.stage_time import FAST_PATH, REFERENCE_PATH, StageTime
@@ -104,6 +106,14 @@ class Part:
         can_replay = new_tokens == 1 and (past > 0 or not self.units.num_layers)
         return self.threads(num_rows=batch * new_tokens) if can_replay or isinstance(self.fast, FastStage) else 0
 
+    def ragged_threads(self, *, num_rows: int) -> int:
+        """Return the same for a ragged step: one path for every number of rows, as neighbours must change no bit.
+
+        transformers takes each sequence alone; so what is faster for some number of rows is so for more.
+        """
+        most = max(self.threads(num_rows=count) for count in range(1, MAX_ROWS + 1))
+        return most and (self.threads(num_rows=num_rows) or most)
+
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
@@ -186,15 +196,74 @@ class FastModel:
         hidden = self._embed(inputs)
         needs_masks = any(part.units.num_layers and not count for part, count in zip(self._parts, threads, strict=True))
         shared = self._share(hidden, attention_mask, position_ids, cache, start=start, needs_masks=needs_masks)
-        for index, (part, count) in enumerate(zip(self._parts, threads, strict=True)):
-            entered = started if index == 0 else time.perf_counter()
+
+        def run(part: Part, hidden: torch.Tensor, count: int) -> torch.Tensor:
             if not count:
-                hidden = self._reference(part, hidden, shared, cache, logits_to_keep=logits_to_keep)
+                return self._reference(part, hidden, shared, cache, logits_to_keep=logits_to_keep)
+            return _fast(part, hidden, shared, cache, logits_to_keep=logits_to_keep, threads=count)
+
+        return self._through(hidden, threads, run, started=started, times=times)
+
+    @torch.no_grad()
+    def ragged(
+        self,
+        inputs: torch.Tensor,
+        *,
+        slots: Sequence[int],
+        cache: SlotCache,
+        times: Sequence[StageTime] = (),
+    ) -> torch.Tensor:
+        """Run one new token of each of R sequences, of any lengths, and extend their slots by it.
+
+        A sequence's numbers do not depend on the others: what no kernel or graph computes, transformers computes for
+        each sequence alone. `supports_slots` must admit the model.
+
+        Args:
+            inputs: token ids [R], or hidden states [R, E] where another process has embedded them.
+            slots: where each sequence is in the cache; none twice, each with room for one more token.
+            cache: keys and values of the model's layers.
+            times: totals per stage to add to; stages that transformers computes are left to hooks.
+
+        Returns:
+            Logits [R, V] in the model's dtype, or hidden states [R, E] without a head.
+        """
+        started = time.perf_counter()
+        threads = [part.ragged_threads(num_rows=len(inputs)) for part in self._parts]
+        hidden = self._embed(inputs[:, None])  # [R, 1, E]
+        lengths = [cache.length(slot) for slot in slots]
+        positions = torch.tensor(lengths, device=hidden.device)[:, None]
+        tables = self._model.base_model.rotary_emb(hidden, position_ids=positions)
+        shared = [] if all(threads) else self._share_alone(hidden, positions, [cache[slot] for slot in slots])
+
+        def run(part: Part, hidden: torch.Tensor, count: int) -> torch.Tensor:
+            if count:
+                places = Places(cache, slots, lengths, part.units)
+                return _fast_rows(part, hidden, tables, places, threads=count)
+            rows = zip(hidden[:, None], shared, slots, strict=True)
+            alone = [self._reference(part, row, own, cache[slot], logits_to_keep=1) for row, own, slot in rows]
+            return torch.cat(alone)
+
+        return self._through(hidden, threads, run, started=started, times=times)[:, 0]
+
+    def _through(
+        self,
+        hidden: torch.Tensor,
+        threads: Sequence[int],
+        run: Callable[[Part, torch.Tensor, int], torch.Tensor],
+        *,
+        started: float,
+        times: Sequence[StageTime],
+    ) -> torch.Tensor:
+        """Run hidden states through the stages; `threads` says which are fast, and hooks time the others."""
+        for index, (part, count) in enumerate(zip(self._parts, threads, strict=True)):
+            if not count:
+                hidden = run(part, hidden, count)
                 continue
+            entered = started if index == 0 else time.perf_counter()
             device = part.fast.device if isinstance(part.fast, GraphStage) else torch.device("cpu")
             hidden = hidden.to(device, non_blocking=device.type != "cpu")  # the CPU would read too early
             arrived = started if index == 0 else _now(device, is_asked=bool(times))
-            hidden = _fast(part, hidden, shared, cache, logits_to_keep=logits_to_keep, threads=count)
+            hidden = run(part, hidden, count)
             if times:
                 times[index].hop_seconds += arrived - entered
                 times[index].compute_seconds += _now(device, is_asked=True) - arrived
@@ -216,7 +285,7 @@ class FastModel:
             return torch.zeros(batch, dtype=torch.int64) if is_fast else None
         if cache is None:
             return None
-        if self._max_slots is not None and past + new_tokens > self._max_slots:
+        if self._max_slots is not None and past + new_tokens > self._max_slots and not is_slot(cache):
             hand_back(cache, self._model.config)
             return None
         # A prompt is read by transformers; on a cache that the fast path can extend, nothing is copied afterwards.
@@ -258,6 +327,12 @@ class FastModel:
         cos, sin = self._model.base_model.rotary_emb(hidden, position_ids=position_ids)
         return _Shared(start, attention_mask, position_ids, (cos, sin), masks)
 
+    def _share_alone(self, hidden: torch.Tensor, positions: torch.Tensor, caches: Sequence[Cache]) -> list[_Shared]:
+        """Return what transformers needs to take each sequence of a ragged step alone."""
+        start = torch.zeros(1, dtype=torch.int64)
+        rows = zip(hidden[:, None], positions[:, None], caches, strict=True)
+        return [self._share(row, None, position, cache, start=start, needs_masks=True) for row, position, cache in rows]
+
     def _reference(
         self, part: Part, hidden: torch.Tensor, shared: _Shared, cache: Cache | None, *, logits_to_keep: int
     ) -> torch.Tensor:
@@ -298,3 +373,17 @@ def _fast(
         cos, sin = (table.to("cpu") for table in shared.tables)
         hidden = part.fast.decode(hidden, cos, sin, start=shared.start, cache=layers, threads=threads)
     return part.fast.head(hidden[:, -logits_to_keep:], threads=threads) if units.has_head else hidden
+
+
+def _fast_rows(
+    part: Part, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], places: Places, *, threads: int
+) -> torch.Tensor:
+    units = part.units
+    assert part.fast is not None
+    if isinstance(part.fast, GraphStage):
+        hidden = part.fast.ragged(hidden, *tables, places=places)
+    elif units.num_layers:
+        cos, sin = (table.to("cpu") for table in tables)
+        hidden = part.fast.ragged(hidden, cos, sin, places=places, threads=threads)
+    places.extend()
+    return part.fast.head(hidden, threads=threads) if isinstance(part.fast, FastStage) and units.has_head else hidden

@@ -25,7 +25,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes of weights and cache -> their number in `kernels.c`."""
 
 MAX_ROWS = 16
-"""Rows (sequences x new tokens) that one call takes."""
+"""Rows (new tokens of all sequences together) that one call takes."""
 
 MAX_HEAD_DIM = 256
 COUNTERS_PER_LAYER = 5
@@ -76,14 +76,19 @@ class Layer(ctypes.Structure):
     )
 
 
+class Piece(ctypes.Structure):
+    """Rows that follow each other in one sequence of the cache."""
+
+    _fields_ = tuple((name, _Int) for name in ("sequence", "first_row", "num_rows", "past", "start"))
+
+
 class Step(ctypes.Structure):
     """One decode step of a run of layers."""
 
     _fields_ = (
         ("openmp", _Pointer),
-        *((name, _Int) for name in ("threads", "num_layers", "first_sequence", "batch", "new_tokens", "past")),
-        ("capacity", _Int),
-        *((name, _Pointer) for name in ("inputs", "outputs", "cos", "sin", "start", "workspace", "counters")),
+        *((name, _Int) for name in ("threads", "num_layers", "rows", "num_pieces", "capacity")),
+        *((name, _Pointer) for name in ("inputs", "outputs", "cos", "sin", "pieces", "workspace", "counters")),
     )
 
 

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from plans.errors import UsageError
 from plans.stages import StageRange, check_stages
 from runtime.fast.model import FastModel, plain_step
+from runtime.fast.slots import SlotCache
 from runtime.reading.families import build_skeleton, check_family, family_class
 from runtime.reading.weights import TensorSource, check_filled, load_units, rebuild_buffers
 from runtime.stage_time import REFERENCE_PATH, StageTime
@@ -67,6 +68,24 @@ class Chain(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     def new_cache(self) -> DynamicCache:
         """Return an empty cache; `generate(past_key_values=...)` takes it too."""
         return new_cache(self.config, dtype=self.kv_cache_dtype)
+
+    def new_slots(self, *, num_slots: int, capacity: int) -> SlotCache:
+        """Return an empty cache for `num_slots` sequences of up to `capacity` tokens each."""
+        devices = [d for s, d in zip(self.stages, self.stage_devices, strict=True) for _ in range(s.num_layers)]
+        dtype = self.kv_cache_dtype or self.dtype
+        return SlotCache(self.config, num_slots=num_slots, capacity=capacity, dtype=dtype, devices=devices)
+
+    @torch.no_grad()
+    def ragged(self, token_ids: torch.Tensor, *, slots: Sequence[int], cache: SlotCache) -> torch.Tensor:
+        """Run one token [R] of each of the sequences in `slots`; return logits [R, V] that do not depend on the others.
+
+        A prompt, or a part of one, is read into its slot by a forward with `past_key_values=cache[slot]`.
+        """
+        if self.fast is not None:
+            return self.fast.ragged(token_ids, slots=slots, cache=cache, times=self.stage_times)
+        rows = zip(token_ids[:, None, None], slots, strict=True)
+        alone = [self(row, past_key_values=cache[slot], use_cache=True, logits_to_keep=1) for row, slot in rows]
+        return torch.cat([output.logits[:, -1] for output in alone])
 
     def generate_batch(self, *_args: object, **_kwargs: object) -> NoReturn:
         """Refuse continuous batching: its paged cache knows nothing of stages and would be silently wrong."""

@@ -7,7 +7,7 @@ Shapes: B sequences, S new tokens, T = past + S, E hidden size, V vocabulary.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from runtime.fast.cache import adopt
 from runtime.fast.model import FastModel
 from runtime.fast.native import Unavailable
 from runtime.fast.setup import set_up
+from runtime.fast.slots import SlotCache
 from runtime.fast.speed import Speed, parse_speed
 from runtime.reading.families import PER_LAYER_KEYS, build_skeleton, check_family, family_class
 from runtime.reading.weights import TensorSource, check_filled, load_units, rebuild_buffers
@@ -74,6 +75,30 @@ class Stage(nn.Module):
         if self._fast is not None:
             adopt(cache, num_layers=len(cast("Any", self.model.base_model).layers))
         return cache
+
+    def new_slots(self, *, num_slots: int, capacity: int) -> SlotCache:
+        """Return an empty cache of this stage's layers for `num_slots` sequences of up to `capacity` tokens each."""
+        config: PreTrainedConfig = self.model.config
+        dtype = self.kv_cache_dtype or cast("torch.dtype", config.dtype)
+        devices = [self.device] * self.spec.num_layers
+        return SlotCache(config, num_slots=num_slots, capacity=capacity, dtype=dtype, devices=devices)
+
+    @torch.no_grad()
+    def ragged(self, inputs: torch.Tensor, *, slots: Sequence[int], cache: SlotCache) -> torch.Tensor:
+        """Run one new token of each of the sequences in `slots`, whatever their lengths.
+
+        Args:
+            inputs: token ids [R] for the stage with the embedding, hidden states [R, E] for the others.
+            slots: where each sequence is in the cache, which is extended.
+            cache: this stage's own, by `new_slots`; `cache[slot]` takes a prompt by `forward`.
+
+        Returns:
+            Logits [R, V] from the stage with the head, hidden states [R, E] from others.
+        """
+        if self._fast is not None:
+            return self._fast.ragged(inputs, slots=slots, cache=cache)
+        rows = zip(inputs[:, None, None], slots, strict=True)
+        return torch.cat([self(row, cache=cache[slot], logits_to_keep=1)[:, -1] for row, slot in rows])
 
     def forward(
         self,
