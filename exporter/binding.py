@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 
 from plans.check import check_plan
+from plans.checkpoint.packed import is_kept
 from plans.checkpoint.run_dtype import run_dtype
 from plans.checkpoint.units import Checkpoint, UnitTable, check_same_shapes, unit_tables
 from plans.config.config import ModelConfig
-from plans.dtypes import DTYPE_NAMES, DTYPES, STORED_DTYPES
+from plans.dtypes import DTYPE_NAMES, DTYPES
 from plans.errors import IntegrityError, UsageError, printable
 from plans.plan import Plan
 from plans.profile import ModelProfile, ShardIdentity, UnitProfile
@@ -60,9 +61,9 @@ def _check_unit(unit: UnitProfile, table: UnitTable, *, profile: ModelProfile, c
 def _bytes_at(table: UnitTable, dtype: str, config: ModelConfig) -> int:
     total = 0
     for stored in table.tensors.values():
-        own = STORED_DTYPES[stored.entry.dtype]
-        kept = DTYPES[dtype] if config.quantization is None and own.is_float else own
-        total += stored.entry.num_elements * kept.size_bytes
+        entry = stored.entry
+        size = entry.num_elements * DTYPES[dtype].size_bytes
+        total += entry.size_bytes if is_kept(entry.dtype, config) else size
     return total
 
 

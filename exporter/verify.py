@@ -8,6 +8,7 @@ from exporter.sources import Sources
 from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.header import TensorEntry
 from plans.checkpoint.names import head_name, unit_of
+from plans.checkpoint.packed import check_packed
 from plans.checkpoint.scales import unscaled
 from plans.checkpoint.units import Checkpoint, StoredTensor, check_same_shapes, require_full
 from plans.dtypes import STORED_DTYPES
@@ -165,6 +166,8 @@ def _check_scales(bundle: Bundle, export: Export) -> None:
             hint="an older version left scales of the head out; export again",
             code="E-SCALES",
         )
+    if export.config.packing is not None:
+        check_packed(bundle.header.tensors, export.config.packing, where=bundle.path)
 
 
 def _compare_tensor(

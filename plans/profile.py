@@ -45,13 +45,23 @@ class ModelIdentity(StrictModel):
     stored_dtype: str
     """The dtype the weights are stored in ("mixed" if several)."""
     quantization: str | None
+    packing: str | None = None
+    """How its linear layers are packed, such as `int4 g32`, where llamarun reads that; absent elsewhere."""
 
     @model_serializer(mode="wrap")
-    def _without_null_scaling(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_is_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
-        if self.scaled_context_tokens is None:
-            del written["scaled_context_tokens"]
-        return written
+        return {k: v for k, v in written.items() if v is not None or k not in ("scaled_context_tokens", "packing")}
+
+    @property
+    def has_plain_weights(self) -> bool:
+        """Whether llamarun reads the weights: they are not quantised, or packed in a way it knows."""
+        return self.quantization is None or self.packing is not None
+
+    @property
+    def storage_words(self) -> str | None:
+        """How quantised weights are stored, for people; None where they are not."""
+        return self.quantization if self.packing is None else f"{self.quantization} {self.packing}"
 
     @property
     def longest_context_tokens(self) -> int:

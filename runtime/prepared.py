@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from plans.checkpoint.run_dtype import run_dtype
@@ -10,6 +11,7 @@ from plans.checkpoint.units import require_full
 from plans.config.context import beyond_context
 from plans.dtypes import DTYPE_NAMES
 from plans.errors import UsageError
+from plans.packed.config import Packing
 from runtime.generate.limits import Limits
 from runtime.generate.rules import check_rules
 from runtime.generate.stop_tokens import TokenStops
@@ -137,8 +139,7 @@ def prepare_session(
         MachineError: a device is missing.
         InputError: the files are not what they should be.
     """
-    if only_stage is None:
-        place_stages(source.stages, device_map=device_map)
+    devices = place_stages(source.stages, device_map=device_map) if only_stage is None else ()
     vocab_size = source.checkpoint.config.vocab_size
     chosen_dtype, context = choose_dtype(source, dtype), _choose_context(source, context_tokens)
     raw = source.checkpoint.config.raw
@@ -159,7 +160,12 @@ def prepare_session(
         context_tokens=context,
         eos_token_ids=ends,
         token_stops=TokenStops(tokenizer, stops, where=GENERATION_CONFIG_NAME) if stops and tokenizer else None,
-        warnings=not_done(defaults) + _unknown_ends(unknown, vocab_size) + _shorter_context(source, context_tokens),
+        warnings=(
+            not_done(defaults)
+            + _unknown_ends(unknown, vocab_size)
+            + _shorter_context(source, context_tokens)
+            + unpacking_remarks(source.checkpoint.config.packing, devices)
+        ),
     )
 
 
@@ -192,6 +198,15 @@ def _choose_context(source: Source, context_tokens: int | None) -> int:
 def _unknown_ends(token_ids: Sequence[int], vocab_size: int) -> tuple[str, ...]:
     ids = ", ".join(map(str, token_ids))
     return (f"eos_token_id {ids} is outside the vocabulary (0 to {vocab_size - 1}) and ends nothing",) if ids else ()
+
+
+def unpacking_remarks(packing: Packing | None, devices: Sequence[torch.device]) -> tuple[str, ...]:
+    """Return what a person should know of packed weights on these devices: there are kernels for CPUs alone."""
+    places = sorted({str(device) for device in devices if device.type != "cpu"})
+    if packing is None or not places:
+        return ()
+    slow = f"{packing.words} weights are unpacked at every step on {', '.join(places)}, which is slow"
+    return (f"{slow}; 'llamaplan emit PLAN --for vllm' writes the start of an engine that has kernels for them",)
 
 
 def _shorter_context(source: Source, context_tokens: int | None) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,17 @@ SHIPPED = Path(__file__).parent / "checkpoint" / "python-llama"
 def shipped() -> Path:
     """The trained checkpoint that ships with the repo."""
     return SHIPPED
+
+
+@pytest.fixture(scope="session")
+def packed_shipped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The shipped checkpoint with packed weights: a kind of `packed_checkpoints.KINDS` -> its folder."""
+    from packed_checkpoints import KINDS, pack_checkpoint
+
+    def pack(kind: str) -> Path:
+        return pack_checkpoint(SHIPPED, tmp_path_factory.mktemp("packed") / kind, scheme_of=KINDS[kind])
+
+    return cache(pack)
 
 
 @dataclass(frozen=True, slots=True)

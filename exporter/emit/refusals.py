@@ -130,7 +130,7 @@ def _others(plan: Plan) -> str:
 
 
 def _llamarun_runs(plan: Plan) -> bool:
-    return plan.profile.model.model_type in SUPPORTED_FAMILIES and plan.profile.model.quantization is None
+    return plan.profile.model.model_type in SUPPORTED_FAMILIES and plan.profile.model.has_plain_weights
 
 
 def _candidates(plan: Plan, engine: str) -> list[Candidate]:

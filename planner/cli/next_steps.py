@@ -27,7 +27,7 @@ def after_export(plan: "Plan", directory: Path) -> str:
     from plans.export.manifest import PLAN_NAME
 
     model = plan.profile.model
-    if model.model_type in SUPPORTED_FAMILIES and model.quantization is None:
+    if model.model_type in SUPPORTED_FAMILIES and model.has_plain_weights:
         if any((directory / name).is_file() for name in TOKENIZER_NAMES):
             return f"llamarun generate {shown(directory)} -p 'Once upon a time'"
         return f"llamarun bench {shown(directory)} (there is no tokenizer: prompts of text need one in the folder)"

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from planner.model import formula
-from plans.checkpoint.names import EMBEDDING, HEAD, local_name, unit_of
+from planner.model.packing import stored_rows
+from plans.checkpoint.names import EMBEDDING, HEAD, local_name, prefix_of, unit_of
 from plans.checkpoint.units import Checkpoint, StoredTensor, UnitTable, unexpected_tensors, unit_tables
 from plans.config.config import ModelConfig
 from plans.errors import InputError
@@ -19,11 +20,13 @@ def differences(checkpoint: Checkpoint) -> tuple[Difference, ...]:
         InputError: a tensor the model cannot do without is missing, or has another shape than the configuration says.
     """
     found = [*_leftovers(checkpoint), *_tied_copy(checkpoint)]
-    has_own_shapes = checkpoint.config.quantization is None or checkpoint.format == "gguf"
-    if formula.is_known(checkpoint.config) and has_own_shapes:
-        layer = formula.layer_shapes(checkpoint.config)
+    config = checkpoint.config
+    has_own_shapes = config.quantization is None or config.packing is not None or checkpoint.format == "gguf"
+    if formula.is_known(config) and has_own_shapes:
+        layer = formula.layer_shapes(config)
         for table in unit_tables(checkpoint):
-            found += _unit_differences(checkpoint, table, _expected(table, checkpoint.config, layer))
+            rows = stored_rows(_expected(table, config, layer), config, prefix=prefix_of(table.key))
+            found += _unit_differences(checkpoint, table, {name: shape for name, (_, shape) in rows.items()})
     return tuple(sorted(found, key=lambda difference: difference.name))
 
 
@@ -50,7 +53,7 @@ def _expected(table: UnitTable, config: ModelConfig, layer: formula.Shapes) -> f
 def _unit_differences(
     checkpoint: Checkpoint, table: UnitTable, expected: Mapping[str, formula.Shape]
 ) -> Iterator[Difference]:
-    prefix = f"model.layers.{table.key[1]}." if table.key[0] == "layer" else ""
+    prefix = prefix_of(table.key)
     implied = "its metadata imply" if checkpoint.format == "gguf" else "config.json implies"
     held = {local_name(name): stored for name, stored in table.tensors.items()}
     for name, shape in expected.items():

@@ -1,4 +1,4 @@
-"""What packed tensors stand for, where the family's own shapes are not known.
+"""What packed tensors stand for where the family's own shapes are not known, and how known ones are stored.
 
 Sources: OCP Microscaling (MXFP4: two values in a byte, one scale per 32), GPTQ and AWQ (32 / bits values in an I32),
 bitsandbytes (two 4-bit values in a byte), DeepSeek's and compressed-tensors' FP8 (a value in a byte).
@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from plans.config.config import ModelConfig
-from plans.dtypes import STORED_DTYPES
+from plans.dtypes import DTYPES, STORED_DTYPES
 from plans.errors import InputError, printable
+from plans.packed.scheme import PACKED, SCALE, SHAPE
 
 Shape = tuple[int, ...]
 Row = tuple[str, Shape]
@@ -22,6 +23,34 @@ _SCALES = re.compile(
     r".*(_scales?(_inv|_2)?|\.scales|\.qzeros|\.g_idx|\.input_scale|\.absmax|\.nested_absmax|\.quant_map"
     r"|\.nested_quant_map|\.quant_state\..*|\.weight_zero_point|\.weight_shape|\.weight_g_idx)"
 )
+
+
+def stored_rows(shapes: Mapping[str, Shape], config: ModelConfig, *, prefix: str) -> dict[str, Row]:
+    """Return the tensors in which weights of these shapes are stored, a scale in the dtype of the model.
+
+    Args:
+        shapes: of one unit, by local tensor name.
+        config: says the dtype, and which matrices are packed.
+        prefix: what comes before the local names, such as `model.layers.3.`.
+
+    Raises:
+        InputError: (E-QUANT) a matrix that its scheme does not divide.
+    """
+    stored, packing, rows = DTYPES[config.dtype].stored, config.packing, dict[str, Row]()
+    for name, shape in shapes.items():
+        module, _, part = name.rpartition(".")
+        scheme = packing.scheme_of(prefix + module) if packing is not None and part == "weight" else None
+        if scheme is None or (module == "lm_head" and config.tie_word_embeddings):
+            rows[name] = (stored, shape)
+            continue
+        out, in_ = shape
+        if not scheme.can_pack(out, in_):
+            what = f"{prefix}{module} has {in_} columns, which {scheme.words} does not divide"
+            raise InputError(what, where="config.json:/quantization_config", code="E-QUANT")
+        rows[f"{module}.{PACKED}"] = ("I32", scheme.packed_shape(out, in_))
+        rows[f"{module}.{SCALE}"] = (stored, scheme.scale_shape(out, in_))
+        rows[f"{module}.{SHAPE}"] = ("I64", (2,))
+    return rows
 
 
 def logical_shape(name: str, row: Row, rows: Mapping[str, Row], config: ModelConfig) -> Shape:

@@ -12,11 +12,12 @@ from planner.model import formula
 from planner.model.crosscheck import differences
 from planner.model.evidence import prove
 from planner.model.find import find_model, model_name
+from planner.model.packing import stored_rows
 from planner.model.units import Rows, Sizing, profile_unit
-from plans.checkpoint.names import UnitKey, local_name
+from plans.checkpoint.names import UnitKey, local_name, prefix_of
 from plans.checkpoint.run_dtype import run_dtype
 from plans.checkpoint.units import Checkpoint, unit_keys, unit_tables
-from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName
+from plans.dtypes import STORED_DTYPES, DtypeName
 from plans.errors import InputError
 from plans.profile import Difference, ModelIdentity, ModelProfile, Origin, ShardIdentity, UnitProfile
 
@@ -32,7 +33,7 @@ def build_profile(
         kv_cache_dtype: dtype of the KV cache; None for `dtype`.
 
     Returns:
-        The profile. Weight bytes of quantised checkpoints are the stored ones, whatever `dtype` is.
+        The profile. Quantised weights count the bytes they are stored in, whatever `dtype` is.
 
     Raises:
         InputError: the tensors contradict the configuration, or a bare configuration is of an unknown family.
@@ -70,13 +71,14 @@ def _header_rows(checkpoint: Checkpoint) -> dict[UnitKey, Rows]:
 def _formula_rows(checkpoint: Checkpoint) -> dict[UnitKey, Rows]:
     config = checkpoint.config
     formula.require_known(config, where=checkpoint.path)
-    stored = DTYPES[config.dtype].stored
     shapes = {
         "embedding": formula.embedding_shapes(config),
         "layer": formula.layer_shapes(config),
         "head": formula.head_shapes(config),
     }
-    rows = {kind: {name: (stored, shape) for name, shape in unit.items()} for kind, unit in shapes.items()}
+    if config.packing is not None:  # layers may be packed in different ways
+        return {key: stored_rows(shapes[key[0]], config, prefix=prefix_of(key)) for key in unit_keys(config)}
+    rows = {kind: stored_rows(unit, config, prefix="") for kind, unit in shapes.items()}
     return {key: rows[key[0]] for key in unit_keys(config)}
 
 
@@ -111,7 +113,7 @@ def _named_differences(checkpoint: Checkpoint) -> tuple[Difference, ...]:
     config = checkpoint.config
     if checkpoint.has_weights:
         return differences(checkpoint)
-    if config.quantization is None:
+    if config.quantization is None or config.packing is not None:
         return ()
     note = f"quantised ({config.quantization}): sized as unquantised {config.dtype} until the headers are there"
     return (Difference(name="quantization_config", size_bytes=0, note=note),)
@@ -144,6 +146,7 @@ def _identity(checkpoint: Checkpoint, stored: set[str]) -> ModelIdentity:
         num_experts_per_tok=config.num_experts_per_tok,
         stored_dtype=names[0] if len(names) == 1 else "mixed",
         quantization=config.quantization,
+        packing=None if config.packing is None else config.packing.words,
     )
 
 

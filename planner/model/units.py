@@ -13,6 +13,7 @@ from planner.model import formula
 from planner.model.experts import is_expert
 from planner.model.packing import logical_shape
 from plans.checkpoint.names import UnitKey
+from plans.checkpoint.packed import is_kept
 from plans.checkpoint.units import hash_shapes
 from plans.config.attention import LayerAttention
 from plans.config.config import ModelConfig
@@ -93,7 +94,7 @@ def _stored_bytes(row: tuple[str, formula.Shape]) -> int:
 
 def _bytes_at_dtype(row: tuple[str, formula.Shape], sizing: Sizing) -> int:
     dtype, shape = row
-    if sizing.config.quantization is not None or not STORED_DTYPES[dtype].is_float:
+    if is_kept(dtype, sizing.config):
         return _stored_bytes(row)
     return math.prod(shape) * DTYPES[sizing.dtype].size_bytes
 

@@ -85,7 +85,7 @@ def _weights(plan: Plan) -> Source:
         return Source("weights", value, "formula", "tensor shapes that config.json implies; no weights were there yet")
     is_gguf = profile.model.source == "gguf"
     files = f"{num_files} {'GGUF' if is_gguf else 'safetensors'} file{'s' if num_files > 1 else ''}"
-    stored = f"stored ({profile.model.quantization})" if is_gguf else profile.dtype
+    stored = f"stored ({profile.model.storage_words})" if is_gguf or profile.model.packing else profile.dtype
     tied = "; embedding and head share one table" if profile.tied else ""
     return Source("weights", value, "headers", f"dtype and shape of every tensor in {files}, as {stored}{tied}")
 

@@ -35,7 +35,7 @@ def headline(plan: Plan) -> str:
     flight = f", {work.requests_in_flight} in flight" * (work.requests_in_flight > 1)
     flight += f", prefill in chunks of {work.prefill_chunk_tokens}" * (work.prefill_chunk_tokens < work.prompt_tokens)
     model = plan.profile.model
-    stored = model.quantization if model.source == "gguf" else work.dtype
+    stored = model.quantization if model.source == "gguf" else model.packing or work.dtype
     return (
         f"{model.name}: {model.num_hidden_layers} layers in {stored}, context "
         f"{work.context_tokens}, {work.prompt_tokens} + {work.new_tokens} tokens{batch}{flight}; "

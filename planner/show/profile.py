@@ -27,7 +27,7 @@ _SOURCES = {
 def headline(profile: ModelProfile) -> str:
     """Return one line saying which model it is."""
     model = profile.model
-    quantised = f", quantised ({model.quantization})" if model.quantization else ""
+    quantised = f", quantised ({model.storage_words})" if model.quantization else ""
     experts = f", {model.num_experts_per_tok} of {model.num_experts} experts" if model.num_experts else ""
     return (
         f"{model.name}: {model.model_type}, {model.num_hidden_layers} layers of {model.hidden_size}, "
@@ -41,7 +41,7 @@ def unit_table(profile: ModelProfile, workload: Workload) -> "Table":
     """Return the per-unit table; identical layers share a row that counts one of them."""
     numbers = (
         "parameters",
-        f"weights\n{'GGUF' if profile.model.source == 'gguf' else profile.dtype}",
+        f"weights\n{'GGUF' if profile.model.source == 'gguf' else profile.model.packing or profile.dtype}",
         "read\n/token",
         f"KV {profile.kv_cache_dtype}\n/token",
         f"KV cache\n{_context(workload)}",

@@ -18,6 +18,7 @@ from plans.checkpoint.names import (
     is_leftover,
     unit_of,
 )
+from plans.checkpoint.packed import check_packed
 from plans.checkpoint.same import has_own_head
 from plans.checkpoint.scales import is_stored
 from plans.checkpoint.units import (
@@ -84,6 +85,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         warnings += ("an adapter lies beside the weights; it is not applied: merge it first if it is wanted",)
     tensors, left_out = _text_tensors(config, _merge(folder, weights))
     _check_units(folder, config, tensors, weights)
+    if config.packing is not None:
+        check_packed({name: stored.entry for name, stored in tensors.items()}, config.packing, where=folder)
     opened = Checkpoint(folder, folder, config, weights.shards, tensors, (*warnings, *left_out), weights.index_dtype)
     return _with_ties_compared(opened, folder)
 

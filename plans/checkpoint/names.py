@@ -46,6 +46,11 @@ def local_name(name: str) -> str:
     return match.group(2) if match else name
 
 
+def prefix_of(key: UnitKey) -> str:
+    """Return what a unit's local names leave out: ``model.layers.N.`` of a layer, nothing of the others."""
+    return f"model.layers.{key[1]}." if key[0] == "layer" else ""
+
+
 def is_leftover(name: str) -> bool:
     """Whether a tensor is a stored rotary table, which is computed anew."""
     return _IGNORED.fullmatch(name) is not None

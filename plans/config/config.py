@@ -28,6 +28,7 @@ from plans.config.values import CONFIG_VALUES, ROPE_VALUES, check_values
 from plans.config.windows import sliding_windows
 from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import InputError, printable
+from plans.packed.config import Packing, read_packing
 from plans.reading.files import read_limited, sha256_hex
 from plans.reading.strict import parse_json
 
@@ -95,6 +96,8 @@ class ModelConfig:
     num_experts: int
     num_experts_per_tok: int
     quantization: str | None
+    packing: Packing | None
+    """How its weights are packed, where that is a way the runtime reads; None for other quantised ones, too."""
     runs_custom_code: bool
     origins: tuple[Origin, ...]
     """Where numbers of a family outside the allow-list come from."""
@@ -170,6 +173,7 @@ def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> 
         num_experts=experts,
         num_experts_per_tok=experts_per_token,
         quantization=_quantization(fields),
+        packing=_packing(raw, num_experts=experts),
         runs_custom_code=(
             bool(raw.get("auto_map")) or raw.get("trust_remote_code") is True or without_foreign_code(raw) != raw
         ),
@@ -324,3 +328,13 @@ def _quantization(fields: Fields) -> str | None:
         return None
     method = table.get("quant_method") if isinstance(table, dict) else None
     return printable(method, limit=40) if isinstance(method, str) else "unknown"
+
+
+def _packing(raw: Mapping[str, Any], *, num_experts: int) -> Packing | None:
+    # transformers stacks the experts of a layer into one tensor, which compressed-tensors does not pack.
+    if num_experts or not _is_supported(raw):
+        return None
+    try:
+        return read_packing(raw)
+    except InputError:
+        return None

@@ -74,9 +74,11 @@ def _check_shapes(
     plan: Plan,
     owned: Mapping[UnitKey, Mapping[str, tuple[str, tuple[int, ...]]]],
 ) -> None:
-    stored = plan.profile.model.stored_dtype
+    model = plan.profile.model
+    is_as_stored = model.packing is not None and plan.weights is None
+    stored = model.stored_dtype
     recorded: dict[UnitKey, str] = {(unit.kind, unit.index): unit.shapes_sha256 for unit in plan.profile.units}
-    if manifest.dtype != stored and not {manifest.dtype, stored} <= set(DTYPES):
+    if not is_as_stored and manifest.dtype != stored and not {manifest.dtype, stored} <= set(DTYPES):
         return  # converted from mixed dtypes: the plan's hashes are of dtypes that are no longer there
     for key, tensors in owned.items():
         original = {

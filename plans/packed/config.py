@@ -197,6 +197,6 @@ def _refused(key: str, value: Any, expected: str) -> InputError:
         "are not understood",
         where=f"{WHERE}/{key}".rstrip("/"),
         expected=expected,
-        hint="analyze and solve still size the model; an engine that knows the format can run it, or take its bf16 original",
+        hint="analyze and solve still size the model; to run it here, take its bf16 original",
         code="E-QUANT",
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from plans.checkpoint.packed import is_kept
 from plans.checkpoint.units import Checkpoint, unit_tables
 from plans.commands.machine_memory import memory_bytes
 from plans.dtypes import DTYPES
@@ -56,7 +57,10 @@ def stage_need(
     owned = [table for table in unit_tables(checkpoint) if spec.owns(table.key)]
     tensors = {name: stored for table in owned for name, stored in table.tensors.items()}
     places = {(stored.file, stored.entry.begin): stored.entry for stored in tensors.values()}  # a tied table once
-    weights = sum(entry.num_elements * DTYPES[dtype].size_bytes for entry in places.values())
+    weights = sum(
+        entry.size_bytes if is_kept(entry.dtype, config) else entry.num_elements * DTYPES[dtype].size_bytes
+        for entry in places.values()
+    )
     layers = config.attention[spec.start_layer : spec.end_layer]
     numbers = sum(layer.kv_width * min(context_tokens, layer.window or context_tokens) for layer in layers)
     return Need(weights, numbers * DTYPES[kv_cache_dtype].size_bytes * batch_size)

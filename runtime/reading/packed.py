@@ -1,7 +1,8 @@
 """Linear layers whose weights stay packed: unpacked for a moment, every time they are used.
 
 The numbers are those of transformers with compressed-tensors, bit for bit: the whole number times its scale, both in
-the dtype of the model, rounded once. Packed numbers and scales stay what the file holds (on a CPU: mapped).
+the dtype of the model, rounded once. The packed numbers stay what the file holds (on a CPU: mapped), and so do scales
+that are stored in the dtype of the model.
 
 Shapes: O rows, I columns, G groups of columns per row.
 """
@@ -27,7 +28,7 @@ class PackedLinear(nn.Module):
     Attributes:
         scheme: how they are packed.
         weight_packed: int32 [O, I * bits / 32].
-        weight_scale: [O, G], in the dtype it is stored in.
+        weight_scale: [O, G] in the dtype of the model.
         weight_shape: int64 [2], O and I as the file says them.
         bias: [O] in the dtype of the model, or None.
     """
@@ -88,7 +89,7 @@ def place_packed(model: PreTrainedModel, packing: Packing) -> None:
         model.set_submodule(name, PackedLinear(module, scheme))
 
 
-def check_packed(name: str, layer: PackedLinear, *, dtype: torch.dtype) -> None:
+def check_packed(name: str, layer: PackedLinear) -> None:
     """Require that a loaded layer holds what its scheme says: the two sides, and finite scales.
 
     Raises:
@@ -99,12 +100,12 @@ def check_packed(name: str, layer: PackedLinear, *, dtype: torch.dtype) -> None:
         raise InputError(
             f"{printable(name)}.{SHAPE} says {layer.weight_shape.tolist()}, config.json says {sides}", code="E-SHAPE"
         )
-    wrong = ~layer.weight_scale.to(dtype).isfinite()
+    wrong = ~layer.weight_scale.isfinite()
     if wrong.any():
         row, group = wrong.nonzero()[0].tolist()
         raise InputError(
             f"{printable(name)}.{SCALE} holds {layer.weight_scale[row, group].item()} in row {row}, group {group}",
-            expected=f"finite numbers as {str(dtype).removeprefix('torch.')}",
+            expected=f"finite numbers as {str(layer.weight_scale.dtype).removeprefix('torch.')}",
             hint="the file is damaged; fetch or export it again",
             code="E-SCALES",
         )

@@ -90,7 +90,7 @@ def load_units(
         _assign(model, name, value)
     for name, layer in packed.items():
         if _owned(spec, f"{name}.{SCALE}"):
-            check_packed(name, layer, dtype=dtype)
+            check_packed(name, layer)
     if spec.has_both_ends and model.config.tie_word_embeddings:
         _share_tied_table(model)
 
@@ -171,7 +171,7 @@ def _materialize(
                 expected=_dtype_words(as_stored) if as_stored else "float32, float16 or bfloat16",
                 code="E-DTYPE",
             )
-        parts.append(tensor.to(device=device, dtype=None if as_stored else dtype))
+        parts.append(tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
     return parts[0] if recipe.combine is None else recipe.combine(parts)
 
 

@@ -4,7 +4,10 @@ Shapes: B sequences, S tokens, V vocabulary.
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from plans.checkpoint.cache import find_snapshot
 from plans.checkpoint.units import CONFIG_NAME
 from plans.config.config import read_config, without_foreign_code
-from plans.errors import InputError, printable
+from plans.errors import InputError, MachineError, printable
 from runtime.reading.families import parse_model_config
 from runtime.stages.chain import Chain
 
@@ -41,17 +44,30 @@ def load_unsplit(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         InputError: transformers does not load the folder, with its reason; or it finds no weights under the names it
             knows and would fill them with random numbers.
+        MachineError: its weights are packed, and what transformers unpacks them with is not installed.
     """
     path = find_snapshot(folder)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(  # with what it found: a pair
-            str(path),
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **_own_config(path),
+    is_packed = read_config(path / CONFIG_NAME).quantization is not None
+    if is_packed and find_spec("compressed_tensors") is None:
+        raise MachineError(
+            "transformers loads packed weights with the package compressed-tensors, which is not installed",
+            where=folder,
+            hint="pip install compressed-tensors",
+            code="E-PACKAGE",
         )
+    try:
+        # That package draws bars of its own.
+        with redirect_stderr(StringIO()) if is_packed else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(  # with what it found: a pair
+                str(path),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **_own_config(path),
+            )
+            if is_packed:
+                loaded[0](torch.zeros(1, 1, dtype=torch.int64))  # the first step unpacks everything, for good
     except (OSError, ValueError, StrictDataclassError) as error:
         raise InputError(
             f"transformers does not load it: {printable(error, limit=300)}", where=folder, code="E-MODEL"
