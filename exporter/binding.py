@@ -9,6 +9,7 @@ from plans.checkpoint.units import Checkpoint, UnitTable, check_same_shapes, uni
 from plans.config.config import ModelConfig
 from plans.dtypes import DTYPE_NAMES, DTYPES
 from plans.errors import IntegrityError, UsageError, printable
+from plans.packed.tensors import scheme_of_tensor
 from plans.plan import Plan
 from plans.profile import ModelProfile, ShardIdentity, UnitProfile
 from plans.reading.sizes import format_bytes
@@ -38,7 +39,7 @@ def bind(plan: Plan, *, checkpoint: Checkpoint, warn: Say) -> Plan:
     for name in _SAME_FIELDS:
         _compare(f"/profile/model/{name}", getattr(profile.model, name), getattr(config, name))
     for unit, table in zip(profile.units, unit_tables(checkpoint), strict=True):
-        _check_unit(unit, table, profile=profile, config=config)
+        _check_unit(unit, table, plan=plan, config=config)
     _compare("/profile/tied", profile.tied, config.tie_word_embeddings)
     if profile.model.source == "config":
         return _completed(plan, checkpoint)
@@ -46,11 +47,12 @@ def bind(plan: Plan, *, checkpoint: Checkpoint, warn: Say) -> Plan:
     return plan
 
 
-def _check_unit(unit: UnitProfile, table: UnitTable, *, profile: ModelProfile, config: ModelConfig) -> None:
+def _check_unit(unit: UnitProfile, table: UnitTable, *, plan: Plan, config: ModelConfig) -> None:
     """Recompute what memory depends on; a plan whose claims were altered to fit does not pass."""
+    profile = plan.profile
     where = f"/profile/units/{unit.kind}{unit.index if unit.kind == 'layer' else ''}"
     _compare(f"{where}/stored_weight_bytes", unit.stored_weight_bytes, table.size_bytes)
-    _compare(f"{where}/weight_bytes", unit.weight_bytes, _bytes_at(table, profile.dtype, config))
+    _compare(f"{where}/weight_bytes", unit.weight_bytes, _bytes_at(table, plan, config))
     if unit.kind == "layer":
         kept = config.attention[unit.index]
         width = kept.kv_width * DTYPES[profile.kv_cache_dtype].size_bytes
@@ -58,12 +60,16 @@ def _check_unit(unit: UnitProfile, table: UnitTable, *, profile: ModelProfile, c
         _compare(f"{where}/kv_window_tokens", unit.kv_window_tokens, kept.window)
 
 
-def _bytes_at(table: UnitTable, dtype: str, config: ModelConfig) -> int:
+def _bytes_at(table: UnitTable, plan: Plan, config: ModelConfig) -> int:
     total = 0
-    for stored in table.tensors.values():
+    for name, stored in table.tensors.items():
         entry = stored.entry
-        size = entry.num_elements * DTYPES[dtype].size_bytes
-        total += entry.size_bytes if is_kept(entry.dtype, config) else size
+        scheme = scheme_of_tensor(plan.weights, name, entry.shape)
+        if scheme is not None:
+            total += scheme.size_bytes(*entry.shape)
+        else:
+            size = entry.num_elements * DTYPES[plan.profile.dtype].size_bytes
+            total += entry.size_bytes if is_kept(entry.dtype, config) else size
     return total
 
 

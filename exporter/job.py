@@ -11,21 +11,34 @@ from exporter.binding import Say
 from exporter.disk.staging import Staging
 from exporter.disk.syscalls import sync_file
 from exporter.layout import Layout, StageLayout
+from exporter.packing.packer import Packer
+from exporter.packing.record import packing_record
 from exporter.root_files import RootFiles
 from exporter.sources import Sources
 from exporter.stream import Sink, stream_stage
 from plans.checkpoint.units import Checkpoint
-from plans.export.manifest import MANIFEST_NAME, ExportedFile, Manifest, ManifestStage, SourceFile, stage_name
+from plans.export.manifest import (
+    MANIFEST_NAME,
+    CalibrationText,
+    ExportedFile,
+    Manifest,
+    ManifestStage,
+    PackingRecord,
+    SourceFile,
+    stage_name,
+)
 from plans.plan import Plan
 from plans.reading.digest import FileDigest
 
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """One thread each, so that what is given to one pool happens in order."""
+    """One thread each but for packing, so that what is given to one pool happens in order."""
 
     digest: ThreadPoolExecutor
     """Hashes what is written."""
+    packing: ThreadPoolExecutor
+    """Packs weights; the one with several threads, whose results are taken in order."""
     source: ThreadPoolExecutor
     """Hashes the checkpoint's shards."""
     sync: ThreadPoolExecutor
@@ -35,14 +48,16 @@ class Workers:
 
 
 @contextmanager
-def start_workers() -> Iterator[Workers]:
-    """Start the threads; on leaving they are told to stop and waited for."""
+def start_workers(num_packing: int) -> Iterator[Workers]:
+    """Start the threads, so many for packing; on leaving they are told to stop and waited for."""
     digest, source, sync = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("digest", "source", "sync"))
-    workers = Workers(digest, source, sync, threading.Event())
+    packing = ThreadPoolExecutor(num_packing, thread_name_prefix="packing")
+    workers = Workers(digest, packing, source, sync, threading.Event())
     try:
         yield workers
     finally:
         workers.stop.set()
+        packing.shutdown(cancel_futures=True)
         digest.shutdown(cancel_futures=True)
         source.shutdown(cancel_futures=True)
         sync.shutdown()  # every flush owns a descriptor, which it closes even when told to stop
@@ -64,6 +79,10 @@ class Job:
     sources: Sources
     staging: Staging
     workers: Workers
+    packer: Packer | None
+    """What packs weights; None where the plan leaves them alone."""
+    text: CalibrationText | None
+    """What it was calibrated on."""
     progress: Progress
     warn: Say
     note: Say
@@ -81,7 +100,8 @@ class Job:
         files += [self._entry(name, self.staging.write(name, data)) for name, data in sorted(root.contents.items())]
         source = (*root.source, *(self._source_file(name, found.result()) for name, found in shards.items()))
         self.sources.check_unchanged(shards=checkpoint.shards)
-        manifest = build_manifest(plan, layout=self.layout, files=files, source=source)
+        packing = packing_record(self.layout, self.packer.squares, text=self.text) if self.packer is not None else None
+        manifest = build_manifest(plan, layout=self.layout, files=files, source=source, packing=packing)
         self._write_manifest(manifest)
         return manifest
 
@@ -95,12 +115,16 @@ class Job:
                 self.staging.whole(stage.name, size=stage.size_bytes) if is_written else records.get("-" + stage.name)
             )
             if record is not None:
+                if self.packer is not None:
+                    self.packer.squares.update(record.squares or {})
                 found[stage.name] = FileDigest(record.size, record.sha256, record.xxh3_128)
         return found
 
     def _missing_bytes(self, whole: dict[str, FileDigest]) -> int:
-        stages = [stage for stage in self.layout.stages if stage.index in self.chosen]
-        return sum(stage.size_bytes for stage in stages if stage.name not in whole)
+        stages = [stage for stage in self.layout.stages if stage.name not in whole]
+        put_aside = max((stage.scale_bytes for stage in stages), default=0)
+        put_aside += self.packer.rounder.kept_bytes if self.packer is not None and stages else 0
+        return put_aside + sum(stage.size_bytes for stage in stages if stage.index in self.chosen)
 
     def _stages(self, whole: dict[str, FileDigest]) -> Iterator[tuple[StageLayout, FileDigest]]:
         total = sum(stage.size_bytes for stage in self.layout.stages)
@@ -129,16 +153,18 @@ class Job:
         fd = self.staging.create(stage.name) if is_written else None
         try:
             sink = Sink(fd, self.staging.shown(stage.name), self.workers.digest)
-            digest = stream_stage(stage, sources=self.sources, sink=sink, advance=advance)
+            if self.packer is not None:
+                self.packer.begin_stage()
+            digest = stream_stage(stage, sources=self.sources, sink=sink, packer=self.packer, advance=advance)
             self._warn_about_overflows(sink)
         except BaseException:
             if fd is not None:
                 os.close(fd)
             raise
         if fd is None:
-            self._record("-" + stage.name, digest)
+            self._record("-" + stage.name, digest, stage)
         else:
-            flushing.append(self.workers.sync.submit(self._flush, fd, stage.name, digest))
+            flushing.append(self.workers.sync.submit(self._flush, fd, stage, digest))
             if len(flushing) > MAX_UNFLUSHED:
                 flushing.pop(0).result()
         return digest
@@ -150,17 +176,21 @@ class Job:
             more = f", and values of {others} more tensors" if others else ""
             self.warn(f"{count} values of {name}{more} are too large for {self.layout.dtype} and became infinite")
 
-    def _flush(self, fd: int, name: str, digest: FileDigest) -> None:
+    def _flush(self, fd: int, stage: StageLayout, digest: FileDigest) -> None:
         try:
             if self.workers.stop.is_set():
                 return
-            sync_file(fd, shown=self.staging.shown(name))
+            sync_file(fd, shown=self.staging.shown(stage.name))
         finally:
             os.close(fd)
-        self._record(name, digest)
+        self._record(stage.name, digest, stage)
 
-    def _record(self, name: str, digest: FileDigest) -> None:
-        self.staging.journal.add(name, size=digest.size, sha256=digest.sha256, xxh3_128=digest.xxh3_128)
+    def _record(self, name: str, digest: FileDigest, stage: StageLayout) -> None:
+        packed = {piece.module for piece in stage.pieces if piece.scheme is not None}
+        squares = {module: self.packer.squares[module] for module in packed} if self.packer is not None else None
+        self.staging.journal.add(
+            name, size=digest.size, sha256=digest.sha256, xxh3_128=digest.xxh3_128, squares=squares
+        )
 
     def _hash_source(self, name: str) -> Future[str]:
         return self.workers.source.submit(self._source_sha256, name)
@@ -192,7 +222,12 @@ class Job:
 
 
 def build_manifest(
-    plan: Plan, *, layout: Layout, files: Collection[ExportedFile], source: Collection[SourceFile]
+    plan: Plan,
+    *,
+    layout: Layout,
+    files: Collection[ExportedFile],
+    source: Collection[SourceFile],
+    packing: PackingRecord | None = None,
 ) -> Manifest:
     """Return the manifest with its own id; lists are sorted, so equal content gives equal bytes."""
     stages = tuple(
@@ -205,5 +240,6 @@ def build_manifest(
         stages=stages,
         source=tuple(sorted(source, key=lambda file: file.name)),
         files=tuple(sorted(files, key=lambda file: file.path)),
+        packing=packing,
     )
     return draft.model_copy(update={"export_id": draft.derived_id()})

@@ -5,8 +5,9 @@ layout depends on the plan and the tensor table alone, not on how the source was
 """
 
 import json
+import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from plans.checkpoint.names import UnitKey, unit_of
@@ -14,6 +15,8 @@ from plans.checkpoint.units import Checkpoint, StoredTensor, unexpected_tensors,
 from plans.dtypes import DTYPES, STORED_DTYPES
 from plans.export.manifest import weights_name
 from plans.export.opening import metadata_of
+from plans.packed.scheme import SCALE, Scheme
+from plans.packed.tensors import packed_rows, scheme_of_tensor
 from plans.plan import Plan
 from plans.stages import StageRange
 
@@ -32,16 +35,29 @@ class Piece:
     name: str
     dtype: str
     source: StoredTensor
+    shape: tuple[int, ...]
+    scheme: Scheme | None = None
+    """How the source is packed; this is then one of the three tensors that come of it."""
 
     @property
     def is_converted(self) -> bool:
-        """Whether the bytes change on the way."""
-        return self.dtype != self.source.entry.dtype
+        """Whether floats change their dtype on the way."""
+        return self.scheme is None and self.dtype != self.source.entry.dtype
+
+    @property
+    def module(self) -> str:
+        """The module it belongs to."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def part(self) -> str:
+        """What it is of its module: `weight`, `weight_packed` and so on."""
+        return self.name.rpartition(".")[2]
 
     @property
     def size_bytes(self) -> int:
         """Bytes in the stage file."""
-        return self.source.entry.num_elements * STORED_DTYPES[self.dtype].size_bytes
+        return math.prod(self.shape) * STORED_DTYPES[self.dtype].size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +75,11 @@ class StageLayout:
         """Size of the finished file."""
         return len(self.header) + sum(piece.size_bytes for piece in self.pieces)
 
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of scales, which are put aside until their place in the file comes."""
+        return sum(piece.size_bytes for piece in self.pieces if piece.part == SCALE and piece.scheme is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -71,6 +92,12 @@ class Layout:
     """Stored tensors that no unit owns; they are in no stage file."""
     has_copied_head: bool
     """Whether a tied head was cut from its embedding and written as a tensor of its own."""
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """How modules are packed, those that are."""
+        pieces = (piece for stage in self.stages for piece in stage.pieces)
+        return {piece.module: piece.scheme for piece in pieces if piece.scheme is not None}
 
 
 def lay_out(plan: Plan, *, checkpoint: Checkpoint, dtype: str | None) -> Layout:
@@ -86,7 +113,7 @@ def lay_out(plan: Plan, *, checkpoint: Checkpoint, dtype: str | None) -> Layout:
     stages = []
     for index, stage in enumerate(plan.ranges):
         tensors = _tensors_of(stage, units, checkpoint)
-        pieces = tuple(_in_file_order(_pieces(tensors, dtype)))
+        pieces = tuple(_in_file_order(_pieces(tensors, dtype, plan)))
         metadata = metadata_of(index, num_stages=len(plan.stages), plan_sha256=plan_sha256)
         name = weights_name(index, len(plan.stages))
         stages.append(StageLayout(index, name, encode_header(pieces, metadata=metadata), pieces))
@@ -115,15 +142,26 @@ def _is_copy(name: str, checkpoint: Checkpoint) -> bool:
     return unit_of(name) == ("head", 0) and name not in checkpoint.tensors
 
 
-def _pieces(tensors: Mapping[str, StoredTensor], dtype: str | None) -> list[Piece]:
+def _pieces(tensors: Mapping[str, StoredTensor], dtype: str | None, plan: Plan) -> Iterator[Piece]:
     target = DTYPES[dtype].stored if dtype else None
-    return [
-        Piece(name, target if target and STORED_DTYPES[stored.entry.dtype].is_float else stored.entry.dtype, stored)
-        for name, stored in tensors.items()
-    ]
+    for name, stored in tensors.items():
+        shape = stored.entry.shape
+        scheme = scheme_of_tensor(plan.weights, name, shape)
+        if scheme is not None:
+            module, sides = name.rpartition(".")[0], (shape[0], shape[1])
+            for own, (own_dtype, own_shape) in packed_rows(module, scheme, sides, scale=scale_dtype(plan, dtype)):
+                yield Piece(own, own_dtype, stored, own_shape, scheme)
+        else:
+            is_float = STORED_DTYPES[stored.entry.dtype].is_float
+            yield Piece(name, target if target and is_float else stored.entry.dtype, stored, shape)
 
 
-def _in_file_order(pieces: list[Piece]) -> list[Piece]:
+def scale_dtype(plan: Plan, dtype: str | None) -> str:
+    """Return the stored dtype of scales: that of the other weights, or BF16 where they have none of 16 bits."""
+    return "F16" if (dtype or plan.profile.dtype) == "fp16" else "BF16"
+
+
+def _in_file_order(pieces: Iterable[Piece]) -> list[Piece]:
     # Stable: chain order within one size.
     return sorted(pieces, key=lambda piece: -STORED_DTYPES[piece.dtype].size_bytes)
 
@@ -137,7 +175,7 @@ def encode_header(pieces: Collection[Piece], *, metadata: Mapping[str, str]) -> 
         table[piece.name] = {
             "data_offsets": [position, end],
             "dtype": piece.dtype,
-            "shape": list(piece.source.entry.shape),
+            "shape": list(piece.shape),
         }
         position = end
     text = json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

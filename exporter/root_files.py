@@ -9,15 +9,18 @@ from typing import Any
 
 from exporter.layout import Layout
 from plans.checkpoint.folder import link_home
+from plans.checkpoint.names import EMBEDDING
 from plans.checkpoint.units import CONFIG_NAME, INDEX_NAME, Checkpoint
 from plans.dtypes import DTYPES
 from plans.errors import InputError, IntegrityError
 from plans.export.manifest import PLAN_NAME, SourceFile
+from plans.packed.config import quantization_config
 from plans.plan import Plan
 from plans.reading.files import read_limited, sha256_hex
 from plans.reading.strict import dump_json
 
 MAX_FILE_BYTES = 256 << 20
+MATRIX = 2
 
 COPIED_NAMES = (
     CONFIG_NAME,
@@ -81,8 +84,9 @@ def collect(checkpoint: Checkpoint, *, directory: Path, layout: Layout, plan: Pl
     source = tuple(SourceFile(name=name, size=len(data), sha256=sha256_hex(data)) for name, data in read.items())
     contents = dict(read)
     stated = _dtype_to_state(checkpoint, layout, plan)
-    if stated is not None or checkpoint.config.part_of is not None:
-        contents[CONFIG_NAME] = _derived_config(checkpoint, stated)
+    packing = _packing_to_state(layout)
+    if stated is not None or packing or checkpoint.config.part_of is not None:
+        contents[CONFIG_NAME] = _derived_config(checkpoint, stated, packing)
     contents[INDEX_NAME] = index_json(layout).encode()
     contents[PLAN_NAME] = plan.to_json().encode()
     return RootFiles(contents, source, _warnings(checkpoint, directory, layout))
@@ -108,7 +112,15 @@ def _dtype_to_state(checkpoint: Checkpoint, layout: Layout, plan: Plan) -> str |
     return None if is_told else plan.profile.dtype
 
 
-def _derived_config(checkpoint: Checkpoint, dtype: str | None) -> bytes:
+def _packing_to_state(layout: Layout) -> dict[str, Any]:
+    """The `quantization_config` of packed weights; empty where none are packed."""
+    if not layout.schemes:
+        return {}
+    matrices = [p for stage in layout.stages for p in stage.pieces if len(p.shape) == MATRIX and p.name != EMBEDDING]
+    return quantization_config(layout.schemes, ignore=["lm_head", *(p.module for p in matrices if p.scheme is None)])
+
+
+def _derived_config(checkpoint: Checkpoint, dtype: str | None, packing: dict[str, Any]) -> bytes:
     """Return `config.json` with its dtype changed, of a larger model the text part's; keys keep their order.
 
     The dtype is written in the spelling that is already used.
@@ -120,6 +132,8 @@ def _derived_config(checkpoint: Checkpoint, dtype: str | None) -> bytes:
     if dtype is not None:
         keys = [key for key in ("dtype", "torch_dtype") if key in changed] or ["dtype"]
         changed |= dict.fromkeys(keys, DTYPES[dtype].torch)
+    if packing:
+        changed["quantization_config"] = packing
     return (json.dumps(changed, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

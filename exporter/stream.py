@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from exporter.disk.syscalls import start_writeback, write_all
 from exporter.layout import Piece, StageLayout
+from exporter.packing.packer import Packer
 from exporter.sources import Sources
 from plans.dtypes import STORED_DTYPES
 from plans.reading.digest import BUFFER_BYTES, FileDigest, RunningDigest
@@ -89,22 +90,29 @@ class Sink:
             self._unsynced = 0
 
 
-def stream_stage(layout: StageLayout, *, sources: Sources, sink: Sink, advance: Advance) -> FileDigest:
+def stream_stage(
+    layout: StageLayout, *, sources: Sources, sink: Sink, packer: Packer | None = None, advance: Advance
+) -> FileDigest:
     """Stream the header and every tensor of a stage through `sink`.
 
     Args:
         layout: what the file holds.
         sources: the checkpoint's shards.
         sink: where the bytes go.
+        packer: what packs weights; None where none are to be packed.
         advance: called with the number of bytes done since the last call.
 
     Raises:
         IntegrityError: a source changed meanwhile.
+        InputError: a weight cannot be packed.
         MachineError: reading or writing failed.
     """
     sink.put(layout.header)
     for piece in layout.pieces:
-        if piece.is_converted:
+        if piece.scheme is not None:
+            assert packer is not None
+            _pack(piece, packer=packer, sink=sink, advance=advance)
+        elif piece.is_converted:
             _convert(piece, sources=sources, sink=sink, advance=advance)
         else:
             _copy(piece, sources=sources, sink=sink, advance=advance)
@@ -120,6 +128,14 @@ def _copy(piece: Piece, *, sources: Sources, sink: Sink, advance: Advance) -> No
         sink.commit(count)
         advance(count)
         offset += count
+
+
+def _pack(piece: Piece, *, packer: Packer, sink: Sink, advance: Advance) -> None:
+    def put(data: bytes | memoryview) -> None:
+        sink.put(data)
+        advance(len(data))
+
+    packer.stream(piece, put)
 
 
 def _convert(piece: Piece, *, sources: Sources, sink: Sink, advance: Advance) -> None:

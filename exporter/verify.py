@@ -3,7 +3,9 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from exporter.packing.compare import Module, PackedComparison
 from exporter.sources import Sources
 from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.header import TensorEntry
@@ -15,6 +17,8 @@ from plans.dtypes import STORED_DTYPES
 from plans.errors import IntegrityError
 from plans.export.manifest import ExportedFile
 from plans.export.opening import Bundle, Export, check_unchanged, open_export
+from plans.packed.scheme import PACKED, PACKED_PARTS
+from plans.packed.tensors import scheme_of_tensor
 from plans.reading.digest import BUFFER_BYTES, digest_file, read_into
 from plans.reading.files import open_regular, read_limited, sha256_hex
 
@@ -37,6 +41,8 @@ class Verified:
     num_bytes: int
     num_tensors_compared: int
     """With the model's; 0 when no model was given."""
+    method: Literal["nearest", "gptq"] | None
+    """How packed weights were rounded; None where none are packed."""
     warnings: tuple[str, ...]
 
 
@@ -87,6 +93,7 @@ def verify(
         num_files=len(small) + 2 * len(export.bundles) + 1,
         num_bytes=sum(sizes) + sum(file.size for file in small),
         num_tensors_compared=num_tensors,
+        method=export.manifest.packing.method if export.manifest.packing is not None else None,
         warnings=tuple(warnings),
     )
 
@@ -134,12 +141,20 @@ def _compare_small_files(export: Export, checkpoint: Checkpoint) -> list[str]:
 def _compare_tensors(export: Export, checkpoint: Checkpoint, meter: _Meter) -> int:
     count = 0
     with Sources.of(require_full(checkpoint), shards=checkpoint.shards) as sources:
+        packed = PackedComparison(export.manifest.packing, sources, meter.take) if export.manifest.packing else None
         for bundle in export.bundles.values():
             with open_regular(bundle.path) as fd:
                 for name, entry in bundle.header.tensors.items():
-                    source = _source_of(name, checkpoint.tensors, where=bundle.path)
-                    _compare_tensor(fd, name, entry, source, sources=sources, meter=meter, where=bundle.path)
+                    original = name if packed is None else _unpacked(name)
+                    source = _source_of(original, checkpoint.tensors, where=bundle.path)
+                    scheme = scheme_of_tensor(export.plan.weights, original, source.entry.shape)
+                    if packed is None or scheme is None:
+                        _compare_tensor(fd, name, entry, source, sources=sources, meter=meter, where=bundle.path)
+                    elif name.endswith(PACKED):
+                        packed.compare(Module(name.rpartition(".")[0], scheme, source, fd, bundle.header, bundle.path))
                     count += 1
+            if packed is not None:
+                packed.check_distances(bundle.path)
         sources.check_unchanged(shards=checkpoint.shards)
     return count
 
@@ -150,6 +165,12 @@ def _source_of(name: str, tensors: Mapping[str, StoredTensor], *, where: Path) -
     if found is None:
         raise IntegrityError(f"holds {name}, which the model does not have", where=where, code="E-MODEL")
     return found
+
+
+def _unpacked(name: str) -> str:
+    """Return the name of the tensor that a packed one was made of; other names unchanged."""
+    module, _, part = name.rpartition(".")
+    return f"{module}.weight" if part in PACKED_PARTS else name
 
 
 def _is_tied_to(embedding: str, head: str) -> bool:

@@ -1,5 +1,6 @@
-"""Plan + checkpoint -> export: the orchestration. Bytes are copied, hashed and flushed; no model is ever built."""
+"""Plan + checkpoint -> export: the orchestration. Bytes are copied or rounded, hashed and flushed."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -7,14 +8,17 @@ from exporter.binding import Say, bind, choose_dtype
 from exporter.disk.staging import Staging
 from exporter.disk.target import Target
 from exporter.job import Job, Progress, start_workers
-from exporter.layout import Layout, lay_out
+from exporter.layout import Layout, lay_out, scale_dtype
+from exporter.packers import Packing, calibration_text
+from exporter.packing.nearest import MAX_THREADS
+from exporter.packing.packable import check_packable, unpacked_lines
 from exporter.root_files import RootFiles, collect
 from exporter.sources import Sources
 from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.scales import unscaled
 from plans.checkpoint.units import Checkpoint, require_full
 from plans.errors import InputError, UsageError
-from plans.export.manifest import Manifest
+from plans.export.manifest import CalibrationText, Manifest
 from plans.plan import Plan
 from plans.reading.files import sha256_hex
 from plans.reading.strict import dump_json
@@ -32,7 +36,10 @@ def export(
     dtype: str | None = None,
     stages: Collection[int] | None = None,
     force: bool = False,
+    calibrate_on: Path | None = None,
+    threads: int | None = None,
     progress: Progress = _ignore,
+    calibrating: Progress = _ignore,
     warn: Say = _ignore,
     note: Say = _ignore,
 ) -> Manifest:
@@ -45,7 +52,10 @@ def export(
         dtype: bf16, fp16 or fp32 to convert floating-point weights; None keeps the plan's dtype.
         stages: zero-based stages to write (what one host needs); None for all. The export id is the same.
         force: replace what is at `output`; the old content is kept until the new one is complete.
+        calibrate_on: UTF-8 text to calibrate packed layers on; None rounds them to nearest.
+        threads: how many round weights that the plan wants packed, None for one per processor; the bytes are the same.
         progress: called now and then with (bytes done, bytes in all).
+        calibrating: called after every layer that was calibrated with (layers done, layers in all).
         warn: called with one sentence per thing that may be wrong.
         note: called with one sentence per thing worth knowing.
 
@@ -67,16 +77,32 @@ def export(
     _refuse_lost_scales(checkpoint)
     bound = bind(plan, checkpoint=checkpoint, warn=warn)
     target_dtype = choose_dtype(dtype, plan=bound, checkpoint=checkpoint, warn=warn)
+    if bound.weights is not None:
+        check_packable(bound.weights, checkpoint=checkpoint, dtype=target_dtype or bound.profile.dtype)
     layout = lay_out(bound, checkpoint=checkpoint, dtype=target_dtype)
+    for line in unpacked_lines(bound.weights, layout=layout) if bound.weights is not None else ():
+        note(line)
     chosen = _chosen(stages, layout)
     root = collect(checkpoint, directory=directory, layout=layout, plan=bound)
-    for text in root.warnings:
-        warn(text)
+    for line in root.warnings:
+        warn(line)
+    packing = Packing(
+        checkpoint,
+        layout,
+        scale=scale_dtype(bound, target_dtype),
+        text=calibration_text(calibrate_on, choice=bound.weights, checkpoint=checkpoint, warn=warn),
+        num_threads=min(threads or len(os.sched_getaffinity(0)), MAX_THREADS),
+        progress=calibrating,
+    )
     files = [directory, *(directory / shard.name for shard in checkpoint.shards)]
     with Target.open(output, sources=files) as target, Sources.of(directory, shards=checkpoint.shards) as sources:
-        key = job_key(bound, layout=layout, root=root, sources=sources)
-        with Staging.begin(target, key=key, force=force, warn=warn) as staging, start_workers() as workers:
-            job = Job(layout, chosen, sources, staging, workers, progress, warn, note)
+        key = job_key(bound, layout=layout, root=root, sources=sources, text=packing.record)
+        with (
+            Staging.begin(target, key=key, force=force, warn=warn) as staging,
+            start_workers(packing.num_threads) as workers,
+            packing.packer(staging, sources, workers) as packer,
+        ):
+            job = Job(layout, chosen, sources, staging, workers, packer, packing.record, progress, warn, note)
             manifest = job.run(bound, checkpoint=checkpoint, root=root)
             staging.publish(force=force)
     if layout.has_copied_head:
@@ -108,9 +134,14 @@ def _chosen(stages: Collection[int] | None, layout: Layout) -> frozenset[int]:
     return chosen
 
 
-def job_key(plan: Plan, *, layout: Layout, root: RootFiles, sources: Sources) -> str:
+def job_key(
+    plan: Plan, *, layout: Layout, root: RootFiles, sources: Sources, text: CalibrationText | None = None
+) -> str:
     """Return a hash over everything that the exported bytes depend on; a resumed run must have the same."""
     states = {name: [s.device, s.inode, s.size, s.modified_ns, s.changed_ns] for name, s in sources.states.items()}
     headers = [sha256_hex(stage.header) for stage in layout.stages]
     small = {name: sha256_hex(data) for name, data in root.contents.items()}
-    return sha256_hex(dump_json({"plan": plan.sha256, "states": states, "headers": headers, "small": small}).encode())
+    known = {"plan": plan.sha256, "states": states, "headers": headers, "small": small}
+    if text is not None:
+        known["text"] = text.model_dump(mode="json")
+    return sha256_hex(dump_json(known).encode())

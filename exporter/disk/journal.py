@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -23,6 +24,8 @@ class Record(StrictModel):
     size: Count
     sha256: str
     xxh3_128: str = ""
+    squares: dict[str, tuple[float, float]] | None = None
+    """Of the modules that were packed into it, as the manifest will need them."""
 
 
 @dataclass(slots=True)
@@ -49,9 +52,24 @@ class Journal:
         write_all(fd, b"\n", shown=JOURNAL_NAME)
         return journal
 
-    def add(self, name: str, *, size: int, sha256: str, xxh3_128: str = "") -> None:
+    def add(
+        self,
+        name: str,
+        *,
+        size: int,
+        sha256: str,
+        xxh3_128: str = "",
+        squares: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
         """Record a finished file; the file itself must be on disk already."""
-        record = Record(key=self.key, name=name, size=size, sha256=sha256, xxh3_128=xxh3_128)
+        record = Record(
+            key=self.key,
+            name=name,
+            size=size,
+            sha256=sha256,
+            xxh3_128=xxh3_128,
+            squares=None if squares is None else dict(squares),
+        )
         with self._lock:
             self.records[name] = record
             write_all(self.fd, record.model_dump_json().encode() + b"\n", shown=JOURNAL_NAME)

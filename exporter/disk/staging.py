@@ -37,6 +37,7 @@ from plans.reading.digest import FileDigest, RunningDigest, scan
 FILES = "files"
 OLD = "old"
 PREVIOUS = "previous"
+SCRATCH = "scratch"
 
 
 @dataclass(slots=True)
@@ -111,6 +112,14 @@ class Staging:
     def create(self, name: str) -> int:
         """Create a file and return its descriptor."""
         return create_file(name, dir_fd=self.files_fd, shown=self.shown(name))
+
+    def scratch(self) -> int:
+        """Return the descriptor of an empty file without a name, to be written and read back; it goes when closed."""
+        shown = self.target.parent / self.name / SCRATCH
+        remove_file(SCRATCH, dir_fd=self.folder_fd, shown=shown)
+        fd = create_file(SCRATCH, dir_fd=self.folder_fd, shown=shown, reads=True)
+        remove_file(SCRATCH, dir_fd=self.folder_fd, shown=shown)
+        return fd
 
     def write(self, name: str, data: bytes) -> FileDigest:
         """Write a small file, flush it to disk and return its digest."""

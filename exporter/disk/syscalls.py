@@ -52,9 +52,9 @@ def remove_file(name: str, *, dir_fd: int, shown: object) -> None:
         os.unlink(name, dir_fd=dir_fd)
 
 
-def create_file(name: str, *, dir_fd: int, shown: object) -> int:
-    """Create a file that must not exist yet (mode 0666 & ~umask) and return its descriptor."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+def create_file(name: str, *, dir_fd: int, shown: object, reads: bool = False) -> int:
+    """Create a file that must not exist yet (mode 0666 & ~umask) and return its descriptor, to write and maybe read."""
+    flags = (os.O_RDWR if reads else os.O_WRONLY) | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with naming("open", shown):
         return os.open(name, flags, 0o666, dir_fd=dir_fd)
 

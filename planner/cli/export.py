@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from plans.commands.console import Output
 from plans.commands.option_groups import ScreenOptions, with_option_groups
 
 if TYPE_CHECKING:
+    from exporter.verify import Verified
     from plans.export.manifest import Manifest
     from plans.plan import Plan
 
@@ -46,6 +48,14 @@ def export_command(
     ] = None,
     stage: StageOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    calibration_text: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration-text",
+            metavar="FILE",
+            help="Round the weights of a plan with int4 or int8 so that what this text makes of them changes least.",
+        ),
+    ] = None,
     check_values: Annotated[
         bool, typer.Option("--check-values", help="Also name tensors that hold NaN or infinity, or only zeros.")
     ] = False,
@@ -73,7 +83,9 @@ def export_command(
             dtype=dtype,
             stages=stages,
             force=force,
+            calibrate_on=calibration_text,
             progress=progress,
+            calibrating=partial(progress, what="calibrate"),
             warn=screen.warn,
             note=screen.note,
         )
@@ -130,7 +142,7 @@ def verify_command(
         found = verify(directory, model=source, stage=stage, expect_id=expect_id, progress=progress)
     for text in found.warnings:
         screen.warn(text)
-    compared = f", {found.num_tensors_compared} tensors equal to the model's" if source is not None else ""
+    compared = f", {compared_words(found)}" if source is not None else ""
     screen.show(
         f"intact: {len(found.stages)} of {found.num_stages} stages, {found.num_files} files, "
         f"{format_bytes(found.num_bytes)}{compared}"
@@ -139,6 +151,17 @@ def verify_command(
     screen.data(asdict(found))
     if len(found.stages) == found.num_stages:
         screen.next_step(after_export(read_plan(directory / PLAN_NAME), directory))
+
+
+def compared_words(found: "Verified") -> str:
+    """Return in what way an export was found to be the model's."""
+    if found.method is None:
+        return f"{found.num_tensors_compared} tensors equal to the model's"
+    how = {
+        "nearest": "the packed ones equal to the model's rounded again",
+        "gptq": "the packed ones as far from the model's as the manifest says",
+    }
+    return f"{found.num_tensors_compared} tensors compared with the model's, {how[found.method]}"
 
 
 @with_option_groups

@@ -1,9 +1,9 @@
 """The manifest of an export and the stage files derived from it."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from plans.cluster import Name
 from plans.profile import Count, Sha256
@@ -51,6 +51,44 @@ class ManifestStage(StrictModel):
         return StageRange(self.device, self.start_layer, self.end_layer, self.has_embedding, self.has_head)
 
 
+class PackedUnit(StrictModel):
+    """How the matrices of one unit were packed."""
+
+    kind: Literal["layer", "head"]
+    index: Count
+    """Layer number for layers, 0 for the head."""
+    scheme: str
+    """Such as `int4 g32`."""
+    num_matrices: Count
+    relative_squared_error: Annotated[float, Field(ge=0)]
+    """Sum of (weight - what is stored)^2 over the sum of weight^2, of all its packed matrices; six digits."""
+
+
+class CalibrationText(StrictModel):
+    """The text that decided how weights were rounded."""
+
+    size: Count
+    """In bytes."""
+    sha256: Sha256
+    num_tokens: Count
+    """So many of its first tokens were used."""
+
+
+class PackingRecord(StrictModel):
+    """How weights came to have the few bits that the plan chose for them."""
+
+    method: Literal["nearest", "gptq"]
+    """Rounded to nearest by scales of least squared error, or so that a text's activations change least."""
+    units: Annotated[tuple[PackedUnit, ...], Field(min_length=1)]
+    text: CalibrationText | None
+
+    @model_validator(mode="after")
+    def _text_belongs_to_gptq(self) -> "PackingRecord":
+        if (self.method == "gptq") != (self.text is not None):
+            raise ValueError("text belongs to gptq, and gptq needs one")
+        return self
+
+
 class Manifest(StrictModel):
     """`manifest.json`, written last: an export is complete exactly when it is there."""
 
@@ -61,6 +99,13 @@ class Manifest(StrictModel):
     stages: Annotated[tuple[ManifestStage, ...], Field(min_length=1)]
     source: tuple[SourceFile, ...]
     files: Annotated[tuple[ExportedFile, ...], Field(min_length=1)]
+    packing: PackingRecord | None = None
+    """Absent where weights are as they were stored."""
+
+    @model_serializer(mode="wrap")
+    def _without_null_packing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return written if self.packing is not None else {k: v for k, v in written.items() if k != "packing"}
 
     @model_validator(mode="after")
     def _names_are_safe_and_unique(self) -> "Manifest":

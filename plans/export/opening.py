@@ -263,6 +263,9 @@ def _read_plan(directory: Path, manifest: Manifest) -> Plan:
             where=path,
             code="E-DAMAGED",
         )
+    if (plan.weights is None) != (manifest.packing is None):
+        wanted = "packed weights" if plan.weights is not None else "weights as they were stored"
+        raise IntegrityError(f"wants {wanted}, the manifest says otherwise", where=path, code="E-DAMAGED")
     if plan.ranges != tuple(stage.range for stage in manifest.stages):
         raise IntegrityError("its stages are not those of the manifest", where=path, code="E-DAMAGED")
     return plan

@@ -9,6 +9,8 @@ from plans.checkpoint.units import hash_shapes
 from plans.dtypes import DTYPES
 from plans.errors import IntegrityError, printable
 from plans.export.manifest import Manifest
+from plans.packed.choice import WeightChoice
+from plans.packed.tensors import Row, original_rows
 from plans.plan import Plan
 
 METADATA_STAGE = "llamaplan_stage"
@@ -53,19 +55,33 @@ def check_tensors(path: Path, header: SafetensorsHeader, *, index: int, manifest
         IntegrityError: a foreign, missing or differently shaped tensor, or one of another dtype.
     """
     stage = manifest.stages[index].range
+    rows: Mapping[str, Row] = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
+    rows = rows if plan.weights is None else _before_packing(path, rows, manifest, plan.weights)
     owned: dict[UnitKey, dict[str, tuple[str, tuple[int, ...]]]] = {key: {} for key in stage.keys}
-    for name, entry in header.tensors.items():
+    for name, (dtype, shape) in rows.items():
         key = unit_of(name)
         if key not in owned:
             raise IntegrityError(f"holds {printable(name)}, which is not of stage {index}", where=path, code="E-STAGE")
-        owned[key][local_name(name)] = (entry.dtype, entry.shape)
-        if manifest.dtype in DTYPES and entry.dtype in _FLOATS - {DTYPES[manifest.dtype].stored}:
-            raise IntegrityError(
-                f"{name} is {entry.dtype}, the manifest says {manifest.dtype}", where=path, code="E-STAGE"
-            )
+        owned[key][local_name(name)] = (dtype, shape)
+        if manifest.dtype in DTYPES and dtype in _FLOATS - {DTYPES[manifest.dtype].stored}:
+            raise IntegrityError(f"{name} is {dtype}, the manifest says {manifest.dtype}", where=path, code="E-STAGE")
     if stage.has_both_ends and plan.profile.tied:
         owned["head", 0] = {head_name(name): row for name, row in owned["embedding", 0].items()} | owned["head", 0]
     _check_shapes(path, manifest, plan, owned)
+
+
+def _before_packing(path: Path, rows: Mapping[str, Row], manifest: Manifest, choice: WeightChoice) -> Mapping[str, Row]:
+    """Return the tensors of which the packed ones were made; their dtype follows from the manifest's."""
+    scale = DTYPES[manifest.dtype].stored if manifest.dtype in DTYPES else DTYPES["bf16"].stored
+    try:
+        return original_rows(rows, choice, scale=scale)
+    except KeyError as error:
+        raise IntegrityError(
+            f"{printable(error.args[0])} is not what {choice.kind} makes of that module",
+            where=path,
+            hint="the file belongs to another export; copy it again",
+            code="E-STAGE",
+        ) from None
 
 
 def _check_shapes(

@@ -56,12 +56,13 @@ class WeightChoice(StrictModel):
         >>> choice.scheme_of("model.layers.1.mlp.up_proj", out=64, in_=100) is None
         True
         """
-        bits = self._bits(module)
+        bits = self.bits_of(module)
         if not is_linear(module) or out % SIDE or in_ % SIDE:
             return None
         return Scheme(4, self.group_size) if bits == 4 else Scheme(8, self.group_size) if bits == 8 else None
 
-    def _bits(self, module: str) -> int:
+    def bits_of(self, module: str) -> int:
+        """Return how many bits were chosen for a module's layer or head, whether its matrix can be packed or not."""
         layer = _LAYER.fullmatch(module)
         if layer is None:
             return self.head_bits if module == "lm_head" else AS_STORED

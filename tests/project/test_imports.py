@@ -19,8 +19,9 @@ ALLOWED = {
 EXTRA = {
     "planner/cli/": {"exporter"},
     "planner/measure/": {"runtime"},
+    "exporter/calibrate/": {"runtime"},
 }
-"""The planner's command line drives the exporter and reads its partitions; only measuring times real stages."""
+"""The planner's command line drives the exporter and reads its partitions; measuring and calibrating run stages."""
 
 
 FLOORS = {
@@ -53,10 +54,13 @@ FLOORS = {
             "root_files",
             "binding",
             "values",
-            "verify",
             "disk",
+            "packing",
+            "verify",
             "stream",
             "job",
+            "calibrate",
+            "packers",
             "write",
         ),
         "emit",

@@ -1,0 +1,1 @@
+"""How do weights get their few bits on the way into a stage's file?"""
