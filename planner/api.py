@@ -6,7 +6,9 @@ from pathlib import Path
 from planner.answers.solve import solve
 from planner.devices.clusters import load_cluster
 from planner.model.find import find_model
+from planner.model.packed import Width
 from planner.model.profile import build_profile
+from planner.model.widths import as_asked
 from planner.model.workloads import make_workload
 from planner.problem.question import Question
 from plans.checkpoint.folder import open_checkpoint
@@ -44,6 +46,7 @@ def solve_model(
     strategy: Strategy = "compute",
     objective: Objective = "latency",
     layers: Sequence[int] | None = None,
+    weights: Width | None = None,
     ctx_size: int | None = None,
     batch_size: int = 1,
 ) -> Plan:
@@ -56,17 +59,22 @@ def solve_model(
         strategy: what is minimised.
         objective: which time is meant.
         layers: layers per device in their order, for the strategy `custom` (then implied).
+        weights: what the layers' matrices are packed to when the plan is exported; None for not at all. A head with a
+            table of its own gets 8 bits.
         ctx_size: context tokens the KV cache is sized for.
         batch_size: sequences per batch.
 
     Raises:
+        UsageError: weights that cannot be packed.
         InfeasibleError: nothing fits; the message says what is short and what would help.
 
     Example:
         >>> solve_model("my-model", devices=["cuda:0=20GiB", "cpu=32GiB"]).boundaries  # doctest: +SKIP
         (28, 4)
     """
-    profile = analyze_model(model)
+    checkpoint = open_checkpoint(find_model(str(model)))
+    profile = build_profile(checkpoint)
+    found = as_asked(checkpoint, profile, weights=weights)
     question = Question(
         profile,
         cluster=cluster or load_cluster(devices=devices),
@@ -75,4 +83,4 @@ def solve_model(
         objective=objective,
         demands=NO_DEMANDS if layers is None else Demands(layers=",".join(map(str, layers))),
     )
-    return solve(question)
+    return solve(question if found is None else question.packed(found))

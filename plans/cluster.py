@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from plans.dtypes import DtypeName
-from plans.profile import Count
+from plans.profile import Count, PackedName
 from plans.reading.sizes import ByteSize
 from plans.reading.strict import SchemaVersion, StrictModel
 
@@ -64,6 +64,8 @@ class Timings(StrictModel):
     profile: Annotated[str, Field(pattern=r"^(\*|[0-9a-f]{64})$")]
     """The layer shape they were measured on (`shapes_sha256` of a layer), or "*" for any."""
     dtype: DtypeName
+    weights: PackedName | None = None
+    """How the matrices of these layers, and of this head, are stored; absent for those of `dtype` itself."""
     path: Literal["reference", "fast"] = "reference"
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads used; 0 where that has no meaning."""
@@ -75,6 +77,11 @@ class Timings(StrictModel):
     """Rows (batch, seconds)."""
     head_seconds: tuple[tuple[Count, Seconds], ...] = ()
     """Rows (batch, seconds)."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset_weights(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
+        written: dict[str, object] = write(self)
+        return written if self.weights is not None else {k: v for k, v in written.items() if k != "weights"}
 
 
 class Device(StrictModel):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from plans.cluster import Cluster, Name, Seconds
-from plans.packed.choice import WeightChoice
+from plans.packed.choice import AS_STORED, WeightChoice
 from plans.profile import Count, ModelProfile
 from plans.reading.files import sha256_hex
 from plans.reading.strict import SchemaVersion, StrictModel
@@ -100,6 +100,21 @@ class Demands(StrictModel):
 NO_DEMANDS = Demands()
 
 
+def choice_fault(choice: WeightChoice, profile: ModelProfile) -> str:
+    """Return where a profile's units are not packed as the choice says; empty where they are.
+
+    A unit none of whose matrices can be packed stays as it is, whatever was chosen for it.
+    """
+    if len(choice.layer_bits) != len(profile.layers):
+        return f"weights speak of {len(choice.layer_bits)} layers, the profile has {len(profile.layers)}"
+    bits = (AS_STORED, *choice.layer_bits, choice.head_bits)
+    for unit, wanted in zip(profile.units, bits, strict=True):
+        if unit.weights is not None and unit.weights != f"int{wanted}":
+            name = f"layer {unit.index}" if unit.kind == "layer" else f"the {unit.kind}"
+            return f"weights give {name} {wanted} bits, the profile sizes it as {unit.weights}"
+    return ""
+
+
 class Plan(StrictModel):
     """What `llamaplan solve` writes; it holds everything needed to recompute its own numbers."""
 
@@ -135,10 +150,9 @@ class Plan(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _weights_are_of_every_layer(self) -> "Plan":
-        layers = self.profile.model.num_hidden_layers
-        if self.weights is not None and len(self.weights.layer_bits) != layers:
-            raise ValueError(f"weights say {len(self.weights.layer_bits)} layers, the model has {layers}")
+    def _weights_are_those_of_the_profile(self) -> "Plan":
+        if self.weights is not None and (fault := choice_fault(self.weights, self.profile)):
+            raise ValueError(fault)
         return self
 
     @model_serializer(mode="wrap")

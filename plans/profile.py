@@ -10,6 +10,8 @@ from plans.reading.strict import SchemaVersion, StrictModel
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UnitKind = Literal["embedding", "layer", "head"]
+PackedName = Literal["int4", "int8"]
+"""Weights of so many bits, packed as `plans.packed.scheme` says."""
 
 
 class ShardIdentity(StrictModel):
@@ -88,7 +90,14 @@ class UnitProfile(StrictModel):
     attention_flops_per_token_per_context: Count
     """FLOPs per token for each token of context it attends to."""
     shapes_sha256: Sha256
-    """Hash over the unit's sorted (name, dtype, shape) rows."""
+    """Hash over the unit's sorted (name, dtype, shape) rows, as they are stored in the checkpoint."""
+    weights: PackedName | None = None
+    """How its matrices are packed, or will be; absent where they have the chosen dtype."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset_weights(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return written if self.weights is not None else {k: v for k, v in written.items() if k != "weights"}
 
 
 class Difference(StrictModel):

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from exporter.emit.memory_shares import cpu_cache_limits, share_limits
 from exporter.emit.nearest import needed_bytes
-from exporter.emit.plan_view import has_head_on_cpu, hosts_of, kind_of, runs_on_cpus
+from exporter.emit.plan_view import has_head_on_cpu, hosts_of, is_packed, kind_of, runs_on_cpus
 from plans.config.context import beyond_context
+from plans.dtypes import DTYPES
 from plans.errors import UsageError
 from plans.plan import Plan
 from plans.reading.sizes import format_bytes
@@ -92,7 +93,7 @@ def _require_one_host(plan: Plan) -> None:
 
 def _map_limits(plan: Plan) -> list[str]:
     _require_one_host(plan)
-    limits = _tied_limits(plan)
+    limits = _tied_limits(plan) + _unpacking_limits(plan)
     kinds = [kind_of(plan, stage) for stage in plan.stages]
     if "cpu" in kinds and set(kinds) != {"cpu"}:
         stages = [i for i, kind in enumerate(kinds) if kind == "cpu"]
@@ -101,6 +102,20 @@ def _map_limits(plan: Plan) -> list[str]:
             "to a GPU for every step"
         )
     return limits
+
+
+def _unpacking_limits(plan: Plan) -> list[str]:
+    """transformers has no kernels for packed weights: the package compressed-tensors unpacks them for good."""
+    if not is_packed(plan):
+        return []
+    width, limits = DTYPES[plan.workload.dtype].size_bytes, []
+    for index, stage in enumerate(plan.stages):
+        units = [unit for unit in stage.range.units(plan.profile) if unit.weights]
+        needed = stage.total_bytes + sum(width * unit.parameters - unit.weight_bytes for unit in units)
+        more = f"; its budget is {format_bytes(stage.budget_bytes)}" if needed > stage.budget_bytes else ""
+        limits += [f"stage {index} then takes {format_bytes(needed)}{more}"] if units else []
+    first = f"transformers unpacks the weights to {plan.workload.dtype} at the first step (with compressed-tensors)"
+    return [f"{first}: {', '.join(limits)}"]
 
 
 def _tied_limits(plan: Plan) -> list[str]:

@@ -123,3 +123,13 @@ def has_head_on_cpu(plan: Plan) -> bool:
     """Whether the last stage is the head alone, on a CPU behind other devices."""
     last = plan.stages[-1]
     return len(plan.stages) > 1 and kind_of(plan, last) == "cpu" and not last.range.num_layers
+
+
+def packed_layers(plan: Plan) -> frozenset[str]:
+    """Return how the layers' matrices are packed, when the plan is exported or already; empty where they are not."""
+    return frozenset(layer.weights for layer in plan.profile.layers if layer.weights)
+
+
+def is_packed(plan: Plan) -> bool:
+    """Whether any weights are packed, be it the head's alone."""
+    return bool(packed_layers(plan)) or plan.profile.head.weights is not None

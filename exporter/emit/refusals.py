@@ -6,12 +6,15 @@
 | SGLang | rank without layers, CPU, hosts with unlike numbers of ranks | its layer partition and launcher |
 | TensorRT-LLM | rank without layers, CPU, hosts with unlike numbers of ranks | its mapping of ranks |
 | all but llama.cpp | plan for a GGUF file | its sizes are those of the file |
-| llamarun | other families, packed weights | its list of families |
+| llamarun | other families, weights quantised in other formats than compressed-tensors' packed one | its list |
+| TensorRT-LLM, llama.cpp | packed weights | the one reads those of its own tools, the other's converter unpacks them |
+| SGLang | packed head (it loads, and every logit is wrong) | sgl-project/sglang#35358 |
+| vLLM | 8 bits on CPUs, in layers or head | its kernels for CPUs are of 4 bits |
 | vLLM, SGLang, llamarun | context beyond the model's | each checks it at the start |
 """  # noqa: E501 - a row of a table
 
 from exporter.emit.nearest import Candidate, as_option, nearest_cut, nearest_even_cut
-from exporter.emit.plan_view import hosts_of, kind_of, runs_on_cpus
+from exporter.emit.plan_view import hosts_of, is_packed, kind_of, packed_layers, runs_on_cpus
 from plans.config.config import SUPPORTED_FAMILIES
 from plans.config.context import beyond_context
 from plans.engines.spelling import COUNT_ENGINES, MAP_ENGINES
@@ -31,6 +34,7 @@ def refuse_unworkable(plan: Plan, *, engine: str) -> None:
     """
     _refuse_gguf(plan, engine)
     _refuse_long_context(plan, engine)
+    _refuse_packed(plan, engine)
     if engine == "torchrun" and not _llamarun_runs(plan):
         model = plan.profile.model
         why = f"{model.quantization} weights" if model.quantization else f"model_type {model.model_type}"
@@ -52,6 +56,43 @@ def _refuse_gguf(plan: Plan, engine: str) -> None:
             "those of llama.cpp",
             hint="--for llama.cpp takes it; for another engine solve again for the safetensors checkpoint",
         )
+
+
+def _refuse_packed(plan: Plan, engine: str) -> None:
+    if not is_packed(plan):
+        return
+    fault, way_out = _packed_fault(plan, engine)
+    if fault:
+        raise UsageError(f"{engine} does not run this plan: {fault}", hint=way_out)
+
+
+def _packed_fault(plan: Plan, engine: str) -> tuple[str, str]:
+    """What is wrong with packed weights, and what to do; two empty texts where nothing is."""
+    head = plan.profile.head.weights
+    if engine == "tensorrt-llm":
+        return (
+            "it reads packed weights of NVIDIA's Model Optimizer alone",
+            f"solve again without --weights; {_others(plan)}",
+        )
+    if engine == "llama.cpp":
+        return (
+            "its converter unpacks the weights, which then have other sizes than planned",
+            "plan a GGUF file of the model: Q8_0 and Q4_0 hold the same numbers as int8 and int4",
+        )
+    if engine == "sglang" and head is not None:
+        return f"it reads a head in {head} wrongly, without an error", "solve again with --head-weights bf16"
+    if runs_on_cpus(plan, engine=engine) and "int8" in packed_layers(plan):
+        return (
+            "its build for CPUs has no kernels for 8-bit weights",
+            f"solve again with --weights int4{_bf16_head(plan)}",
+        )
+    if runs_on_cpus(plan, engine=engine) and head is not None:
+        return f"its build for CPUs has no kernels for a head in {head}", "solve again with --head-weights bf16"
+    return "", ""
+
+
+def _bf16_head(plan: Plan) -> str:
+    return "" if plan.profile.head.weights is None else " --head-weights bf16"
 
 
 def _refuse_long_context(plan: Plan, engine: str) -> None:

@@ -4,11 +4,12 @@ import math
 from pathlib import Path
 
 from planner.answers.capacity import chain_of
+from planner.model.profile import build_profile
 from planner.problem.evaluate import violations
 from planner.problem.question import Question
 from planner.timing.costs import predict
 from plans.checkpoint.folder import open_checkpoint
-from plans.checkpoint.units import check_same_shapes
+from plans.checkpoint.units import Checkpoint, check_same_shapes
 from plans.errors import IntegrityError
 from plans.plan import Plan, Prediction
 
@@ -52,13 +53,29 @@ def check_against_model(plan: Plan, path: Path) -> list[str]:
     """Compare a plan with a checkpoint; return warnings.
 
     Raises:
-        IntegrityError: the checkpoint's tensors are not those the plan was made for.
+        IntegrityError: the checkpoint's tensors are not those the plan was made for, or a unit of it has another size
+            when it is packed as the plan says.
         InputError: the checkpoint cannot be read.
     """
     checkpoint = open_checkpoint(path)
     if not checkpoint.has_weights:
         return [f"{path} is only a configuration; its tensors cannot be compared"]
     check_same_shapes({(u.kind, u.index): u.shapes_sha256 for u in plan.profile.units}, checkpoint)
+    _check_sizes(plan, checkpoint)
     if checkpoint.config.sha256 != plan.profile.model.config_sha256:
         return ["the configuration differs from the plan's, its tensor shapes do not: another revision of the model"]
     return []
+
+
+def _check_sizes(plan: Plan, checkpoint: Checkpoint) -> None:
+    profile = plan.profile
+    sized = build_profile(checkpoint, dtype=profile.dtype, kv_cache_dtype=profile.kv_cache_dtype, choice=plan.weights)
+    for unit, found in zip(profile.units, sized.units, strict=True):
+        if unit.weight_bytes != found.weight_bytes:
+            name = f"layer {unit.index}" if unit.kind == "layer" else f"the {unit.kind}"
+            raise IntegrityError(
+                f"the plan counts {unit.weight_bytes} bytes of weights for {name}, {found.weight_bytes} will be stored",
+                where=checkpoint.path,
+                hint="solve again",
+                code="E-PLAN-MEMORY",
+            )

@@ -9,16 +9,21 @@ from functools import partial
 from itertools import combinations
 
 from planner.answers.case import MOST_BYTES, Case, Shortage, all_connected, largest, least_shortage, smallest
+from planner.answers.strategies import run_strategy
 from planner.problem.build import unit_bytes
+from planner.problem.evaluate import evaluate
 from planner.problem.problem import Assignment, Matrix, Problem, ProblemDevice, Rule, StageChoice, UnitTicks
 from planner.problem.question import Question
 from planner.problem.uniform import nearest_split, uniform_counts
+from planner.program.effort import Effort
 from plans.cuts import layer_ranges
 from plans.dtypes import DTYPES, DtypeName
 from plans.errors import InfeasibleError
 from plans.profile import ModelProfile
 from plans.reading.sizes import format_bytes
 
+WIDTH_SECONDS = 5.0
+"""Looking for the best plan in each width that would fit."""
 MOST_MARGIN_PERCENT = 30
 """A budget that leaves more than this free was stated."""
 
@@ -33,6 +38,32 @@ def advice_for(case: Case, shortage: Shortage | None) -> Iterator[str]:
     ):  # fmt: skip
         if not case.is_over:
             yield from find(case)
+
+
+def narrower_weights(question: Question) -> Iterator[str]:
+    """Yield the widths in which the model would fit, each with what its best plan takes."""
+    for found in question.narrower:
+        asked = question.packed(found)
+        case = Case(asked)
+        if case.fits(case.problem):
+            size = format_bytes(found.profile.total_weight_bytes)
+            yield f"--weights {found.choice.kind} ({size} of weights{_best_time(case)})"
+
+
+def _best_time(case: Case) -> str:
+    asked, problem = case.question, case.problem
+    with Effort(time_limit=WIDTH_SECONDS).session() as session:
+        outcome = run_strategy(
+            problem, strategy=asked.strategy, objective=asked.objective, session=session, weight=asked.weight,
+            given=case.given,
+        )  # fmt: skip
+    if outcome.assignment is None:
+        return ""
+    seconds = problem.seconds(evaluate(problem, outcome.assignment, objective=asked.objective).time, asked.objective)
+    return f"; its best plan takes {seconds * 1e3:.4g} ms per {_WHAT[asked.objective]}"
+
+
+_WHAT = {"latency": "token", "request": "request", "throughput": "step"}
 
 
 def _nearest_split(case: Case) -> Iterator[str]:
@@ -208,7 +239,7 @@ def explain_infeasible(question: Question) -> InfeasibleError:
     """Return the error that says what is short and what would help."""
     case = Case(question)
     shortage = least_shortage(case)
-    advice = list(advice_for(case, shortage))
+    advice = [*narrower_weights(question), *advice_for(case, shortage)]
     hint = f"any one of these would do: {'; '.join(advice)}" if advice else "no single change was found that would do"
     return InfeasibleError(_what(case, shortage), where=case.question.profile.model.name, hint=hint)
 

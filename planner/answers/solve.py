@@ -77,6 +77,7 @@ def _make_plan(question: Question, problem: Problem, outcome: Outcome) -> Plan:
         mixed_weight=question.weight if question.strategy == "mixed" else None,
         execution=question.execution,
         demands=None if question.demands == NO_DEMANDS else question.demands,
+        weights=question.weights,
         workload=workload,
         cluster=cluster,
         profile=profile,

@@ -1,10 +1,10 @@
 """What several commands check before they ask the planner."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.cli.options import OfferOptions, WorkloadOptions
+from planner.cli.options import AnyWeightOptions, OfferOptions, WeightOptions, WorkloadOptions
 from plans.commands.console import Output
 from plans.errors import UsageError, printable
 
@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from planner.measure.known import Known
+    from planner.model.widths import Packed
     from plans.checkpoint.units import Checkpoint
     from plans.cluster import Cluster
+    from plans.dtypes import DtypeName
+    from plans.packed.choice import WeightChoice
     from plans.profile import ModelProfile
     from plans.workload import Workload
 
@@ -64,6 +67,10 @@ class Asked:
     cluster: "Cluster"
     origins: tuple[str, ...] = ()
     """In words, where the rates and times of this machine's devices are from."""
+    weights: "WeightChoice | None" = None
+    """What the profile was sized for."""
+    narrower: "tuple[Packed, ...]" = ()
+    """The model in fewer bits."""
 
 
 def read_asked(
@@ -71,6 +78,7 @@ def read_asked(
     workload: WorkloadOptions,
     offer: OfferOptions,
     *,
+    weights: WeightOptions | AnyWeightOptions | None = None,
     prefill_chunk_tokens: int | None,
     screen: Output,
     speed: str = "auto",
@@ -79,13 +87,14 @@ def read_asked(
     from planner.devices.clusters import load_cluster
     from planner.devices.machine import oversized_budgets
     from planner.model.find import find_model
-    from planner.model.profile import build_profile
     from planner.model.workloads import context_warnings, make_workload, parse_dtype
     from plans.checkpoint.folder import open_checkpoint
 
     chosen, kv_chosen = parse_dtype(workload.dtype), parse_dtype(workload.kv_cache_dtype, option="--kv-cache-dtype")
     checkpoint = open_checkpoint(find_model(model))
-    profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
+    sized = read_widths(checkpoint, weights or WeightOptions(), dtype=chosen, kv_cache_dtype=kv_chosen)
+    warn_of_unpacked(checkpoint, sized.choice, screen)
+    profile = sized.profile
     load = make_workload(
         profile,
         ctx_size=workload.ctx_size,
@@ -100,12 +109,54 @@ def read_asked(
     offered = load_cluster(offer.cluster, devices=offer.device, margins=offer.margin)
     for warning in oversized_budgets(offer.device or ()):
         screen.warn(warning)
+    asked = Asked(checkpoint, profile, load, offered, weights=sized.choice, narrower=sized.narrower)
     if not offer.probe or offer.cluster is not None:
-        return Asked(checkpoint, profile, load, offered)
+        return asked
     known = known_of(offered, profile, speed=speed, screen=screen)
     for origin in known.origins:
         screen.note(origin)
-    return Asked(checkpoint, profile, load, known.cluster, known.origins)
+    return replace(asked, cluster=known.cluster, origins=known.origins)
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """A model, sized for the weights that were asked for."""
+
+    profile: "ModelProfile"
+    choice: "WeightChoice | None"
+    narrower: "tuple[Packed, ...]"
+    """The same in fewer bits; none where it cannot be packed."""
+
+
+def read_widths(
+    checkpoint: "Checkpoint",
+    weights: WeightOptions | AnyWeightOptions,
+    *,
+    dtype: "DtypeName | None",
+    kv_cache_dtype: "DtypeName | None" = None,
+) -> Widths:
+    """Size a model for `--weights`; for `auto` as it is stored.
+
+    Raises:
+        UsageError: (E-WEIGHTS) the checkpoint cannot be packed.
+    """
+    from planner.model.profile import build_profile
+    from planner.model.widths import as_asked, narrower_than
+
+    plain, head = build_profile(checkpoint, dtype=dtype, kv_cache_dtype=kv_cache_dtype), weights.head_weights
+    chosen = as_asked(checkpoint, plain, weights=weights.weights, head=head)
+    choice = None if chosen is None else chosen.choice
+    narrower = narrower_than(checkpoint, plain, choice, head=head)
+    return Widths(plain if chosen is None else chosen.profile, choice, narrower)
+
+
+def warn_of_unpacked(checkpoint: "Checkpoint", choice: "WeightChoice | None", screen: Output) -> None:
+    """Say which matrices stay as they are although their layers are packed."""
+    from planner.model.packed import unpacked_lines
+    from planner.model.profile import unit_rows
+
+    for line in () if choice is None else unpacked_lines(unit_rows(checkpoint), choice):
+        screen.warn(line)
 
 
 def known_of(cluster: "Cluster", profile: "ModelProfile | None", *, speed: str, screen: Output) -> "Known":

@@ -63,6 +63,7 @@ def compare_command(
     partition: PartitionOption = None,
     offer: options.OfferOptions,
     load: options.WorkloadOptions,
+    widths: options.WeightOptions,
     wanted: CompareOptions,
     search: options.SearchOptions,
     printed: ScreenOptions,
@@ -81,10 +82,12 @@ def compare_command(
     effort = search.effort()
     known = read_plan(Path(target)) if ask.is_plan(target) else None
     if known is not None:
-        ask.refuse_given("a plan brings its own question", replace(offer, probe=True), load, wanted)
+        ask.refuse_given("a plan brings its own question", replace(offer, probe=True), load, widths, wanted)
         question = Question.of(known)
     else:
-        asked = ask.read_asked(target, load, offer, prefill_chunk_tokens=wanted.prefill_chunk, screen=screen)
+        asked = ask.read_asked(
+            target, load, offer, weights=widths, prefill_chunk_tokens=wanted.prefill_chunk, screen=screen
+        )
         question = Question(
             asked.profile,
             asked.cluster,
@@ -92,6 +95,8 @@ def compare_command(
             objective=wanted.objective,
             weight=wanted.weight,
             execution=wanted.execution,
+            weights=asked.weights,
+            narrower=asked.narrower,
         )
     num_layers = question.profile.model.num_hidden_layers
     given = read_partitions(partition or (), cluster=question.cluster, num_layers=num_layers)

@@ -26,6 +26,7 @@ def frontier_command(
     objective: options.ObjectiveOption = "latency",
     offer: options.OfferOptions,
     load: options.WorkloadOptions,
+    widths: options.WeightOptions,
     prefill_chunk: options.PrefillChunkOption = None,
     execution: options.ExecutionOption = "one_process",
     fixed: options.DemandOptions,
@@ -44,11 +45,12 @@ def frontier_command(
 
     screen = printed.output()
     options.check_time_limit(time_limit)
-    asked = ask.read_asked(model, load, offer, prefill_chunk_tokens=prefill_chunk, screen=screen)
+    asked = ask.read_asked(model, load, offer, weights=widths, prefill_chunk_tokens=prefill_chunk, screen=screen)
     offered = asked.cluster
     question = Question(
-        asked.profile, offered, asked.workload, execution=execution, objective=objective, demands=fixed.demands()
-    )
+        asked.profile, offered, asked.workload, execution=execution, objective=objective, demands=fixed.demands(),
+        weights=asked.weights, narrower=asked.narrower,
+    )  # fmt: skip
     problem = question.problem()
     with screen.spinner("solving for every point"), Effort(time_limit=time_limit).session() as session:
         shares: list[FrontierPoint] = []

@@ -37,6 +37,7 @@ def analyze(
     batch_size: options.BatchOption = 1,
     dtype: options.DtypeOption = None,
     kv_cache_dtype: options.KvDtypeOption = None,
+    widths: options.WeightOptions,
     output: options.OutputOption = None,
     printed: ScreenOptions,
 ) -> None:
@@ -45,7 +46,6 @@ def analyze(
     Example: llamaplan analyze my-model/ --ctx-size 8192 -o profile.json
     """
     from planner.model.find import find_model
-    from planner.model.profile import build_profile
     from planner.model.workloads import context_warnings, make_workload, parse_dtype
     from planner.show.profile import as_json as to_json
     from planner.show.profile import headline, summary_lines, unit_table
@@ -55,11 +55,13 @@ def analyze(
     screen = printed.output()
     chosen, kv_chosen = parse_dtype(dtype), parse_dtype(kv_cache_dtype, option="--kv-cache-dtype")
     checkpoint = open_checkpoint(find_model(model))
-    profile = build_profile(checkpoint, dtype=chosen, kv_cache_dtype=kv_chosen)
+    sized = ask.read_widths(checkpoint, widths, dtype=chosen, kv_cache_dtype=kv_chosen)
+    profile = sized.profile
     workload = make_workload(profile, ctx_size=ctx_size, batch_size=batch_size)
     warnings = checkpoint.warnings + context_warnings(profile, workload)
     for warning in warnings:
         screen.warn(warning)
+    ask.warn_of_unpacked(checkpoint, sized.choice, screen)
     if output is not None:
         ask.refuse_inside(output, checkpoint.directory)
         write_text(output, profile.to_json())
@@ -69,7 +71,8 @@ def analyze(
     screen.show(unit_table(profile, workload))
     for line in summary_lines(profile, workload):
         screen.show(line)
-    screen.next_step(f"llamaplan solve {shown(model)} -o plan.json")
+    packed = f" --weights {widths.weights}" if widths.weights else ""
+    screen.next_step(f"llamaplan solve {shown(model)}{packed} -o plan.json")
 
 
 cli_devices.register(app)

@@ -31,6 +31,49 @@ DtypeOption = Annotated[
     str | None,
     typer.Option("--dtype", metavar="DTYPE", help="bf16, fp16 or fp32; unset: as stored.", show_default=False),
 ]
+WeightsOption = Annotated[
+    Literal["bf16", "int8", "int4"] | None,
+    typer.Option(
+        "--weights",
+        help="What the layers' matrices are packed to; bf16: not packed, in --dtype; unset: as stored.",
+        show_default=False,
+    ),
+]
+AnyWeightsOption = Annotated[
+    Literal["bf16", "int8", "int4", "auto"] | None,
+    typer.Option(
+        "--weights",
+        help="What the layers' matrices are packed to; bf16: not packed, in --dtype; auto: the widest that fits, or "
+        "with --sensitivity the fastest mix of int8 and int4 within --max-error; unset: as stored.",
+        show_default=False,
+    ),
+]
+HeadWeightsOption = Annotated[
+    Literal["bf16", "int8"] | None,
+    typer.Option(
+        "--head-weights",
+        help="The same of a head with a table of its own; unset: int8 where the layers are packed.",
+        show_default=False,
+    ),
+]
+SensitivityOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--sensitivity",
+        metavar="FILE",
+        help="What fewer bits cost this model, layer by layer: what 'llamaplan sensitivity' wrote.",
+        show_default=False,
+    ),
+]
+MaxErrorOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-error",
+        metavar="KL",
+        help="With --weights auto and --sensitivity: the most error that is accepted, as mean KL per token.",
+        show_default=False,
+    ),
+]
 KvDtypeOption = Annotated[
     str | None,
     typer.Option(
@@ -192,6 +235,37 @@ class WorkloadOptions:
     requests_in_flight: InFlightOption = 1
     dtype: DtypeOption = None
     kv_cache_dtype: KvDtypeOption = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightOptions:
+    """How the weights are stored when the model is exported."""
+
+    weights: WeightsOption = None
+    head_weights: HeadWeightsOption = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnyWeightOptions:
+    """The same, or left to the planner."""
+
+    weights: AnyWeightsOption = None
+    head_weights: HeadWeightsOption = None
+    sensitivity: SensitivityOption = None
+    max_error: MaxErrorOption = None
+
+    def check(self) -> None:
+        """Refuse options that say nothing without each other.
+
+        Raises:
+            UsageError: naming the option that is missing or out of place.
+        """
+        if self.sensitivity is not None and self.weights in (None, "bf16"):
+            raise UsageError("--sensitivity says what fewer bits cost", hint="add --weights auto, int8 or int4")
+        if self.max_error is not None and (self.weights != "auto" or self.sensitivity is None):
+            raise UsageError("--max-error belongs to --weights auto with --sensitivity", hint="add them")
+        if self.max_error is not None:
+            check_number("--max-error", self.max_error, "0 or more", is_good=0 <= self.max_error < math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from plans.commands.option_groups import ScreenOptions, with_option_groups
 if TYPE_CHECKING:
     from planner.answers.capacity import Capacity
     from planner.measure.calibrate import Calibration
+    from planner.problem.question import Question
     from plans.cluster import Cluster
     from plans.plan import Plan
     from plans.profile import ModelProfile
@@ -36,6 +37,7 @@ def solve_command(
     speed: options.SpeedOption = "auto",
     calibrate: options.CalibrateOption = None,
     load: options.WorkloadOptions,
+    widths: options.AnyWeightOptions,
     prefill_chunk: options.ChunkOption = None,
     execution: options.ExecutionOption = "one_process",
     cut: options.CutOptions,
@@ -59,9 +61,11 @@ def solve_command(
 
     screen = printed.output()
     effort = search.effort()
+    widths.check()
     asked = ask.read_asked(
-        model, load, offer, prefill_chunk_tokens=ask.chunk_tokens(prefill_chunk), screen=screen, speed=speed
-    )
+        model, load, offer, weights=widths, prefill_chunk_tokens=ask.chunk_tokens(prefill_chunk), screen=screen,
+        speed=speed,
+    )  # fmt: skip
     ask.refuse_inside(output, asked.checkpoint.directory)
     offered = for_speed(asked.cluster, speed)
     calibration = None if calibrate is None else calibration_of(calibrate, offered, asked.profile)
@@ -74,7 +78,11 @@ def solve_command(
         weight=weight,
         execution=execution,
         demands=cut.demands(),
+        weights=asked.weights,
+        narrower=asked.narrower,
     )
+    if widths.weights == "auto":
+        question = widest(question, asked, screen)
     started = time.monotonic()
     with screen.spinner(f"solving for {len(offered.devices)} devices"):
         plan = solve_with_best_chunk(question, effort) if prefill_chunk == ask.AUTO else solve(question, effort)
@@ -94,6 +102,17 @@ def solve_command(
     screen.note(f"solved in {seconds:.2f} s" + (f", wrote {output}" if output is not None else ""))
     kept = "the same command with -o plan.json, to keep the plan"
     screen.next_step(kept if output is None else after_solve(plan, output, model=model))
+
+
+def widest(question: "Question", asked: ask.Asked, screen: Output) -> "Question":
+    """Return the question in the widest of its widths that fits, and say which that is."""
+    from planner.answers.widest import widest_that_fits
+
+    found = widest_that_fits(question)
+    if found.weights is not None:
+        screen.note(f"{found.weights.kind} is the widest in which the model fits")
+    ask.warn_of_unpacked(asked.checkpoint, found.weights, screen)
+    return found
 
 
 def calibration_of(path: Path, cluster: "Cluster", profile: "ModelProfile") -> "Calibration":

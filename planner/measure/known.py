@@ -205,7 +205,8 @@ def _with_look(cluster: Cluster, machine: Fingerprint, speed: str) -> Known:
 
 def _measured_read_rate(cluster: Cluster, profile: ModelProfile, speed: str) -> float | None:
     """Return the bytes per second at which decode steps of one sequence read layers, on the path that will run."""
-    timings = next(d.timings for d in for_speed(cluster, speed).devices if plain_name(d.name) == CPU)
+    known = next(d.timings for d in for_speed(cluster, speed).devices if plain_name(d.name) == CPU)
+    timings = [t for t in known if t.weights == profile.layers[0].weights]
     counted = min(timings, key=lambda t: t.path == "reference", default=None)
     return None if counted is None else max(read_rates(counted, profile), default=None)
 

@@ -19,11 +19,16 @@ from plans.checkpoint.run_dtype import run_dtype
 from plans.checkpoint.units import Checkpoint, unit_keys, unit_tables
 from plans.dtypes import STORED_DTYPES, DtypeName
 from plans.errors import InputError
+from plans.packed.choice import WeightChoice
 from plans.profile import Difference, ModelIdentity, ModelProfile, Origin, ShardIdentity, UnitProfile
 
 
 def build_profile(
-    checkpoint: Checkpoint, *, dtype: DtypeName | None = None, kv_cache_dtype: DtypeName | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: DtypeName | None = None,
+    kv_cache_dtype: DtypeName | None = None,
+    choice: WeightChoice | None = None,
 ) -> ModelProfile:
     """Size every unit of a checkpoint.
 
@@ -31,6 +36,8 @@ def build_profile(
         checkpoint: an opened folder or bare configuration.
         dtype: dtype the model will run in; None for the one transformers would run it in (`run_dtype`).
         kv_cache_dtype: dtype of the KV cache; None for `dtype`.
+        choice: how its matrices will be packed (`planner.model.packed.check_packable` says whether they can be); None
+            for not at all.
 
     Returns:
         The profile. Quantised weights count the bytes they are stored in, whatever `dtype` is.
@@ -44,13 +51,15 @@ def build_profile(
         >>> build_profile(open_checkpoint(Path("my-model"))).total_parameters  # doctest: +SKIP
         1100048384
     """
-    rows = _header_rows(checkpoint) if checkpoint.has_weights else _formula_rows(checkpoint)
+    rows = unit_rows(checkpoint)
     if not checkpoint.config.is_supported:
         prove(checkpoint, rows)
     stored = {dtype for unit in rows.values() for dtype, _shape in unit.values()}
     chosen = dtype or run_dtype(checkpoint)
     try:
-        sizing = Sizing(checkpoint.config, chosen, kv_cache_dtype or chosen, is_gguf=checkpoint.format == "gguf")
+        sizing = Sizing(
+            checkpoint.config, chosen, kv_cache_dtype or chosen, is_gguf=checkpoint.format == "gguf", choice=choice
+        )
         return _assemble(checkpoint, rows, stored, sizing)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
@@ -59,6 +68,11 @@ def build_profile(
             where=checkpoint.path,
             code="E-CONFIG",
         ) from None
+
+
+def unit_rows(checkpoint: Checkpoint) -> Mapping[UnitKey, Rows]:
+    """Return the tensors of every unit: those of the headers, or those that a bare configuration implies."""
+    return _header_rows(checkpoint) if checkpoint.has_weights else _formula_rows(checkpoint)
 
 
 def _header_rows(checkpoint: Checkpoint) -> dict[UnitKey, Rows]:
@@ -101,12 +115,13 @@ def _assemble(checkpoint: Checkpoint, rows: Mapping[UnitKey, Rows], stored: set[
 
 
 def _profile_units(rows: Mapping[UnitKey, Rows], sizing: Sizing) -> Iterator[UnitProfile]:
-    sized: dict[int, UnitProfile] = {}  # the formula hands out one table for all layers: size it once
+    sized: dict[tuple[int, int], UnitProfile] = {}  # the formula hands out one table for all layers: size it once
     for key, unit in rows.items():
-        if id(unit) not in sized:
-            sized[id(unit)] = profile_unit(key, unit, sizing=sizing)
+        bits = sizing.choice.layer_bits[key[1]] if sizing.choice is not None and key[0] == "layer" else 0
+        if (id(unit), bits) not in sized:
+            sized[id(unit), bits] = profile_unit(key, unit, sizing=sizing)
         window = sizing.config.attention[key[1]].window if key[0] == "layer" else None
-        yield sized[id(unit)].model_copy(update={"index": key[1], "kv_window_tokens": window})
+        yield sized[id(unit), bits].model_copy(update={"index": key[1], "kv_window_tokens": window})
 
 
 def _named_differences(checkpoint: Checkpoint) -> tuple[Difference, ...]:

@@ -12,19 +12,22 @@ from dataclasses import dataclass
 from planner.model import formula
 from planner.model.experts import is_expert
 from planner.model.packing import logical_shape
-from plans.checkpoint.names import UnitKey
+from plans.checkpoint.names import UnitKey, prefix_of
 from plans.checkpoint.packed import is_kept
 from plans.checkpoint.units import hash_shapes
 from plans.config.attention import LayerAttention
 from plans.config.config import ModelConfig
 from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName
 from plans.gguf.types import TYPES_BY_NAME
-from plans.profile import UnitProfile
+from plans.packed.choice import WeightChoice
+from plans.packed.scheme import PACKED, Scheme
+from plans.profile import PackedName, UnitProfile
 
 Rows = Mapping[str, tuple[str, formula.Shape]]
 """Local tensor name -> (stored dtype, shape)."""
 
 FLOPS_PER_WEIGHT = 2
+MATRIX = 2
 NO_ATTENTION = LayerAttention(kv_width=0, score_width=0, window=None)
 
 
@@ -37,6 +40,8 @@ class Sizing:
     kv_cache_dtype: DtypeName
     is_gguf: bool = False
     """Packed, with the shapes of the weights themselves."""
+    choice: WeightChoice | None = None
+    """How the matrices will be packed."""
 
     @property
     def has_logical_shapes(self) -> bool:
@@ -49,7 +54,8 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
     config, kind = sizing.config, key[0]
     is_layer, is_embedding = kind == "layer", kind == "embedding"
     shapes = _logical_shapes(key, rows, sizing)
-    weight_bytes = {name: _bytes_at_dtype(row, sizing) for name, row in rows.items()}
+    schemes = packed_matrices(key, rows, sizing)
+    weight_bytes = {name: _chosen_bytes(row, schemes.get(name), sizing) for name, row in rows.items()}
     experts = {name for name, (_dtype, shape) in rows.items() if is_expert(name, shape, config)} if is_layer else set()
     idle_bytes = _idle(sum(size for name, size in weight_bytes.items() if name in experts), config)
     total_bytes = sum(weight_bytes.values())
@@ -66,7 +72,35 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
         flops_per_token=0 if is_embedding else _flops_per_token(shapes, config),
         attention_flops_per_token_per_context=FLOPS_PER_WEIGHT * attention.score_width,
         shapes_sha256=hash_shapes(rows),
+        weights=_packed_name(key, rows, schemes, sizing),
     )
+
+
+def packed_matrices(key: UnitKey, rows: Rows, sizing: Sizing) -> dict[str, Scheme]:
+    """Return which tensors of a unit will be packed, and how, by their local names."""
+    choice = sizing.choice
+    if choice is None:
+        return {}
+    matrices = {name: shape for name, (_dtype, shape) in rows.items() if len(shape) == MATRIX}
+    found = {name: choice.scheme_of(module_of(key, name), out=out, in_=in_) for name, (out, in_) in matrices.items()}
+    return {name: scheme for name, scheme in found.items() if scheme is not None}
+
+
+def _packed_name(key: UnitKey, rows: Rows, schemes: Mapping[str, Scheme], sizing: Sizing) -> PackedName | None:
+    kinds, packing = set(schemes.values()), sizing.config.packing
+    if packing is not None:
+        stored = (module_of(key, name) for name in rows if name.endswith("." + PACKED))
+        kinds |= {scheme for module in stored if (scheme := packing.scheme_of(module)) is not None}
+    return None if not kinds else "int4" if min(kind.bits for kind in kinds) == 4 else "int8"
+
+
+def module_of(key: UnitKey, name: str) -> str:
+    """Return the module that a unit's tensor belongs to, from the tensor's local name.
+
+    >>> module_of(("layer", 2), "mlp.up_proj.weight"), module_of(("head", 0), "lm_head.weight")
+    ('model.layers.2.mlp.up_proj', 'lm_head')
+    """
+    return prefix_of(key) + name.rpartition(".")[0]
 
 
 def _logical_shapes(key: UnitKey, rows: Rows, sizing: Sizing) -> formula.Shapes:
@@ -92,8 +126,10 @@ def _stored_bytes(row: tuple[str, formula.Shape]) -> int:
     return TYPES_BY_NAME[dtype].bytes_of(math.prod(shape))
 
 
-def _bytes_at_dtype(row: tuple[str, formula.Shape], sizing: Sizing) -> int:
+def _chosen_bytes(row: tuple[str, formula.Shape], scheme: Scheme | None, sizing: Sizing) -> int:
     dtype, shape = row
+    if scheme is not None:
+        return scheme.size_bytes(*shape)
     if is_kept(dtype, sizing.config):
         return _stored_bytes(row)
     return math.prod(shape) * DTYPES[sizing.dtype].size_bytes

@@ -3,12 +3,14 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
+from planner.model.widths import Packed
 from planner.problem.build import build_problem
 from planner.problem.demands import Terms, read_demands
 from planner.problem.problem import Problem
 from plans.cluster import Cluster
 from plans.errors import UsageError
-from plans.plan import NO_DEMANDS, Demands, Execution, Objective, Plan, Strategy
+from plans.packed.choice import WeightChoice
+from plans.plan import NO_DEMANDS, Demands, Execution, Objective, Plan, Strategy, choice_fault
 from plans.profile import ModelProfile
 from plans.workload import Workload
 
@@ -35,12 +37,17 @@ class Question:
     """Of time in `mixed`, from 0 to 1."""
     execution: Execution = "one_process"
     demands: Demands = NO_DEMANDS
+    weights: WeightChoice | None = None
+    """What the profile's weights are packed to; None where they stay as they are stored."""
+    narrower: tuple[Packed, ...] = ()
+    """The same model in fewer bits, the widest first: looked at where nothing fits."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
             raise UsageError(f"--weight is {self.weight}", expected="0 to 1")
         if self.demands.layers is not None and self.strategy != "custom":
             raise UsageError(f"--layers belongs to the strategy custom, not {self.strategy}")
+        assert self.weights is None or not choice_fault(self.weights, self.profile), "sized for other weights"
 
     @classmethod
     def of(cls, plan: Plan) -> Self:
@@ -48,8 +55,12 @@ class Question:
         weight = 0.5 if plan.mixed_weight is None else plan.mixed_weight
         return cls(
             plan.profile, plan.cluster, plan.workload, plan.strategy, plan.objective, weight, plan.execution,
-            plan.demands or NO_DEMANDS,
+            plan.demands or NO_DEMANDS, plan.weights,
         )  # fmt: skip
+
+    def packed(self, found: Packed) -> Self:
+        """Return the question for the model with its weights packed."""
+        return replace(self, profile=found.profile, weights=found.choice, narrower=())
 
     def by(self, strategy: Strategy) -> Self:
         """Return the question for another strategy: a cut belongs to `custom` alone, all other demands stay."""

@@ -82,12 +82,15 @@ def _weights(plan: Plan) -> Source:
     num_files = len(profile.model.shards)
     value = f"{format_bytes(profile.total_weight_bytes)} in {profile.total_parameters:,} parameters"
     if profile.model.source == "config":
-        return Source("weights", value, "formula", "tensor shapes that config.json implies; no weights were there yet")
+        packed = "" if plan.weights is None else f"; packed to {plan.weights.words} at the export"
+        how = f"tensor shapes that config.json implies; no weights were there yet{packed}"
+        return Source("weights", value, "formula", how)
     is_gguf = profile.model.source == "gguf"
     files = f"{num_files} {'GGUF' if is_gguf else 'safetensors'} file{'s' if num_files > 1 else ''}"
     stored = f"stored ({profile.model.storage_words})" if is_gguf or profile.model.packing else profile.dtype
     tied = "; embedding and head share one table" if profile.tied else ""
-    return Source("weights", value, "headers", f"dtype and shape of every tensor in {files}, as {stored}{tied}")
+    packed = "" if plan.weights is None else f"; packed to {plan.weights.words} at the export, by the format's sizes"
+    return Source("weights", value, "headers", f"dtype and shape of every tensor in {files}, as {stored}{tied}{packed}")
 
 
 def _kv_cache(plan: Plan) -> Source:

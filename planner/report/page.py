@@ -14,7 +14,7 @@ from planner.report.tradeoff import Point, tradeoff_drawing
 from planner.rivals.alternatives import Alternatives
 from planner.rivals.compare import Comparison, Row
 from planner.show import compare as show_compare
-from planner.show.plan import demands_line, objective_text, proof_line, unused_devices
+from planner.show.plan import demands_line, objective_text, proof_line, stored_words, unused_devices, weights_line
 from planner.show.words import duration
 from planner.simulate.one_plan import Simulation, simulate_plan
 from planner.simulate.trace import trace
@@ -98,6 +98,8 @@ def render_report(plan: Plan, *, alternatives: Alternatives | None = None) -> st
     return _templates().get_template("report.html.j2").render(
         plan=plan,
         answer=answer(plan, simulation),
+        stored=stored_words(plan),
+        weights=None if plan.weights is None else weights_line(plan.weights, plan.profile),
         chain=chain_words(plan),
         proof=proof_line(plan),
         demands=None if plan.demands is None else demands_line(plan.demands),

@@ -1,6 +1,7 @@
 """A plan as a person sees it in a terminal: memory bars, the chain with its hops, the times, the proof."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from planner.show.words import duration
 from plans.commands.console import table
 from plans.errors import printable
+from plans.packed.choice import AS_STORED, WeightChoice, WeightError
 from plans.plan import Demands, Plan, Stage
+from plans.profile import ModelProfile
 from plans.reading.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -35,12 +38,37 @@ def headline(plan: Plan) -> str:
     flight = f", {work.requests_in_flight} in flight" * (work.requests_in_flight > 1)
     flight += f", prefill in chunks of {work.prefill_chunk_tokens}" * (work.prefill_chunk_tokens < work.prompt_tokens)
     model = plan.profile.model
-    stored = model.quantization if model.source == "gguf" else model.packing or work.dtype
     return (
-        f"{model.name}: {model.num_hidden_layers} layers in {stored}, context "
+        f"{model.name}: {model.num_hidden_layers} layers in {stored_words(plan)}, context "
         f"{work.context_tokens}, {work.prompt_tokens} + {work.new_tokens} tokens{batch}{flight}; "
         f"strategy {plan.strategy} ({plan.objective}{weight})"
     )
+
+
+def stored_words(plan: Plan) -> str:
+    """Return how the layers are stored, such as `bf16` or `int4`."""
+    model = plan.profile.model
+    if plan.weights is not None:
+        return plan.weights.words
+    return str(model.quantization) if model.source == "gguf" else model.packing or plan.workload.dtype
+
+
+def weights_line(choice: WeightChoice, profile: ModelProfile) -> str:
+    """Return what the export of a plan packs, and what it leaves alone."""
+    layers = Counter(choice.layer_bits)
+    parts = [f"{layers[bits]} layers in int{bits}" for bits in (4, 8) if layers[bits]]
+    parts += [f"{layers[AS_STORED]} layers in {profile.dtype}"] * (layers[AS_STORED] > 0)
+    head = f"int{choice.head_bits}" if choice.head_bits != AS_STORED else profile.dtype + " (tied)" * profile.tied
+    size, error = format_bytes(profile.total_weight_bytes), choice.error
+    cost = "" if error is None else f"; {error_words(error)}"
+    held = f"{', '.join(parts)} (groups of {choice.group_size}), the head in {head}, the rest in {profile.dtype}"
+    return f"weights: {held}; {size} in all{cost}"
+
+
+def error_words(error: WeightError) -> str:
+    """Return what a choice is expected to cost, and what it may cost."""
+    budget = "" if error.budget is None else f" of {error.budget:g} allowed, the best of the ladder"
+    return f"expected error {error.expected:.4g}{budget} (mean KL per token)"
 
 
 def stage_table(plan: Plan) -> "Table":
@@ -92,6 +120,8 @@ def summary_lines(plan: Plan) -> Iterator[str]:
     yield chain_line(plan)
     if plan.demands is not None:
         yield demands_line(plan.demands)
+    if plan.weights is not None:
+        yield weights_line(plan.weights, plan.profile)
     yield from _time_lines(plan)
     if plan.trade_off is not None:
         trade = plan.trade_off

@@ -41,7 +41,7 @@ def unit_table(profile: ModelProfile, workload: Workload) -> "Table":
     """Return the per-unit table; identical layers share a row that counts one of them."""
     numbers = (
         "parameters",
-        f"weights\n{'GGUF' if profile.model.source == 'gguf' else profile.model.packing or profile.dtype}",
+        f"weights\n{_stored_as(profile)}",
         "read\n/token",
         f"KV {profile.kv_cache_dtype}\n/token",
         f"KV cache\n{_context(workload)}",
@@ -70,6 +70,7 @@ def summary_lines(profile: ModelProfile, workload: Workload) -> Iterator[str]:
     if profile.tied:
         shared = format_bytes(tied_table_bytes(profile))
         yield f"embedding and head share one table of {shared}: it counts twice when they are on different devices"
+    yield from _packed_lines(profile)
     for origin in profile.origins:
         yield f"{origin.number} from {origin.key}: {origin.how}"
     for difference in profile.differences[:MAX_DIFFERENCES]:
@@ -78,6 +79,21 @@ def summary_lines(profile: ModelProfile, workload: Workload) -> Iterator[str]:
     hidden = len(profile.differences) - MAX_DIFFERENCES
     if hidden > 0:
         yield f"and {hidden} more differences; --json lists all"
+
+
+def _stored_as(profile: ModelProfile) -> str:
+    if profile.model.source == "gguf":
+        return "GGUF"
+    is_chosen = any(unit.weights for unit in profile.units)
+    return profile.model.packing or ("packed" if is_chosen else profile.dtype)
+
+
+def _packed_lines(profile: ModelProfile) -> Iterator[str]:
+    layers = Counter(layer.weights for layer in profile.layers if layer.weights)
+    head = f"the head in {profile.head.weights}" if profile.head.weights else ""
+    parts = [*(f"{count} layers in {name}" for name, count in sorted(layers.items())), *([head] if head else [])]
+    if parts:
+        yield f"packed: the matrices of {', '.join(parts)}; everything else in {profile.dtype}"
 
 
 def memory_summary(profile: ModelProfile, workload: Workload) -> dict[str, int]:

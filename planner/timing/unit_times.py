@@ -78,7 +78,7 @@ class UnitTimes:
         self._profile = profile
         self._batch = workload.batch_size
         self._timings = _matching_timings(device, profile, workload)
-        self._known: dict[tuple[str, str, int | None, int, int, bool], Estimate] = {}
+        self._known: dict[tuple[str, str, str | None, int | None, int, int, bool], Estimate] = {}
 
     def decode(self, unit: UnitProfile, *, context: int) -> Estimate:
         """Return the time of one decode step that attends to `context` tokens, itself included."""
@@ -93,7 +93,8 @@ class UnitTimes:
         return bool(self._table(unit, is_decode=True))
 
     def _remembered(self, unit: UnitProfile, work: Work, *, is_decode: bool) -> Estimate:
-        key = (unit.kind, unit.shapes_sha256, unit.kv_window_tokens, work.tokens, work.past, is_decode)
+        window = unit.kv_window_tokens
+        key = (unit.kind, unit.shapes_sha256, unit.weights, window, work.tokens, work.past, is_decode)
         if key not in self._known:
             self._known[key] = self._estimate(unit, work, is_decode=is_decode)
         return self._known[key]
@@ -113,9 +114,10 @@ class UnitTimes:
         return roofline_seconds(unit, self._device, work=work, profile=self._profile)
 
     def _table(self, unit: UnitProfile, *, is_decode: bool) -> Table:
-        """The first matching timings that hold rows for this kind of unit."""
+        """The first matching timings that hold rows for this kind of unit, with its weights stored as they were."""
         for timings in self._timings:
-            if unit.kind == "layer" and timings.profile not in {"*", unit.shapes_sha256}:
+            is_other_layer = unit.kind == "layer" and timings.profile not in {"*", unit.shapes_sha256}
+            if is_other_layer or timings.weights != unit.weights:
                 continue
             table = _rows(timings, unit, is_decode=is_decode)
             if table:

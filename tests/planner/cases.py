@@ -9,6 +9,7 @@ from typing import Any
 
 from planner.answers.solve import solve as solve_question
 from planner.model.profile import build_profile
+from planner.model.widths import Packed, uniform
 from planner.problem.question import Question
 from planner.program.effort import Effort
 from planner.timing.costs import predict
@@ -122,9 +123,20 @@ def write_checkpoint(
     return folder
 
 
+EVEN: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+"""Changes that make every side of TINY's matrices a multiple of 32, so that all of them can be packed."""
+
+
+def in_width(width: Any, checkpoint: Checkpoint | None = None, *, head: Any = None) -> Packed:
+    """A checkpoint, TINY with even sides unless another is given, with its weights packed."""
+    subject = checkpoint or bare(**EVEN)
+    return uniform(subject, build_profile(subject), width, head=head)
+
+
 def make_plan(**changes: Any) -> Plan:
     """A plan of TINY over two devices, cut after `cut` layers; made without a solver."""
     values: dict[str, Any] = {"cut": 3, "profile": tiny_profile(), "workload": workload(), "execution": "one_process"}
+    values |= {"weights": None}
     values |= {"cluster": cluster(device("a"), device("b"))} | changes
     profile, load, parts, execution = (values[key] for key in ("profile", "workload", "cluster", "execution"))
     num_layers, (a, b) = profile.model.num_hidden_layers, [d.name for d in parts.devices]
@@ -146,6 +158,7 @@ def make_plan(**changes: Any) -> Plan:
         strategy="custom",
         objective="latency",
         execution=execution,
+        weights=values["weights"],
         workload=load,
         cluster=parts,
         profile=profile,

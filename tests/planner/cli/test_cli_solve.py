@@ -11,6 +11,7 @@ import pytest
 from plans.plan import Plan
 from tests.conftest import RunCommand
 
+EXAMPLES = Path(__file__).parents[3] / "plans" / "examples"
 DEVICES = ("--device", "cpu=700MiB", "--device", "cpu=4MiB")
 
 
@@ -187,3 +188,50 @@ def test_a_budget_beyond_the_devices_memory_is_planned_with_a_warning(
         assert done.code == 0, done.err
         assert ("warning: --device" in done.err) == (says is not None)
         assert says is None or says in done.err
+
+
+def test_packed_weights_are_planned_shown_compared_and_reported(
+    shipped: Path, run_command: RunCommand, tmp_path: Path
+) -> None:
+    cluster, plan, page = EXAMPLES / "demo.json", tmp_path / "plan.json", tmp_path / "report.html"
+    asked = (shipped, "--cluster", cluster, "-c", "512")
+    done = run_command("llamaplan", "solve", *asked, "--weights", "int4", "-o", plan)
+    assert done.code == 0, done.err
+    line = "weights: 7 layers in int4 (groups of 32), the head in int8, the rest in bf16; 2.63 MiB in all"
+    assert "7 layers in int4, context 512" in done.out
+    assert line in done.out
+    assert line in run_command("llamaplan", "show", plan).out
+    assert run_command("llamaplan", "check", plan, "--model", shipped).code == 0
+    assert run_command("llamaplan", "simulate", plan, "--requests", "3").code == 0
+    assert run_command("llamaplan", "report", plan, "--no-compare", "-o", page).code == 0
+    assert "Weights: 7 layers in int4" in page.read_text(encoding="utf-8")
+    compared = json.loads(run_command("llamaplan", "compare", *asked, "--weights", "int4", "--json").out)
+    seconds = {row["name"]: row.get("seconds_per_token") for row in compared["rows"]}
+    assert seconds["compute"] == pytest.approx(Plan.read(plan).prediction.seconds_per_token)
+
+
+def test_auto_takes_the_widest_width_that_fits_and_says_which(
+    shipped: Path, run_command: RunCommand, tmp_path: Path
+) -> None:
+    cluster = json.loads((EXAMPLES / "demo.json").read_text(encoding="utf-8"))
+    cluster["devices"] = [d | {"budget_bytes": "3000KiB"} for d in cluster["devices"] if d["name"] == "cuda:0"]
+    (tmp_path / "one.json").write_text(json.dumps(cluster), encoding="utf-8")
+    asked = (shipped, "--cluster", tmp_path / "one.json", "-c", "32", "--prompt-tokens", "16")
+    refused = run_command("llamaplan", "solve", *asked)
+    assert refused.code == 4
+    assert "any one of these would do: --weights int4 (2.63 MiB of weights; its best plan takes" in refused.err
+    done = run_command("llamaplan", "solve", *asked, "--weights", "auto")
+    assert done.code == 0, done.err
+    assert "int4 is the widest in which the model fits" in done.err
+
+
+def test_options_about_weights_that_say_nothing_together_are_refused(shipped: Path, run_command: RunCommand) -> None:
+    for arguments, said in (
+        (("--head-weights", "int8"), "belongs to packed layers"),
+        (("--weights", "int4", "--max-error", "1"), "belongs to --weights auto with --sensitivity"),
+        (("--sensitivity", "x.json"), "says what fewer bits cost"),
+        (("--weights", "int8", "--dtype", "fp32"), "add --dtype bf16"),
+    ):
+        done = run_command("llamaplan", "solve", shipped, "--device", "cpu=1GiB", *arguments)
+        assert done.code == 2
+        assert said in done.err
