@@ -12,6 +12,7 @@ from plans.plan import Plan
 from plans.profile import ModelProfile
 from plans.reading.strict import StrictModel, dump_json
 from plans.run import BatchRun, Bench, Run
+from plans.sensitivity import Sensitivity
 from plans.workload import Request, Workload
 
 MODELS: dict[str, type[StrictModel]] = {
@@ -23,6 +24,7 @@ MODELS: dict[str, type[StrictModel]] = {
     "profile": ModelProfile,
     "request": Request,
     "run": Run,
+    "sensitivity": Sensitivity,
     "stage": StageFile,
     "workload": Workload,
 }

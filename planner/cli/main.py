@@ -9,6 +9,7 @@ from planner.cli import export as cli_export
 from planner.cli import links as cli_links
 from planner.cli import simulate as cli_simulate
 from planner.cli import solve as cli_solve
+from planner.cli import weights as cli_weights
 from planner.cli.frontier import frontier_command
 from planner.cli.next_steps import shown
 from plans.commands.app import new_app
@@ -78,6 +79,7 @@ def analyze(
 cli_devices.register(app)
 cli_links.register(app)
 cli_solve.register(app)
+cli_weights.register(app)
 app.command("frontier")(frontier_command)
 cli_compare.register(app)
 cli_simulate.register(app)

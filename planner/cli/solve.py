@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planner.cli import ask, options
+from planner.cli import ask, options, weights
 from planner.cli.next_steps import after_solve
 from plans.commands.console import Output
 from plans.commands.option_groups import ScreenOptions, with_option_groups
@@ -13,7 +13,6 @@ from plans.commands.option_groups import ScreenOptions, with_option_groups
 if TYPE_CHECKING:
     from planner.answers.capacity import Capacity
     from planner.measure.calibrate import Calibration
-    from planner.problem.question import Question
     from plans.cluster import Cluster
     from plans.plan import Plan
     from plans.profile import ModelProfile
@@ -57,6 +56,7 @@ def solve_command(
     from planner.answers.solve import solve
     from planner.devices.clusters import for_speed
     from planner.problem.question import Question
+    from planner.show import ladder as show_ladder
     from planner.show import plan as show
 
     screen = printed.output()
@@ -81,11 +81,10 @@ def solve_command(
         weights=asked.weights,
         narrower=asked.narrower,
     )
-    if widths.weights == "auto":
-        question = widest(question, asked, screen)
     started = time.monotonic()
-    with screen.spinner(f"solving for {len(offered.devices)} devices"):
-        plan = solve_with_best_chunk(question, effort) if prefill_chunk == ask.AUTO else solve(question, effort)
+    solve_one = solve_with_best_chunk if prefill_chunk == ask.AUTO else solve
+    plan, ladder = weights.solve_widths(question, asked, widths, effort, solve_one=solve_one, screen=screen)
+    with screen.spinner("looking for the largest workload"):
         capacities = capacities_of(plan, max_ctx=max_ctx, max_in_flight=max_in_flight, time_limit=search.time_limit)
     seconds = time.monotonic() - started
     if output is not None:
@@ -95,24 +94,16 @@ def solve_command(
     learnt = None if calibration is None else calibration_answer(calibration, plan)
     extra: dict[str, Any] = {"origins": list(asked.origins)} if asked.origins else {}
     extra |= {} if learnt is None else {"calibration": learnt[0]}
+    extra |= {} if ladder is None else {"ladder": show_ladder.as_json(ladder)}
     screen.data(show.as_json(plan, solve_seconds=seconds, capacities=capacities) | extra)
     print_plan(plan, screen)
+    if ladder is not None:
+        show_ladder.print_on(screen, ladder)
     for line in [*(() if learnt is None else learnt[1]), *map(show.capacity_line, capacities)]:
         screen.show(line)
     screen.note(f"solved in {seconds:.2f} s" + (f", wrote {output}" if output is not None else ""))
     kept = "the same command with -o plan.json, to keep the plan"
     screen.next_step(kept if output is None else after_solve(plan, output, model=model))
-
-
-def widest(question: "Question", asked: ask.Asked, screen: Output) -> "Question":
-    """Return the question in the widest of its widths that fits, and say which that is."""
-    from planner.answers.widest import widest_that_fits
-
-    found = widest_that_fits(question)
-    if found.weights is not None:
-        screen.note(f"{found.weights.kind} is the widest in which the model fits")
-    ask.warn_of_unpacked(asked.checkpoint, found.weights, screen)
-    return found
 
 
 def calibration_of(path: Path, cluster: "Cluster", profile: "ModelProfile") -> "Calibration":

@@ -1,6 +1,6 @@
 """One model in several widths: as it is stored, in 8 bits, in 4 bits, or in a mix of them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +47,28 @@ def uniform(checkpoint: Checkpoint, plain: ModelProfile, width: Width, *, head: 
     check_packable(checkpoint, dtype=plain.dtype, asked=f"--weights {width}")
     bits = (BITS[width],) * checkpoint.config.num_hidden_layers
     return packed(checkpoint, plain, choice_of(bits, head_bits=head_bits(checkpoint, head)))
+
+
+def mixed(eight: Packed, four: Packed, narrow: Collection[int]) -> Packed:
+    """Return the model with some layers in 4 bits and the others in 8, from both uniform widths.
+
+    Args:
+        eight: all layers in 8 bits.
+        four: all layers in 4 bits; the head as in `eight`.
+        narrow: the numbers of the layers in 4 bits.
+    """
+    assert eight.profile.head == four.profile.head, "heads of two widths"
+    wide, layers = eight.profile, range(len(eight.profile.layers))
+    units = [(four if index in narrow else eight).profile.layers[index] for index in layers]
+    saved = sum(wide.layers[index].weight_bytes - four.profile.layers[index].weight_bytes for index in narrow)
+    profile = wide.model_copy(
+        update={
+            "units": (wide.embedding, *units, wide.head),
+            "total_weight_bytes": wide.total_weight_bytes - saved,
+        }
+    )
+    bits = tuple(4 if index in narrow else 8 for index in layers)
+    return Packed(choice_of(bits, head_bits=eight.choice.head_bits), profile)
 
 
 def as_asked(

@@ -40,7 +40,7 @@ FLOORS = {
             "profile",
             "cluster",
         ),
-        *("stages", "workload", "memory", "plan", "run", "check", "export", "schemas"),
+        *("stages", "workload", "memory", "plan", "sensitivity", "run", "check", "export", "schemas"),
     ),
     "planner": (
         *("model", "devices", "timing", "problem", "program", "proof", "answers", "measure", "simulate", "rivals"),
