@@ -272,47 +272,42 @@ INLINE floats read_half_block(int dtype, const char *row, size_t k, int half) {
     return half_to_floats(half ? pairs >> 16 : pairs & 0xffff);
 }
 
-/* sums[n][m] += M weight rows times N activation rows over `width` columns. Few independent sums are split into several
- * `ways`, to hide the latency of a multiply-add. Weights `ahead` bytes further on are fetched meanwhile (0: none): the
- * processor's own prefetchers stop at every page. */
+/* sums[n][m] += M weight rows times N activation rows over `width` columns. Each sum is one chain of multiply-adds from
+ * the first column to the last, so that a row's sums are the same whatever rows share the step. Weights `ahead` bytes
+ * further on are fetched meanwhile: the processor's own prefetchers stop at every page. */
 INLINE void tile(int dtype, int M, int N, const char *w, size_t pitch, int is_fetching, ptrdiff_t ahead, const float *x,
                  size_t chunk, size_t width, floats *sums, int is_first) {
-    const int ways = M * N == 1 ? 8 : M * N == 2 ? 4 : 1, blocks = ways > 2 ? ways / 2 : 1;
-    floats sum[5][2][8], weights[2];
+    floats sum[5][2], weights[2];
     UNROLL for (int n = 0; n < N; n++)
-        UNROLL for (int m = 0; m < M; m++)
-            UNROLL for (int i = 0; i < ways; i++) sum[n][m][i] = is_first || i ? (floats){0} : sums[n * STRIP + m];
-    for (size_t k = 0; k < width; k += blocks * BLOCK)
-        UNROLL for (int half = 0; half < 2 * blocks; half++) {
-            size_t at = k + half / 2 * BLOCK;
-            if (blocks > 1 && half % 2 == 0 && at >= width) break;
+        UNROLL for (int m = 0; m < M; m++) sum[n][m] = is_first ? (floats){0} : sums[n * STRIP + m];
+    for (size_t k = 0; k < width; k += BLOCK)
+        UNROLL for (int half = 0; half < 2; half++) {
             UNROLL for (int m = 0; m < M; m++) {
-                if (is_fetching && half % 2 == 0) __builtin_prefetch(w + m * pitch + at * size_of(dtype) + ahead);
-                weights[m] = read_half_block(dtype, w + m * pitch, at, half % 2);
+                if (is_fetching && half == 0) __builtin_prefetch(w + m * pitch + k * size_of(dtype) + ahead);
+                weights[m] = read_half_block(dtype, w + m * pitch, k, half);
                 KEEP(weights[m]);
             }
             UNROLL for (int n = 0; n < N; n++) {
-                floats values = *(const floats_at *)(x + n * chunk + at + half % 2 * LANES);
+                floats values = *(const floats_at *)(x + n * chunk + k + half * LANES);
                 KEEP(values);
-                UNROLL for (int m = 0; m < M; m++) sum[n][m][half % ways] += weights[m] * values;
+                UNROLL for (int m = 0; m < M; m++) sum[n][m] += weights[m] * values;
             }
         }
     UNROLL for (int n = 0; n < N; n++)
-        UNROLL for (int m = 0; m < M; m++) {
-            UNROLL for (int i = 1; i < ways; i++) sum[n][m][0] += sum[n][m][i];
-            sums[n * STRIP + m] = sum[n][m][0];
-        }
+        UNROLL for (int m = 0; m < M; m++) sums[n * STRIP + m] = sum[n][m];
 }
 
-/* Two weight rows with three or more activation rows, in groups that just fit the processor's registers. */
-INLINE void multiply_pair(int dtype, const char *w, size_t pitch, ptrdiff_t ahead, const float *x, size_t chunk,
-                          size_t width, int rows, floats *sums, int is_first) {
+/* One or two weight rows with all activation rows, in groups that just fit the processor's registers. */
+INLINE void multiply(int dtype, int M, const char *w, size_t pitch, ptrdiff_t ahead, const float *x, size_t chunk,
+                     size_t width, int rows, floats *sums, int is_first) {
     int groups = (rows + 4) / 5, is_fetching = 1;
     for (; groups > 0; groups--, is_fetching = 0) {
         int N = (rows + groups - 1) / groups;
 #define CASE(n, fetches) \
-    case n + 8 * fetches: tile(dtype, 2, n, w, pitch, fetches, ahead, x, chunk, width, sums, is_first); break
-        switch (N + 8 * is_fetching) { CASE(3, 1); CASE(4, 1); CASE(5, 1); CASE(3, 0); CASE(4, 0); CASE(5, 0); }
+    case n + 8 * fetches: tile(dtype, M, n, w, pitch, fetches, ahead, x, chunk, width, sums, is_first); break
+        switch (N + 8 * is_fetching) {
+            CASE(1, 1); CASE(2, 1); CASE(3, 1); CASE(4, 1); CASE(5, 1); CASE(3, 0); CASE(4, 0); CASE(5, 0);
+        }
 #undef CASE
         rows -= N, x += N * chunk, sums += N * STRIP;
     }
@@ -344,19 +339,14 @@ INLINE void multiply_strip(int dtype, const char *w, const Order *order, size_t 
                            floats *sums) {
     size_t size = size_of(dtype), pitch = order->columns * size, chunk = order->chunk;
     size_t whole = order->columns / BLOCK * BLOCK, width = whole - k < chunk ? whole - k : chunk;
-    int rows = (int)order->rows, rows_ahead = dtype == F32 ? 2 : 4, is_last = k + chunk >= whole, m = 0;
-    for (w += k * size; rows > STREAM_ROWS && m + 2 <= count; m += 2, w += 2 * pitch) {
+    int rows_ahead = dtype == F32 ? 2 : 4, is_last = k + chunk >= whole, m = 0;
+    for (w += k * size; m < count; m += 2, w += 2 * pitch) {
         /* What comes `rows_ahead` rows later: of this strip, of its next chunk, or of the next strip. */
         ptrdiff_t ahead = rows_ahead * pitch;
         if (chunk >= whole) ahead = ahead < AHEAD_BYTES ? AHEAD_BYTES : ahead;
         else if (m + rows_ahead >= STRIP) ahead -= is_last ? k * size : STRIP * pitch - chunk * size;
-        multiply_pair(dtype, w, pitch, ahead, x, chunk, width, rows, sums + m, k == 0);
-    }
-    for (; m < count; m++, w += pitch) {
-        if (rows == 2) tile(dtype, 1, 2, w, pitch, 1, AHEAD_BYTES, x, chunk, width, sums + m, k == 0);
-        else
-            for (int n = 0; n < rows; n++)
-                tile(dtype, 1, 1, w, pitch, 1, AHEAD_BYTES, x + n * chunk, chunk, width, sums + n * STRIP + m, k == 0);
+        if (m + 2 <= count) multiply(dtype, 2, w, pitch, ahead, x, chunk, width, (int)order->rows, sums + m, k == 0);
+        else multiply(dtype, 1, w, pitch, ahead, x, chunk, width, (int)order->rows, sums + m, k == 0);
     }
 }
 

@@ -1,5 +1,6 @@
 """Steps of several sequences of different lengths, against each sequence by transformers alone."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,45 @@ def test_a_prompt_goes_into_its_slot_in_pieces_between_steps_of_others(kernels: 
         ids = tokens(1, cache.length(1) + 1)[-1:]
         assert_row = fast.ragged(ids, slots=[1], cache=cache)[0]
         assert distance(assert_row, expected_logits(model, 1, cache.length(1))) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["3 heads per key, long rows", "biases, nothing a multiple of 16", "mistral window"])
+def test_no_bit_of_a_sequence_depends_on_what_shares_its_step(name: str, dtype: torch.dtype, kernels: Library) -> None:
+    model, draw = make_model(name, dtype=dtype, num_hidden_layers=2), random.Random(name)
+    fast, cache = fast_model(model, kernels), new_slots(model, num_slots=MAX_ROWS, capacity=64)
+    lengths = [draw.randrange(30) for _ in range(MAX_ROWS)]
+    for slot, length in enumerate(lengths):
+        read_in_pieces(fast, cache, slot, length, draw)
+    ids = torch.tensor([draw.randrange(VOCAB_SIZE) for _ in lengths])
+    alone = torch.cat([fast.ragged(ids[slot, None], slots=[slot], cache=cache) for slot in range(MAX_ROWS)])
+    for count in range(2, MAX_ROWS + 1):
+        slots = draw.sample(range(MAX_ROWS), count)
+        for slot in slots:
+            cache.keep(slot, num_tokens=lengths[slot])
+        assert torch.equal(fast.ragged(ids[slots], slots=slots, cache=cache), alone[slots])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_bit_of_a_sequence_depends_on_how_the_kernels_read_its_prompt(dtype: torch.dtype, kernels: Library) -> None:
+    model, draw = make_model("3 heads per key, long rows", dtype=dtype, num_hidden_layers=2), random.Random(1)
+    fast, cache = fast_model(model, kernels), new_slots(model, num_slots=4)
+    last = [read_in_pieces(fast, cache, slot, 30, draw, seed=0) for slot in range(4)]
+    assert all(torch.equal(logits, last[0]) for logits in last)
+    for keys, values in cache.buffers:
+        assert all(torch.equal(part[slot], part[0]) for part in (keys, values) for slot in range(4))
+
+
+def read_in_pieces(
+    fast: FastModel, cache: SlotCache, slot: int, length: int, draw: random.Random, *, seed: int | None = None
+) -> torch.Tensor | None:
+    """Read the beginning of a slot by the kernels, up to MAX_ROWS tokens at a time; returns the last logits [V]."""
+    logits = None
+    while (past := cache.length(slot)) < length:
+        end = min(length, past + draw.randint(1, MAX_ROWS))
+        piece = tokens(slot if seed is None else seed, end)[None, past:]
+        logits = fast.step(piece, attention_mask=None, position_ids=None, cache=cache[slot])
+    return None if logits is None else logits[0, -1]
 
 
 def test_a_slot_keeps_the_beginning_it_shares_with_the_next_prompt(kernels: Library) -> None:
