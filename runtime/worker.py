@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from plans.commands.children import die_with
+from plans.commands.children import die_with, name_process
 from plans.commands.console import Terminated, leave, run_call
 from plans.errors import LlamaplanError, PeerError, UsageError
 from runtime.distributed.control.address import Address, connect, parse_address
@@ -76,6 +76,7 @@ def parse_arguments(arguments: Sequence[str], here: Torchrun | None) -> Argument
         raise UsageError(f"'{unknown[0]}' is no option of a worker", hint="see python -P -m runtime.worker --help")
     if found.parent is not None:
         die_with(found.parent)
+        name_process(f"llamarun {found.rank}")
     rank = found.rank if here is None else here.rank
     if rank is None:
         raise UsageError("a worker needs its place in the chain", expected="--rank N, or torchrun")

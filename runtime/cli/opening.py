@@ -1,5 +1,6 @@
 """What every command does first: open, prepare and load a model while a spinner says so, and choose how to sample."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from runtime.distributed.control.launch import LocalWorkers
     from runtime.generate.sampling import Sampling
     from runtime.prepared import Prepared
+    from runtime.reading.opening import Source
     from runtime.session import Session
 
 
@@ -31,40 +33,61 @@ def prepare(
     number of stages is known. A command that works on token ids alone needs no tokenizer.
     """
     with output.spinner("opening", style="line"):
-        from plans.stages import stage_names
         from runtime.reading.opening import open_source, parse_device_map
 
         source = open_source(target, model=loading.model, expect_id=loading.expect_id, only_stage=only_stage)
         for warning in source.warnings:
             output.warn(warning)
         places = parse_device_map(loading.device_map or [], num_stages=len(source.stages))
+    if workers is not None:
+        workers.start_ahead(source.stages, device_map=places)
+    _import_libraries(output, has_workers=workers is not None)
+    if workers is not None:  # no spinner turns now: it is a thread, and a process with threads cannot fork
+        workers.fork()
+    with output.spinner("opening", style="line"):
+        return _prepare(output, source, loading, places=places, only_stage=only_stage, needs_text=needs_text)
 
-        if workers is not None:
-            workers.start_ahead(stage_names(source.stages))
 
-        with output.leaving_at_once():
-            import torch
-            import transformers
+def _import_libraries(output: Output, *, has_workers: bool) -> None:
+    with output.spinner("opening", style="line"), output.leaving_at_once():
+        import transformers
 
-            from runtime.prepared import prepare_session
+        import runtime.prepared
 
-        # Our own sentences say what a person needs; the library's advice about its internals does not help here.
-        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        if loading.threads is not None:
-            torch.set_num_threads(loading.threads)
-        prepared = prepare_session(
-            source,
-            device_map=places,
-            dtype=loading.dtype,
-            kv_cache_dtype=loading.kv_cache_dtype,
-            context_tokens=loading.ctx_size,
-            only_stage=only_stage,
-            needs_text=needs_text,
-        )
-        for warning in prepared.warnings:
-            output.warn(warning)
-        return prepared
+        if has_workers:
+            import runtime.distributed.serve  # noqa: F401 - all that a fork will need
+    # Our own sentences say what a person needs; the library's advice about its internals does not help here.
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def _prepare(
+    output: Output,
+    source: "Source",
+    loading: LoadingOptions,
+    *,
+    places: Mapping[int, str],
+    only_stage: int | None,
+    needs_text: bool,
+) -> "Prepared":
+    import torch
+
+    from runtime.prepared import prepare_session
+
+    if loading.threads is not None:
+        torch.set_num_threads(loading.threads)
+    prepared = prepare_session(
+        source,
+        device_map=places,
+        dtype=loading.dtype,
+        kv_cache_dtype=loading.kv_cache_dtype,
+        context_tokens=loading.ctx_size,
+        only_stage=only_stage,
+        needs_text=needs_text,
+    )
+    for warning in prepared.warnings:
+        output.warn(warning)
+    return prepared
 
 
 def load(

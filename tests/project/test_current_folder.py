@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from exporter.emit import emit
 from plans.check import read_plan
 from tests.conftest import SHIPPED
+from tests.runtime.distributed.nursery import Nursery
 
 COMMANDS = Path(sys.executable).parent
 PROMPT = ["--prompt-ids", "1,2,3", "-n", "2"]
@@ -36,6 +39,9 @@ RUNS: dict[str, list[object]] = {
     "check": ["llamarun", "check", "shards", "--against", SHIPPED],
     "chat": ["llamarun", "chat", "shards", "-n", "2"],
 }
+
+STARTED = ("analyze", "generate with processes")
+"""Those that are started as a user does. The others begin where a Python in that folder has imported the libraries."""
 
 
 @pytest.fixture(scope="module")
@@ -67,23 +73,35 @@ def trapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, command: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def unsafe(folder: Path) -> dict[str, str]:
+    """The environment of somebody who never thought of it."""
     marks = folder / "marks"
     marks.mkdir(exist_ok=True)
-    unsafe = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONSAFEPATH"}}
+    kept = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONSAFEPATH"}}
+    return {**kept, "TRAP_MARKS": str(marks)}
+
+
+def run(folder: Path, command: str, *arguments: object) -> None:
+    """Run a command as its users start it."""
     done = subprocess.run(
         [COMMANDS / command, *map(str, arguments)],
         cwd=folder,
-        input="",
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
         timeout=200,
-        env={**unsafe, "TRAP_MARKS": str(marks), **environment},
+        env=unsafe(folder),
     )
     assert done.returncode == 0, done.stderr
-    assert list(marks.iterdir()) == []
-    return done
+    assert list((folder / "marks").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def in_the_folder(trapped: Path) -> Iterator[Nursery]:
+    """A Python that was started there and has imported torch, transformers and the runtime there."""
+    with closing(Nursery(environment=unsafe(trapped), folder=trapped)) as nursery:
+        yield nursery
 
 
 def test_a_trap_works_for_who_starts_python_carelessly(trapped: Path, tmp_path: Path) -> None:
@@ -93,9 +111,19 @@ def test_a_trap_works_for_who_starts_python_carelessly(trapped: Path, tmp_path: 
 
 
 @pytest.mark.row("P10")
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", STARTED)
 def test_a_command_imports_nothing_from_the_current_folder(trapped: Path, name: str) -> None:
     run(trapped, *RUNS[name])
+
+
+@pytest.mark.row("P10")
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in STARTED])
+def test_what_a_command_imports_or_starts_later_is_not_from_the_current_folder(
+    trapped: Path, in_the_folder: Nursery, tmp_path: Path, name: str
+) -> None:
+    done = in_the_folder.start(RUNS[name], output=tmp_path / "said")
+    assert done.end(within=200)[0] == 0, done.said
+    assert list((trapped / "marks").iterdir()) == []
 
 
 @pytest.mark.row("P10")

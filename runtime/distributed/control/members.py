@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO
 
+from plans.commands.children import ForkedPython
 from plans.commands.console import Terminated
 from plans.errors import (
     ExitCode,
@@ -48,7 +49,7 @@ class LocalProcess:
         errors: file its stderr goes to.
     """
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedPython
     errors: IO[bytes]
 
     def end(self) -> None:

@@ -194,8 +194,8 @@ def test_ctrl_c_keeps_the_text_so_far_and_leaves_with_130(shipped: Path) -> None
 def test_a_reader_that_goes_away_stops_the_run(shipped: Path) -> None:
     with started(*long_text(shipped), is_held=True) as job:
         job.first_text()
-        job.process.stdout.close()
-        said = job.process.stderr.read()
+        job.stdout.close()
+        said = job.stderr.read()
         assert job.process.wait(timeout=60) == 141, said
     assert b"Traceback" not in said
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 from jobs import generate
-from nursery import Nursery, open_nursery
 from transformers import PreTrainedConfig
 
 from exporter import export
 from runtime.cli import run as llamarun
-from runtime.distributed.control.launch import LocalWorkers
+from runtime.distributed.control.address import parse_address
 from runtime.distributed.opening import open_processes
 from runtime.distributed.session import ProcessSession, ProcessSettings
 from runtime.prepared import Prepared, prepare_session
 from runtime.reading.opening import open_source
 from runtime.session import Session, load_session
 from tests.exporter.export_helpers import make_plan
+from tests.runtime.distributed.nursery import Nursery, the_nursery
 
 CUTS = {2: [4, 3], 3: [2, 4, 1], 4: [0, 3, 4, 0]}
 
@@ -81,10 +81,9 @@ def greedy_text(one_process_text: Callable[..., bytes]) -> Callable[[int], bytes
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
+def nursery() -> Nursery:
     """Starts processes that have imported everything already."""
-    with open_nursery() as opened:
-        yield opened
+    return the_nursery()
 
 
 @pytest.fixture(scope="session")
@@ -94,14 +93,30 @@ def in_one_process(exports: Callable[[int], Path]) -> Callable[[int], Session]:
 
 
 @pytest.fixture(scope="session")
-def in_processes(exports: Callable[[int], Path]) -> Iterator[Callable[[int], ProcessSession]]:
+def join_processes(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ProcessSession]:
+    """Open a session whose workers join it; whoever calls closes it."""
+
+    def join(folder: Path, prepared: Prepared) -> ProcessSession:
+        place = tmp_path_factory.mktemp("joined")
+        address = f"unix:{place / 'socket'}"
+        for rank in range(1, len(prepared.source.stages)):
+            words = ["runtime.worker", folder, "--rank", rank, "--join", address]
+            nursery.start(words, output=place / f"worker{rank}")
+        return open_processes(prepared, ProcessSettings(listen=parse_address(address, where="--listen"), threads=1))
+
+    return join
+
+
+@pytest.fixture(scope="session")
+def in_processes(
+    exports: Callable[[int], Path], join_processes: Callable[..., ProcessSession]
+) -> Iterator[Callable[[int], ProcessSession]]:
     """A running session with so many processes; all end with the tests."""
     with ExitStack() as stack:
 
         @cache
         def start(num_stages: int) -> ProcessSession:
             folder = exports(num_stages)
-            settings = ProcessSettings(workers=LocalWorkers(folder), threads=1)
-            return stack.enter_context(open_processes(prepare(folder), settings))
+            return stack.enter_context(join_processes(folder, prepare(folder)))
 
         yield start

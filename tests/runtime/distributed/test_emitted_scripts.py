@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jobs import ENVIRONMENT, PROMPT
+from jobs import PROMPT
 
 from exporter import export
 from exporter.emit import emit
@@ -14,6 +14,7 @@ from runtime.prepared import prepare_session
 from runtime.reading.opening import open_source
 from runtime.session import load_session
 from tests.exporter.export_helpers import make_plan
+from tests.runtime.distributed.nursery import ENVIRONMENT
 
 
 def free_port() -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from jobs import Job, generate, started, wait_for
-from nursery import Nursery
 
 from plans.errors import PeerError
 from runtime.distributed.control.acceptor import MAX_STRANGERS, Acceptor
@@ -19,6 +18,7 @@ from runtime.distributed.control.address import listen, parse_address
 from runtime.distributed.control.channel import receive_frame, send_frame
 from runtime.distributed.control.keys import introduce, welcome
 from tests.conftest import RunCommand
+from tests.runtime.distributed.nursery import Nursery
 
 LOST, MACHINE, USAGE = 7, 6, 2
 Exports = Callable[[int], Path]
@@ -39,7 +39,7 @@ def address_of(job: Job) -> str:
     """Read where a driver listens from what it says."""
     said = b""
     while not (found := re.search(rb"listening on (\S+) for", said)):
-        line = job.process.stderr.readline()
+        line = job.stderr.readline()
         assert line, said
         said += line
     return found[1].decode()

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from nursery import Child, Nursery
 from test_joining import make_key
 from wires import Rule, Wire, is_data, is_large, lossy, wires
+
+from tests.runtime.distributed.nursery import Child, Nursery
 
 LOST = 7
 HEARTBEAT_SECONDS, JOIN_SECONDS = 6, 10

@@ -10,9 +10,7 @@ from transformers import PreTrainedConfig
 
 from exporter import export
 from plans.errors import UsageError
-from runtime.distributed.control.launch import LocalWorkers
-from runtime.distributed.opening import open_processes
-from runtime.distributed.session import ProcessSession, ProcessSettings
+from runtime.distributed.session import ProcessSession
 from runtime.generate.limits import Limits
 from runtime.generate.loop import Generation, Request
 from runtime.generate.sampling import Sampling
@@ -138,7 +136,7 @@ def test_nothing_to_generate_is_an_answer(in_one_process: Start, in_processes: S
 
 
 def test_long_rope_switches_in_every_process_at_once(
-    make_whole: Callable[[PreTrainedConfig], Path], tmp_path: Path
+    make_whole: Callable[[PreTrainedConfig], Path], join_processes: Callable[..., ProcessSession], tmp_path: Path
 ) -> None:
     """Phi-3 takes other factors once a sequence is past its first 32 positions: while it generates or in the prompt."""
     config, folder = family_config("phi3 with long rope"), tmp_path / "export"
@@ -147,7 +145,7 @@ def test_long_rope_switches_in_every_process_at_once(
     export(make_plan(model, [2, 1, 2], devices=["cpu#0", "cpu#1", "cpu#2"]), model=model, output=folder)
     prepared = prepare_session(open_source(folder, model=None), device_map={}, context_tokens=96)
     whole = load_session(prepared)
-    with open_processes(prepared, ProcessSettings(workers=LocalWorkers(folder), threads=1)) as session:
+    with join_processes(folder, prepared) as session:
         for length, chunk_tokens in ((20, None), (25, 4), (45, 10), (45, 40), (60, None)):
             limits = Limits(context_tokens=96, max_tokens=30, prefill_chunk_tokens=chunk_tokens)
             requests = [
