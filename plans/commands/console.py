@@ -109,13 +109,16 @@ class Output:
         self._console(to_stderr=True).print(f"warning: {printable(text, limit=2000)}", markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def leaving_at_once(self) -> Iterator[None]:
-        """End the process in the signal handler within the block; for imports, where nothing has to be cleaned up.
+    def leaving_at_once(self, *, first: Callable[[], None] | None = None) -> Iterator[None]:
+        """End the process in the signal handler within the block; for imports, where nothing else has to be cleaned up.
 
         Libraries lose an exception that a handler raises while they are imported, and the command would go on.
+        `first` is called before.
         """
 
         def end(number: int, _frame: FrameType | None) -> None:
+            if first is not None:
+                first()
             self.progress_console.show_cursor()
             _say("interrupted" if number == signal.SIGINT else "terminated", number)
             sys.stderr.flush()

@@ -41,20 +41,21 @@ def prepare(
         places = parse_device_map(loading.device_map or [], num_stages=len(source.stages))
     if workers is not None:
         workers.start_ahead(source.stages, device_map=places)
-    _import_libraries(output, has_workers=workers is not None)
+    _import_libraries(output, workers)
     if workers is not None:  # no spinner turns now: it is a thread, and a process with threads cannot fork
         workers.fork()
     with output.spinner("opening", style="line"):
         return _prepare(output, source, loading, places=places, only_stage=only_stage, needs_text=needs_text)
 
 
-def _import_libraries(output: Output, *, has_workers: bool) -> None:
-    with output.spinner("opening", style="line"), output.leaving_at_once():
+def _import_libraries(output: Output, workers: "LocalWorkers | None") -> None:
+    end_workers = None if workers is None else workers.end
+    with output.spinner("opening", style="line"), output.leaving_at_once(first=end_workers):
         import transformers
 
         import runtime.prepared
 
-        if has_workers:
+        if workers is not None:
             import runtime.distributed.serve  # noqa: F401 - all that a fork will need
     # Our own sentences say what a person needs; the library's advice about its internals does not help here.
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

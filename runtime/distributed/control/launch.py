@@ -48,6 +48,10 @@ class LocalWorkers:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End those that nobody took."""
         waiting, self._waiting = self._waiting, {}
         for channel, process in waiting.values():
             process.end()
