@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +21,7 @@ from plans.cuts import layer_ranges
 from plans.engines.spelling import COUNT_ENGINES, ENGINES, MAP_ENGINES, llama_cpp_ranges, parse_partition
 from plans.errors import UsageError
 from plans.plan import Plan
+from tests.runtime.distributed.nursery import the_nursery
 
 CUTS = [[7], [3, 4], [2, 3, 2], [1, 1, 1, 1, 1, 1, 1], [0, 7], [7, 0], [0, 3, 4, 0]]
 ONE_HOST = ["here"] * 7
@@ -319,7 +319,8 @@ def test_the_transformers_snippet_runs(shipped: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     plan = make_plan(shipped, [3, 4], devices=["cpu#0", "cpu#1"], hosts=ONE_HOST)
     export(plan, model=shipped, output=tmp_path / "out")
-    text = text_of(emit(plan, engine="transformers", directory=str(tmp_path / "out")))
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "Once upon a time" in done.stdout
+    script = tmp_path / "run.py"
+    script.write_text(text_of(emit(plan, engine="transformers", directory=str(tmp_path / "out"))))
+    done = the_nursery().start(["python", script], output=tmp_path / "said")
+    assert done.end(within=240)[0] == 0, done.said
+    assert "Once upon a time" in done.text

@@ -6,7 +6,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from runtime.prepared import prepare_session
 from runtime.reading.opening import open_source
 from runtime.session import Session, load_session
 from tests.conftest import RunCommand
+from tests.runtime.distributed.nursery import the_nursery
 
 QUESTIONS = ("What does os.path.join do?", "And what is a tuple?", "Explain the csv module.")
 NEW_TOKENS = 16
@@ -407,33 +407,30 @@ class Terminal:
 
 
 def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(shipped: Path) -> None:
-    command = [sys.executable, "-m", "runtime.cli", "chat", str(shipped), "--temp", "1.9", "--top-k", "0"]
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
     terminal = Terminal(ours)
-    with subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
-    ) as process:
-        try:
-            os.close(theirs)
-            terminal.read_until(b"> ")
-            os.write(ours, b"Tell me everything.\n")
-            terminal.read_until(b"everything.\r\n")
-            terminal.read(8)
+    words = ["llamarun", "chat", shipped, "--temp", "1.9", "--top-k", "0"]
+    process = the_nursery().fork(words, streams=[theirs, theirs, theirs])
+    try:
+        os.close(theirs)
+        terminal.read_until(b"> ")
+        os.write(ours, b"Tell me everything.\n")
+        terminal.read_until(b"everything.\r\n")
+        terminal.read(8)
+        process.send_signal(signal.SIGINT)
+        terminal.read_until(b"(stopped)")
+        terminal.read_until(b"> ")
+        process.send_signal(signal.SIGINT)
+        while not terminal.is_readable(seconds=1):  # readline misses one that comes just before it waits
             process.send_signal(signal.SIGINT)
-            terminal.read_until(b"(stopped)")
-            terminal.read_until(b"> ")
-            process.send_signal(signal.SIGINT)
-            while not terminal.is_readable(seconds=1):  # readline misses one that comes just before it waits
-                process.send_signal(signal.SIGINT)
-            terminal.read_until(b"Ctrl-D or /exit leaves")
-            terminal.read_until(b"> ")
-            os.write(ours, b"\x04")
-            terminal.read_until(b"1 answers")
-            assert process.wait(timeout=60) == 0
-        finally:
-            process.kill()
-            os.close(ours)
+        terminal.read_until(b"Ctrl-D or /exit leaves")
+        terminal.read_until(b"> ")
+        os.write(ours, b"\x04")
+        terminal.read_until(b"1 answers")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(ours)
     assert b"Traceback" not in terminal.seen
 
 

@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -272,10 +270,9 @@ def test_an_end_of_sequence_list_and_one_that_comes_first_are_answers(
 def test_two_runs_on_one_bundle_at_once_are_both_right(shards: dict[str, Path], run_command: RunCommand) -> None:
     options = ["-p", PROMPT, "-n", "8", "--temp", "0", "--device-map", "cpu", "-q"]
     expected = run_command("llamarun", "generate", shards["2-4-1"], *options).out
-    command = [sys.executable, "-m", "runtime.cli", "generate", str(shards["2-4-1"]), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    assert [process.communicate(timeout=120)[0] for process in both] == [expected, expected]
+    command = ["generate", shards["2-4-1"], *options]
+    with started(*command) as one, started(*command) as other:
+        assert [job.end(within=120)[1].decode() for job in (one, other)] == [expected, expected]
 
 
 @pytest.mark.row("R2")

@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -29,7 +30,7 @@ from typing import Any, NoReturn
 _CLONE_NEWNET = 0x40000000
 MODULES = {"llamarun": "runtime.cli", "llamaplan": "planner.cli", "runtime.worker": "runtime.worker"}
 ROOT = Path(__file__).parents[3]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "dumb"}
 
 
 @dataclass(slots=True)
@@ -101,7 +102,7 @@ class Nursery:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def fork(self, words: Sequence[object], *, streams: Sequence[int], host: str | None = None) -> Forked:
-        """Start `llamarun ...`, `llamaplan ...` or `runtime.worker ...`, in a network namespace if one is named.
+        """Start `llamarun ...`, `llamaplan ...`, `runtime.worker ...` or `python FILE`, in a network namespace or here.
 
         `streams` are its stdin, stdout and stderr; whoever calls closes its own.
         """
@@ -192,11 +193,20 @@ def _become(order: dict[str, Any], streams: Sequence[int], orders: socket.socket
             os.dup2(stream, place)
             os.close(stream)
         sys.argv = order["command"]
+        sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())  # type: ignore[union-attr]
+        if sys.argv[0] == "python":
+            _run_file(sys.argv[1])
         importlib.import_module(MODULES[sys.argv[0]]).main()
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(70)
+
+
+def _run_file(path: str) -> NoReturn:
+    runpy.run_path(path, run_name="__main__")
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
