@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from plans.commands.user_cache import cache_folder
 from plans.errors import LlamaplanError
+from plans.packed.scheme import Scheme
 from plans.reading.strict import SchemaVersion, StrictModel
 from plans.stages import StageRange
 from runtime.fast.cache import FastLayer
@@ -28,6 +29,7 @@ from runtime.fast.kernels import FastStage
 from runtime.fast.native import Library, Unavailable
 from runtime.fast.speed import Choice
 from runtime.reading.devices import synchronize
+from runtime.reading.packed import PackedLinear
 
 STEP_ROWS = (1, 2, 4, 8, 16, 32)
 PROMPT_ROWS = (128, 512)
@@ -58,6 +60,8 @@ class Subject(StrictModel):
     head_dim: int
     vocab_size: int
     has_layers: bool
+    weights: str
+    """How linear layers are packed, such as `int4 g32`; empty where none is."""
 
 
 class Entry(StrictModel):
@@ -283,7 +287,14 @@ def _subject(model: PreTrainedModel, stage: StageRange, library: Library) -> Sub
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
         has_layers=bool(stage.num_layers),
+        weights=", ".join(sorted({scheme.words for scheme in _schemes(model, stage)})),
     )
+
+
+def _schemes(model: Any, stage: StageRange) -> Iterator[Scheme]:
+    measured = model.base_model.layers[stage.start_layer : stage.end_layer] if stage.num_layers else [model.lm_head]
+    for module in measured:
+        yield from (part.scheme for part in module.modules() if isinstance(part, PackedLinear))
 
 
 def _path(subject: Subject) -> Path | None:

@@ -1,7 +1,7 @@
 /* Decode steps of llama-like decoder layers on a CPU: a few rows (new tokens of some sequences) through a run of layers
  * in one call, without Python in between.
  *
- * Weights are read where they are (row-major [out, in], any alignment, nothing packed). All sums are taken in fp32,
+ * Weights are read where they are (row-major [out, in], any alignment; packed ones by packed.h). All sums are taken in fp32,
  * and every value is rounded to the model's dtype wherever the eager model would store it, so that both paths choose
  * the same tokens. Only GCC's vector extensions are used: the compiler turns them into AVX2, AVX-512 or NEON.
  *
@@ -74,10 +74,16 @@ typedef struct {
     double norm_eps, attention_scale, residual_multiplier;
 } Shape;
 
+/* A linear layer [out, in]. bits 0: in the model's dtype; else packed in 4 or 8 bits, with `group` columns to a scale. */
+typedef struct {
+    const void *weight, *scale, *bias;
+    int64_t bits, group, scale_dtype;
+} Linear;
+
 /* Pointers may be NULL where a family has no such tensor. */
 typedef struct {
-    const void *input_norm, *q, *k, *v, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *o, *o_bias;
-    const void *post_norm, *gate, *up, *gate_bias, *up_bias, *down, *down_bias;
+    const void *input_norm, *post_norm, *q_norm, *k_norm;
+    Linear q, k, v, o, gate, up, down;
     void *keys, *values; /* [sequences, K, C, D] */
     int64_t window;      /* slots a token sees, its own included; 0: all */
     int64_t has_rope;
@@ -109,7 +115,8 @@ typedef struct {
     int64_t threads, dtype, rows, hidden_size, vocab_size;
     double norm_eps, logits_scaling;
     const void *inputs;     /* [R, E] */
-    const void *norm, *weight;
+    const void *norm;
+    Linear weight;
     void *logits;           /* [R, V] */
     float *workspace;
     int64_t *counters;
@@ -242,6 +249,13 @@ static void arrange(const Order *order, size_t row, size_t first, size_t count, 
     for (; i < count; i++) x[offset_of(order, row, first + i)] = from[i];
 }
 
+/* How a linear layer wants to find activations that are written in pieces: packed ones make whole numbers of whole rows
+ * themselves, from fp32 as it comes. */
+INLINE Order order_before(const Linear *linear, Order order) {
+    if (linear->bits) order.chunk = (order.columns + BLOCK - 1) / BLOCK * BLOCK, order.is_paired = 0;
+    return order;
+}
+
 /* ---- Products: a panel of up to PANEL weight rows with all activation rows. ---- */
 
 #if defined(__F16C__)
@@ -371,16 +385,26 @@ static void panel(int dtype, const void *w, const Order *order, int count, const
     BY_DTYPE(dtype, panel_of, w, order, count, x, out);
 }
 
+#include "packed.h"
+
+/* Activations of all rows, as each kind of weights reads them. */
+typedef struct {
+    float *plain, *packed[2]; /* arranged; for 4 and for 8 bits */
+} Inputs;
+
+INLINE float *packed_for(const Inputs *x, const Linear *linear) { return x->packed[linear->bits == 8]; }
+
 INLINE void add_bias(int dtype, const void *bias, size_t first, int count, float *sums) {
     for (int m = 0; m < count; m++)
         sums[m] = rounded(dtype, bias ? sums[m] + read_at(dtype, bias, first + m) : sums[m]);
 }
 
 /* The same for rows `first` and on of a linear layer: bias added, rounded as the model stores it. */
-static void linear(int dtype, const void *w, const void *bias, const Order *order, size_t first, int count,
-                   const float *x, float *out) {
-    panel(dtype, (const char *)w + first * order->columns * size_of(dtype), order, count, x, out);
-    for (size_t n = 0; n < order->rows; n++) BY_DTYPE(dtype, add_bias, bias, first, count, out + n * PANEL);
+static void linear(int dtype, const Linear *l, const Order *order, size_t first, int count, const Inputs *x, float *out) {
+    size_t columns = order->columns;
+    if (l->bits) packed_panel(dtype, l, order->rows, columns, first, count, packed_for(x, l), out);
+    else panel(dtype, (const char *)l->weight + first * columns * size_of(dtype), order, count, x->plain, out);
+    for (size_t n = 0; n < order->rows; n++) BY_DTYPE(dtype, add_bias, l->bias, first, count, out + n * PANEL);
 }
 
 /* ---- Norms and rotary positions. ---- */
@@ -410,12 +434,16 @@ static void rms_norm(int dtype, const void *weight, double eps, size_t count, co
     BY_DTYPE(dtype, rms_norm_of, weight, eps, count, from, to);
 }
 
-/* Norm all rows of hidden [R, E] into x; `row` is room for one row. */
-static void norm_rows(int dtype, const void *weight, double eps, const Order *order, const float *hidden, float *row,
-                      float *x) {
+/* Norm all rows of hidden [R, E] into x, as `count` linear layers will read it; `row` is room for one row. */
+static void norm_rows(int dtype, const void *weight, double eps, const Order *order, const float *hidden,
+                      const Linear *const *readers, int count, float *row, const Inputs *x) {
+    int wanted[9] = {0};
+    for (int i = 0; i < count; i++) wanted[readers[i]->bits] = 1;
     for (size_t n = 0; n < order->rows; n++) {
         rms_norm(dtype, weight, eps, order->columns, hidden + n * order->columns, row);
-        arrange(order, n, 0, order->columns, row, x);
+        if (wanted[0]) arrange(order, n, 0, order->columns, row, x->plain);
+        for (int bits = 4; bits <= 8; bits += 4)
+            if (wanted[bits]) pack_row(dtype, bits, order->rows, order->columns, n, row, x->packed[bits == 8]);
     }
 }
 
@@ -439,9 +467,27 @@ typedef struct {
     float *hidden;                     /* [R, E], the residual stream */
     float *qkv;                        /* [R, (H + 2 K) D] */
     float *attended, *activated;       /* arranged */
-    float *own;                        /* per thread: room for one row, then normed rows, arranged */
+    float *own;                        /* per thread: room for one row, then rows for each kind of weights */
     size_t own_floats;
 } Decode;
+
+/* The most that one kind of packed weights wants to read. */
+static size_t packed_room(const Decode *d) {
+    int dtype = (int)d->shape->dtype;
+    size_t widest = d->by_heads.columns > d->by_ffn.columns ? d->by_heads.columns : d->by_ffn.columns;
+    widest = widest > d->by_hidden.columns ? widest : d->by_hidden.columns;
+    return packed_floats(dtype, d->by_hidden.rows, widest);
+}
+
+/* What a thread needs: room for one row, then for all rows as each kind of weights reads them. */
+INLINE size_t own_floats(Order by_hidden, size_t packed) {
+    return ALIGNED(by_hidden.columns) + floats_in(by_hidden) + 2 * packed;
+}
+
+INLINE Inputs own_inputs(float *own, Order by_hidden, size_t packed) {
+    float *plain = own + ALIGNED(by_hidden.columns), *first = plain + floats_in(by_hidden);
+    return (Inputs){plain, {first, first + packed}};
+}
 
 static size_t lay_out(Decode *d, const Shape *shape, size_t rows, size_t threads, float *workspace) {
     size_t num_heads = shape->num_heads, wide = (num_heads + 2 * shape->num_kv_heads) * shape->head_dim;
@@ -450,7 +496,7 @@ static size_t lay_out(Decode *d, const Shape *shape, size_t rows, size_t threads
     d->by_hidden = order_of((int)shape->dtype, rows, shape->hidden_size);
     d->by_heads = order_of((int)shape->dtype, rows, num_heads * shape->head_dim);
     d->by_ffn = order_of((int)shape->dtype, rows, shape->intermediate_size);
-    d->own_floats = ALIGNED(shape->hidden_size) + floats_in(d->by_hidden);
+    d->own_floats = own_floats(d->by_hidden, packed_room(d));
     d->cos = next, next += ALIGNED(rows * shape->rotary_dim);
     d->sin = next, next += ALIGNED(rows * shape->rotary_dim);
     d->hidden = next, next += ALIGNED(rows * shape->hidden_size);
@@ -472,24 +518,23 @@ INLINE int count_from(int64_t first, int64_t end) { return (int)(end - first < P
 
 /* ---- Phase 1: q, k and v of all rows. ---- */
 
-static void project_one(const Decode *d, const void *w, const void *bias, int64_t first, int64_t end, size_t column,
-                        const float *x) {
+static void project_one(const Decode *d, const Linear *l, int64_t first, int64_t end, size_t column, const Inputs *x) {
     const Shape *s = d->shape;
     size_t wide = (s->num_heads + 2 * s->num_kv_heads) * s->head_dim;
     int count = count_from(first, end);
     float out[MAX_ROWS * PANEL];
-    linear((int)s->dtype, w, bias, &d->by_hidden, first, count, x, out);
+    linear((int)s->dtype, l, &d->by_hidden, first, count, x, out);
     for (size_t n = 0; n < d->by_hidden.rows; n++)
         memcpy(d->qkv + n * wide + column + first, out + n * PANEL, 4 * count);
 }
 
-static void project(const Decode *d, const Layer *layer, const float *x, int64_t *counter) {
+static void project(const Decode *d, const Layer *layer, const Inputs *x, int64_t *counter) {
     int64_t q = d->shape->num_heads * d->shape->head_dim, k = d->shape->num_kv_heads * d->shape->head_dim;
     int64_t q_panels = (q + PANEL - 1) / PANEL, k_panels = (k + PANEL - 1) / PANEL;
     for (int64_t i; (i = take(counter)) < q_panels + 2 * k_panels;) {
-        if (i < q_panels) project_one(d, layer->q, layer->q_bias, i * PANEL, q, 0, x);
-        else if (i < q_panels + k_panels) project_one(d, layer->k, layer->k_bias, (i - q_panels) * PANEL, k, q, x);
-        else project_one(d, layer->v, layer->v_bias, (i - q_panels - k_panels) * PANEL, k, q + k, x);
+        if (i < q_panels) project_one(d, &layer->q, i * PANEL, q, 0, x);
+        else if (i < q_panels + k_panels) project_one(d, &layer->k, (i - q_panels) * PANEL, k, q, x);
+        else project_one(d, &layer->v, (i - q_panels - k_panels) * PANEL, k, q + k, x);
     }
 }
 
@@ -598,7 +643,7 @@ static void attend_heads(const Decode *d, const Layer *layer, size_t n, size_t h
                          const char *values, size_t first, size_t end) {
     int dtype = (int)d->shape->dtype;
     size_t D = d->shape->head_dim, wide = (d->shape->num_heads + 2 * d->shape->num_kv_heads) * D;
-    Order order = order_of(dtype, heads, D);
+    Order order = order_of(dtype, heads, D), before_o = order_before(&layer->o, d->by_heads);
     float query[CHUNK_FLOATS], sums[MAX_ROWS * MAX_HEAD], one[MAX_HEAD];
     float scores[MAX_ROWS * SLOTS] __attribute__((aligned(sizeof(floats))));
     float top[MAX_ROWS], total[MAX_ROWS], scale = (float)d->shape->attention_scale;
@@ -619,7 +664,7 @@ static void attend_heads(const Decode *d, const Layer *layer, size_t n, size_t h
     for (int h = 0; h < heads; h++) {
         float part = total[h] == 0.0f ? 0.0f : 1.0f / total[h]; /* a padding token sees nothing */
         for (size_t i = 0; i < D; i++) one[i] = rounded(dtype, sums[h * MAX_HEAD + place(&order, i)] * part);
-        arrange(&d->by_heads, n, (head + h) * D, D, one, d->attended);
+        arrange(&before_o, n, (head + h) * D, D, one, d->attended);
     }
 }
 
@@ -652,14 +697,18 @@ INLINE void add_rounded(int dtype, const float *from, float multiplier, int coun
     for (int m = 0; m < count; m++) to[m] = rounded(dtype, to[m] + rounded(dtype, from[m] * multiplier));
 }
 
-static void add_linear(const Decode *d, const void *w, const void *bias, const Order *order, const float *x,
+static void add_linear(const Decode *d, const Linear *l, const Order *order, float *from, const Inputs *x,
                        int64_t *counter) {
     int dtype = (int)d->shape->dtype;
     int64_t E = d->shape->hidden_size;
     float out[MAX_ROWS * PANEL], multiplier = (float)d->shape->residual_multiplier;
+    Order before = order_before(l, *order);
+    Inputs inputs = {from, {x->packed[0], x->packed[1]}};
+    for (size_t n = 0; l->bits && n < order->rows; n++)
+        pack_row(dtype, (int)l->bits, order->rows, order->columns, n, from + n * before.chunk, packed_for(x, l));
     for (int64_t first; (first = take(counter) * PANEL) < E;) {
         int count = count_from(first, E);
-        linear(dtype, w, bias, order, first, count, x, out);
+        linear(dtype, l, order, first, count, &inputs, out);
         for (size_t n = 0; n < order->rows; n++)
             BY_DTYPE(dtype, add_rounded, out + n * PANEL, multiplier, count, d->hidden + n * E + first);
     }
@@ -672,17 +721,18 @@ INLINE void activate(int dtype, int count, const float *up, float *gate) {
         gate[m] = rounded(dtype, rounded(dtype, gate[m] / (1.0f + exponential(-gate[m]))) * up[m]);
 }
 
-static void gate_and_up(const Decode *d, const Layer *layer, const float *x, int64_t *counter) {
+static void gate_and_up(const Decode *d, const Layer *layer, const Inputs *x, int64_t *counter) {
     int dtype = (int)d->shape->dtype;
     int64_t F = d->shape->intermediate_size;
     float gate[MAX_ROWS * PANEL], up[MAX_ROWS * PANEL];
+    Order before_down = order_before(&layer->down, d->by_ffn);
     for (int64_t first; (first = take(counter) * PANEL) < F;) {
         int count = count_from(first, F);
-        linear(dtype, layer->gate, layer->gate_bias, &d->by_hidden, first, count, x, gate);
-        linear(dtype, layer->up, layer->up_bias, &d->by_hidden, first, count, x, up);
+        linear(dtype, &layer->gate, &d->by_hidden, first, count, x, gate);
+        linear(dtype, &layer->up, &d->by_hidden, first, count, x, up);
         for (size_t n = 0; n < d->by_hidden.rows; n++) {
             BY_DTYPE(dtype, activate, count, up + n * PANEL, gate + n * PANEL);
-            arrange(&d->by_ffn, n, first, count, gate + n * PANEL, d->activated);
+            arrange(&before_down, n, first, count, gate + n * PANEL, d->activated);
         }
     }
 }
@@ -692,20 +742,24 @@ static void gate_and_up(const Decode *d, const Layer *layer, const float *x, int
 static void decode_body(void *data) {
     const Decode *d = data;
     const OpenMP *omp = d->step->openmp;
-    float *row = d->own + omp->thread_number() * d->own_floats, *x = row + ALIGNED(d->shape->hidden_size);
+    float *row = d->own + omp->thread_number() * d->own_floats;
+    Inputs x = own_inputs(row, d->by_hidden, packed_room(d));
     int64_t *counter = d->step->counters;
     for (const Layer *layer = d->layers; layer < d->layers + d->step->num_layers; layer++, counter += 5) {
-        norm_rows((int)d->shape->dtype, layer->input_norm, d->shape->norm_eps, &d->by_hidden, d->hidden, row, x);
-        project(d, layer, x, counter);
+        const Linear *const projections[] = {&layer->q, &layer->k, &layer->v}, *const gates[] = {&layer->gate, &layer->up};
+        int dtype = (int)d->shape->dtype;
+        double eps = d->shape->norm_eps;
+        norm_rows(dtype, layer->input_norm, eps, &d->by_hidden, d->hidden, projections, 3, row, &x);
+        project(d, layer, &x, counter);
         omp->barrier();
         attend(d, layer, counter + 1);
         omp->barrier();
-        add_linear(d, layer->o, layer->o_bias, &d->by_heads, d->attended, counter + 2);
+        add_linear(d, &layer->o, &d->by_heads, d->attended, &x, counter + 2);
         omp->barrier();
-        norm_rows((int)d->shape->dtype, layer->post_norm, d->shape->norm_eps, &d->by_hidden, d->hidden, row, x);
-        gate_and_up(d, layer, x, counter + 3);
+        norm_rows(dtype, layer->post_norm, eps, &d->by_hidden, d->hidden, gates, 2, row, &x);
+        gate_and_up(d, layer, &x, counter + 3);
         omp->barrier();
-        add_linear(d, layer->down, layer->down_bias, &d->by_ffn, d->activated, counter + 4);
+        add_linear(d, &layer->down, &d->by_ffn, d->activated, &x, counter + 4);
         omp->barrier();
     }
 }
@@ -734,13 +788,15 @@ static void head_body(void *data) {
     const Head *h = data;
     int dtype = (int)h->dtype;
     Order order = order_of(dtype, h->rows, h->hidden_size);
+    size_t packed = packed_floats(dtype, h->rows, h->hidden_size);
     float out[MAX_ROWS * PANEL], *hidden = h->workspace, *row = hidden + ALIGNED(h->rows * h->hidden_size);
-    row += h->openmp->thread_number() * (ALIGNED(h->hidden_size) + floats_in(order));
-    float *x = row + ALIGNED(h->hidden_size);
-    norm_rows(dtype, h->norm, h->norm_eps, &order, hidden, row, x);
+    row += h->openmp->thread_number() * own_floats(order, packed);
+    Inputs x = own_inputs(row, order, packed);
+    const Linear *const readers[] = {&h->weight};
+    norm_rows(dtype, h->norm, h->norm_eps, &order, hidden, readers, 1, row, &x);
     for (int64_t first; (first = take(h->counters) * PANEL) < h->vocab_size;) {
         int count = count_from(first, h->vocab_size);
-        linear(dtype, h->weight, NULL, &order, first, count, x, out);
+        linear(dtype, &h->weight, &order, first, count, &x, out);
         for (size_t n = 0; n < order.rows; n++)
             BY_DTYPE(dtype, store, out + n * PANEL, (float)h->logits_scaling, count, h->logits, n * h->vocab_size + first);
     }

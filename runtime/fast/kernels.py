@@ -26,11 +26,16 @@ from runtime.fast.native import (
     Head,
     Layer,
     Library,
+    Linear,
     Piece,
     Shape,
     Step,
 )
 from runtime.fast.slots import Buffers, Places
+from runtime.reading.packed import PackedLinear
+
+PACKED_COLUMNS = 32
+"""Packed weights are multiplied by so many columns at a time, which must share a scale."""
 
 FAMILIES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """`model_type`s whose layers the kernels compute."""
@@ -52,14 +57,23 @@ def supports(config: PreTrainedConfig) -> str | None:
 
 def supports_weights(modules: Sequence[nn.Module]) -> str | None:
     """Return why the kernels cannot read the weights of these modules, or None if they can."""
+    packed = [layer for module in modules for layer in module.modules() if isinstance(layer, PackedLinear)]
+    inside = {id(weight) for layer in packed for weight in layer.parameters() if weight is not layer.bias}
     weights = [weight for module in modules for weight in module.parameters()]
-    kinds = {(weight.device.type, weight.dtype) for weight in weights}
+    kinds = {(weight.device.type, weight.dtype) for weight in weights if id(weight) not in inside}
     if len(kinds) > 1:
         return f"the stage mixes devices or dtypes: {', '.join(sorted(f'{d} {t}' for d, t in kinds))}"
     if any(device != "cpu" or dtype not in DTYPES for device, dtype in kinds):
         return "the native kernels take float32, float16 or bfloat16 weights on a CPU"
     if not all(weight.is_contiguous() for weight in weights):
         return "weights are not stored row by row"
+    return next(filter(None, map(_supports_packed, packed)), None)
+
+
+def _supports_packed(layer: PackedLinear) -> str | None:
+    group_size = layer.scheme.group_size or layer.in_features
+    if group_size % PACKED_COLUMNS:
+        return f"the native kernels take a multiple of {PACKED_COLUMNS} columns to a scale; here are {group_size}"
     return None
 
 
@@ -95,7 +109,8 @@ class FastStage:
         self._lock = threading.Lock()
         self._modules = (*layers, *(m for m in (norm, head) if m is not None))  # keeps the weights alive
         self._layers = (Layer * len(layers))(*(_layer(layer, config) for layer in layers))
-        self._dtype: torch.dtype = next(p.dtype for m in self._modules for p in m.parameters())
+        first: Any = norm if norm is not None else layers[0].input_layernorm
+        self._dtype: torch.dtype = first.weight.dtype
         self._shape = _shape(layers[0] if len(layers) else None, config, self._dtype)
         self._norm: Any = norm
         self._head: Any = head
@@ -231,7 +246,7 @@ class FastStage:
         threads = threads or torch.get_num_threads()
         assert self._norm is not None
         assert self._head is not None
-        vocab_size, hidden_size = self._head.weight.shape
+        vocab_size, hidden_size = self._head.out_features, self._head.in_features
         rows = hidden.reshape(-1, hidden_size).contiguous()
         logits = rows.new_empty((len(rows), vocab_size))
         with self._lock:
@@ -248,7 +263,7 @@ class FastStage:
                     logits_scaling=self._logits_scaling,
                     inputs=rows[part].data_ptr(),
                     norm=self._norm.weight.data_ptr(),
-                    weight=self._head.weight.data_ptr(),
+                    weight=_linear(self._head),
                     logits=logits[part].data_ptr(),
                     workspace=workspace,
                     counters=counters,
@@ -334,51 +349,55 @@ def _shape(layer: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Shape:
 
 def _layer(layer: Any, config: PreTrainedConfig) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    addresses = dict(_attention_addresses(attention, config)) | dict(_mlp_addresses(mlp, config))
+    norms = {name: getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)}
     return Layer(
         input_norm=layer.input_layernorm.weight.data_ptr(),
         post_norm=layer.post_attention_layernorm.weight.data_ptr(),
         window=layer_window(layer, config),
         has_rope=int(bool(getattr(attention, "use_rope", True))),
-        **addresses,
+        o=_linear(attention.o_proj),
+        down=_linear(mlp.down_proj),
+        **dict(_attention_inputs(attention, config)),
+        **dict(_mlp_inputs(mlp, config)),
+        **{name: norm.weight.data_ptr() for name, norm in norms.items()},
     )
 
 
-def _attention_addresses(attention: Any, config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
+def _attention_inputs(attention: Any, config: PreTrainedConfig) -> Iterator[tuple[str, Linear]]:
+    if not hasattr(attention, "qkv_proj"):
+        return ((name, _linear(getattr(attention, f"{name}_proj"))) for name in ("q", "k", "v"))
     q_rows, k_rows = (n * attention.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    if hasattr(attention, "qkv_proj"):
-        yield from _fused(attention.qkv_proj, {"q": q_rows, "k": k_rows, "v": k_rows})
-    else:
-        for name in ("q", "k", "v"):
-            yield from _linear(name, getattr(attention, f"{name}_proj"))
-    yield from _linear("o", attention.o_proj)
-    for name in ("q_norm", "k_norm"):
-        if hasattr(attention, name):
-            yield name, getattr(attention, name).weight.data_ptr()
+    return _fused(attention.qkv_proj, {"q": q_rows, "k": k_rows, "v": k_rows})
 
 
-def _mlp_addresses(mlp: Any, config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
-    if hasattr(mlp, "gate_up_proj"):
-        yield from _fused(mlp.gate_up_proj, dict.fromkeys(("gate", "up"), config.intermediate_size))
-    else:
-        yield from _linear("gate", mlp.gate_proj)
-        yield from _linear("up", mlp.up_proj)
-    yield from _linear("down", mlp.down_proj)
+def _mlp_inputs(mlp: Any, config: PreTrainedConfig) -> Iterator[tuple[str, Linear]]:
+    if not hasattr(mlp, "gate_up_proj"):
+        return ((name, _linear(getattr(mlp, f"{name}_proj"))) for name in ("gate", "up"))
+    return _fused(mlp.gate_up_proj, dict.fromkeys(("gate", "up"), config.intermediate_size))
 
 
-def _linear(name: str, linear: Any) -> Iterator[tuple[str, int]]:
-    yield name, linear.weight.data_ptr()
-    if linear.bias is not None:
-        yield f"{name}_bias", linear.bias.data_ptr()
-
-
-def _fused(linear: Any, rows: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Addresses of the parts of a fused projection: its weight rows one part after the other."""
+def _fused(linear: Any, rows: dict[str, int]) -> Iterator[tuple[str, Linear]]:
+    """The parts of a fused projection: its weight rows one part after the other."""
     assert linear.bias is None
     first = 0
     for name, count in rows.items():
-        yield name, linear.weight[first].data_ptr()
+        yield name, _linear(linear, first=first)
         first += count
+
+
+def _linear(linear: Any, *, first: int = 0) -> Linear:
+    """A linear layer from row `first` on."""
+    bias = linear.bias.data_ptr() if linear.bias is not None else 0
+    if not isinstance(linear, PackedLinear):
+        return Linear(weight=linear.weight[first].data_ptr(), bias=bias)
+    return Linear(
+        weight=linear.weight_packed[first].data_ptr(),
+        scale=linear.weight_scale[first].data_ptr(),
+        bias=bias,
+        bits=linear.scheme.bits,
+        group=linear.scheme.group_size or linear.in_features,
+        scale_dtype=DTYPES[linear.weight_scale.dtype],
+    )
 
 
 def layer_window(layer: Any, config: PreTrainedConfig) -> int:

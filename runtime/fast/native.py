@@ -31,6 +31,7 @@ MAX_HEAD_DIM = 256
 COUNTERS_PER_LAYER = 5
 
 _SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCES = (_SOURCE, _SOURCE.with_name("packed.h"))
 _COMPILERS = ("cc", "gcc", "clang")
 _OPTIONS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _MACHINE_OPTIONS = ("-march=native", "-mcpu=native", "")  # the spelling depends on compiler and processor
@@ -64,13 +65,22 @@ class Shape(ctypes.Structure):
     )
 
 
-class Layer(ctypes.Structure):
-    """Addresses of one layer's weights, biases, norms and cache; 0 where a family has no such tensor."""
+class Linear(ctypes.Structure):
+    """Addresses of a linear layer's weights, scales and bias; `bits` 0: plain weights in the model's dtype."""
 
     _fields_ = (
-        *((name, _Pointer) for name in ("input_norm", "q", "k", "v", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm")),
-        *((name, _Pointer) for name in ("o", "o_bias", "post_norm", "gate", "up", "gate_bias", "up_bias", "down")),
-        *((name, _Pointer) for name in ("down_bias", "keys", "values")),
+        *((name, _Pointer) for name in ("weight", "scale", "bias")),
+        *((name, _Int) for name in ("bits", "group", "scale_dtype")),
+    )
+
+
+class Layer(ctypes.Structure):
+    """Addresses of one layer's weights, norms and cache; 0 where a family has no such tensor."""
+
+    _fields_ = (
+        *((name, _Pointer) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, _Pointer) for name in ("keys", "values")),
         ("window", _Int),
         ("has_rope", _Int),
     )
@@ -100,7 +110,9 @@ class Head(ctypes.Structure):
         *((name, _Int) for name in ("threads", "dtype", "rows", "hidden_size", "vocab_size")),
         ("norm_eps", ctypes.c_double),
         ("logits_scaling", ctypes.c_double),
-        *((name, _Pointer) for name in ("inputs", "norm", "weight", "logits", "workspace", "counters")),
+        *((name, _Pointer) for name in ("inputs", "norm")),
+        ("weight", Linear),
+        *((name, _Pointer) for name in ("logits", "workspace", "counters")),
     )
 
 
@@ -249,7 +261,8 @@ def _load_private(
 def _fingerprint(compiler: Sequence[str]) -> str:
     """Hash everything the compiled code depends on."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=_COMPILE_SECONDS)
-    parts = (_SOURCE.read_bytes(), shlex.join(compiler).encode(), version.stdout, _processor().encode())
+    sources = (source.read_bytes() for source in _SOURCES)
+    parts = (*sources, shlex.join(compiler).encode(), version.stdout, _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 

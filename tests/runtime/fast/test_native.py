@@ -162,7 +162,7 @@ def _logits(
         logits_scaling=1.0,
         inputs=hidden.data_ptr(),
         norm=norm.data_ptr(),
-        weight=address,
+        weight=native.Linear(weight=address),
         logits=logits.data_ptr(),
         workspace=scratch.data_ptr(),
         counters=counters.data_ptr(),
