@@ -214,19 +214,15 @@ static floats look_up_scales(int dtype, const Linear *linear, const char *scales
     return found;
 }
 
-/* sums[n] += one unit of a weight row times N activation rows. */
-INLINE void multiply_unit(int parts, int bits, int N, const char *w, floats scales, const float *x, floats *sums) {
-    const size_t pitch = (parts * (UNIT_PARTS + 1) + 1) * LANES, after = parts * UNIT_PARTS * LANES;
-    halves weights[UNIT_PARTS];
-    spread(bits, w, weights);
-    for (int n = 0; n < N; n++, x += pitch, sums += STRIP) {
-        floats sum = __builtin_convertvector(sum_groups(bits, weights, x, *(const ints_at *)(x + after)), floats);
-        if (parts == 2) {
-            ints low = sum_groups(bits, weights, x + UNIT_PARTS * LANES, *(const ints_at *)(x + after + LANES));
-            sum = sum * 32768.0f + __builtin_convertvector(low, floats);
-        }
-        *sums += sum * (scales * *(const floats_at *)(x + after + parts * LANES));
+/* sum + one unit of a weight row, times one activation row. */
+INLINE floats multiply_unit(int parts, int bits, const halves *weights, floats scales, const float *x, floats sum) {
+    const size_t after = parts * UNIT_PARTS * LANES;
+    floats groups = __builtin_convertvector(sum_groups(bits, weights, x, *(const ints_at *)(x + after)), floats);
+    if (parts == 2) {
+        ints low = sum_groups(bits, weights, x + UNIT_PARTS * LANES, *(const ints_at *)(x + after + LANES));
+        groups = groups * 32768.0f + __builtin_convertvector(low, floats);
     }
+    return sum + groups * (scales * *(const floats_at *)(x + after + parts * LANES));
 }
 
 typedef struct {
@@ -250,52 +246,70 @@ INLINE Packed packed_of(int dtype, const Linear *linear, size_t rows, size_t col
                     .is_plain = linear->group == GROUP && scale_dtype != F32 && (dtype == scale_dtype || dtype == F32)};
 }
 
+/* sums[n] += unit `unit` of the weight row at `w`, times N activation rows. */
+INLINE void multiply_rows(int parts, int bits, int N, const Packed *p, const char *w, const char *scales, size_t unit,
+                          int is_whole, const float *x, floats *sums) {
+    const size_t pitch = (parts * (UNIT_PARTS + 1) + 1) * LANES, first = unit * UNIT * bits / 8;
+    const char *at = w + first, *scales_at = scales + unit * LANES * 2;
+    char padded[UNIT];
+    floats found;
+    halves weights[UNIT_PARTS];
+    if (is_whole) {
+        UNROLL for (int i = 0; i < UNIT * bits / 8; i += 64) __builtin_prefetch(at + i + AHEAD_BYTES);
+        __builtin_prefetch(scales_at + AHEAD_BYTES / 4);
+    } else at = memcpy(padded, at, p->row_bytes - first); /* its activations are 0 beyond */
+    found = is_whole && p->is_plain ? read_scales((int)p->linear->scale_dtype, scales_at)
+                                    : look_up_scales(p->dtype, p->linear, scales, p->columns, unit);
+    spread(bits, at, weights);
+    for (int n = 0; n < N; n++, x += pitch) sums[n * STRIP] = multiply_unit(parts, bits, weights, found, x, sums[n * STRIP]);
+}
+
 /* Units first .. end - 1 of one weight row; nothing is read past its end. */
 INLINE void multiply_units(int parts, int bits, int N, const Packed *p, const char *w, const char *scales, size_t first,
                            size_t end, const float *x, floats *sums) {
-    const size_t bytes = UNIT * bits / 8, whole = p->columns / UNIT;
-    const int scale_dtype = (int)p->linear->scale_dtype;
-    floats found;
-    char padded[UNIT];
-    for (size_t unit = first; unit < end; unit++, x += N * (parts * (UNIT_PARTS + 1) + 1) * LANES) {
-        const char *at = w + unit * bytes, *scales_at = scales + unit * LANES * 2;
-        if (unit >= whole) at = memcpy(padded, at, p->row_bytes - unit * bytes); /* its activations are 0 beyond */
-        else {
-            UNROLL for (int i = 0; i < (int)bytes; i += 64) __builtin_prefetch(at + i + AHEAD_BYTES);
-            __builtin_prefetch(scales_at + AHEAD_BYTES / 4);
-        }
-        found = p->is_plain && unit < whole ? read_scales(scale_dtype, scales_at)
-                                            : look_up_scales(p->dtype, p->linear, scales, p->columns, unit);
-        multiply_unit(parts, bits, N, at, found, x, sums);
-    }
+    const size_t pitch = (parts * (UNIT_PARTS + 1) + 1) * LANES, whole = p->columns / UNIT, stop = end < whole ? end : whole;
+    for (; first < stop; first++, x += N * pitch) multiply_rows(parts, bits, N, p, w, scales, first, 1, x, sums);
+    if (first < end) multiply_rows(parts, bits, N, p, w, scales, first, 0, x, sums);
 }
 
-INLINE void packed_panel_of(int parts, int bits, const Packed *p, size_t first, int count, const float *x, float *out) {
-    const size_t pitch = p->rows * (parts * (UNIT_PARTS + 1) + 1) * LANES, num_units = units_in(p->columns);
+INLINE void packed_panel_of(int parts, int bits, int N, const Packed *p, size_t first, int count, const float *x,
+                            float *out) {
+    const size_t pitch = N * (parts * (UNIT_PARTS + 1) + 1) * LANES, num_units = units_in(p->columns);
     const char *w = (const char *)p->linear->weight + first * p->row_bytes;
     const char *scales = (const char *)p->linear->scale + first * p->row_scale_bytes;
     for (int m = 0; m < count; m += STRIP) {
         floats sums[MAX_ROWS * STRIP];
         int left = count - m < STRIP ? count - m : STRIP;
-        memset(sums, 0, p->rows * STRIP * sizeof *sums);
+        memset(sums, 0, N * STRIP * sizeof *sums);
         for (size_t unit = 0; unit < num_units; unit += p->chunk) {
             size_t end = unit + p->chunk < num_units ? unit + p->chunk : num_units;
-            for (int i = 0; i < left; i++) {
-                const char *row = w + (m + i) * p->row_bytes, *row_scales = scales + (m + i) * p->row_scale_bytes;
-                if (p->rows == 1) multiply_units(parts, bits, 1, p, row, row_scales, unit, end, x, sums + i);
-                else multiply_units(parts, bits, (int)p->rows, p, row, row_scales, unit, end, x + unit * pitch, sums + i);
+            for (int i = m; i < m + left; i++) {
+                const char *row = w + i * p->row_bytes, *row_scales = scales + i * p->row_scale_bytes;
+                multiply_units(parts, bits, N, p, row, row_scales, unit, end, x + unit * pitch, sums + i - m);
             }
         }
-        for (size_t n = 0; n < p->rows; n++) {
+        for (int n = 0; n < N; n++) {
             quad sum = totals(sums + n * STRIP);
             memcpy(out + n * PANEL + m, &sum, sizeof sum);
         }
     }
 }
 
+/* Functions of their own: a compiler that sees both at once makes one of them, for any number of rows. */
+static __attribute__((noinline)) void one_row(int parts, const Packed *p, size_t first, int count, const float *x,
+                                              float *out) {
+    BY_KIND(parts, p->linear->bits, packed_panel_of, 1, p, first, count, x, out);
+}
+
+static __attribute__((noinline)) void many_rows(int parts, const Packed *p, size_t first, int count, const float *x,
+                                                float *out) {
+    BY_KIND(parts, p->linear->bits, packed_panel_of, (int)p->rows, p, first, count, x, out);
+}
+
 /* out[n][m] = weight row first + m . activation row n, for `count` <= PANEL rows of weights. */
 static void packed_panel(int dtype, const Linear *linear, size_t rows, size_t columns, size_t first, int count,
                          const float *x, float *out) {
     Packed packed = packed_of(dtype, linear, rows, columns);
-    BY_KIND(parts_of(dtype), (int)linear->bits, packed_panel_of, &packed, first, count, x, out);
+    if (rows == 1) one_row(parts_of(dtype), &packed, first, count, x, out);
+    else many_rows(parts_of(dtype), &packed, first, count, x, out);
 }
