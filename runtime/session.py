@@ -26,6 +26,8 @@ from runtime.stage_time import OnStep, StageView
 from runtime.stages.chain import Chain
 from runtime.stages.loading import load_chain, set_speed
 from runtime.stages.traffic import decode_read_bytes, read_bandwidth
+from runtime.steps.local import LocalSteps
+from runtime.steps.parts import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,10 @@ class Session:
     def read_bandwidth(self, *, repeats: int) -> dict[str, float]:
         """Measure how fast each device reads its own weights; see `runtime.stages.traffic.read_bandwidth`."""
         return read_bandwidth(self.chain, repeats=repeats)
+
+    def new_steps(self) -> LocalSteps:
+        """Return what computes the steps of an engine."""
+        return LocalSteps(self.chain)
 
     def new_kept_cache(self) -> KeptCache:
         """Return a cache that can be kept from one prompt to the next."""
@@ -251,6 +257,7 @@ class AnySession(Protocol):
         decode: Decode | None = None,
         on_done: Callable[[int, Generation], None],
     ) -> None: ...
+    def new_steps(self) -> Steps: ...
     def new_kept_cache(self) -> AnyKeptCache: ...
     def read_bandwidth(self, *, repeats: int) -> dict[str, float]: ...
     def stage_views(self, *, batch_size: int) -> tuple[StageView, ...]: ...

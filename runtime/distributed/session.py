@@ -34,6 +34,7 @@ from runtime.reading.families import rope_switch
 from runtime.reading.opening import Source
 from runtime.stage_time import FAST_PATH, OnStep, StageTime, StageView, StepTrace
 from runtime.stages.traffic import stage_read_bytes
+from runtime.steps.parts import Steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +231,10 @@ class ProcessSession:
     def read_bandwidth(self, *, repeats: int) -> dict[str, float]:  # noqa: ARG002 - the same call as in one process
         """Return nothing: reading weights is measured in one process only."""
         return {}
+
+    def new_steps(self) -> Steps:
+        """Return what computes the steps of an engine."""
+        raise NotImplementedError
 
     def new_kept_cache(self) -> KeptColumns:
         """Return a cache that can be kept from one prompt to the next."""

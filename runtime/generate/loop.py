@@ -37,12 +37,16 @@ class Request:
         sampling: how its tokens are chosen.
         limits: when it stops. Of a batch, the first one's `prefill_chunk_tokens` holds for all.
         sequence_index: decides, with the seed, its random draws; its place in a batch does not.
+        num_top: how many likeliest tokens are told beside the chosen one's likelihood; None for neither.
+        tells_prompt: whether the same is told for the tokens of the prompt.
     """
 
     prompt_ids: Sequence[int]
     sampling: Sampling
     limits: Limits
     sequence_index: int = 0
+    num_top: int | None = None
+    tells_prompt: bool = False
 
     def ending(self, room: int) -> Ending:
         """Return how it may end if it gets `room` new tokens."""

@@ -23,6 +23,9 @@ class Sampling:
         top_p: keep the likeliest tokens whose probabilities sum to p.
         min_p: drop tokens below this share of the likeliest one's probability; None keeps all.
         repetition_penalty: above 1 makes tokens that already occurred less likely.
+        frequency_penalty: taken from a token's score as often as it occurred in the answer.
+        presence_penalty: taken once from the score of every token that occurred in it.
+        logit_bias: token id -> what is added to its score.
         seed: seed of all draws.
         rules: what the checkpoint asks of scores beside these settings, by the names of generation_config.json; see
             `runtime.reading.generation_config.score_rules`.
@@ -36,6 +39,9 @@ class Sampling:
     top_p: float = 1.0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
     rules: Mapping[str, Any] = field(default_factory=dict)
 
@@ -46,6 +52,11 @@ class Sampling:
         _check("min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1")
         _check("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
         _check("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"an integer from 0 to {MAX_SEED}")
+
+    @property
+    def has_adjustments(self) -> bool:
+        """Whether scores are changed beyond what transformers does."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias)
 
     @property
     def is_greedy(self) -> bool:

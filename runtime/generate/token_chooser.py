@@ -28,6 +28,7 @@ class TokenChooser:
     def __init__(self, sampling: Sampling, *, sequence_index: int, ending: Ending = ENDLESS) -> None:
         self._sampling, self._ending = sampling, ending
         self._processors: LogitsProcessorList | None = None
+        self._num_prompt_tokens = 0
         self._generator: torch.Generator | None = None
         if not sampling.is_greedy:
             self._generator = torch.Generator().manual_seed(sequence_seed(sampling.seed, sequence_index))
@@ -48,9 +49,11 @@ class TokenChooser:
             NumericalError: no token is left to choose from.
         """
         if self._processors is None:
+            self._num_prompt_tokens = len(token_ids)
             self._processors = make_processors(
                 self._sampling, vocab_size=logits.shape[-1], prompt_ids=token_ids, ending=self._ending
             )
+        logits = adjusted(logits, self._sampling, new_ids=token_ids[self._num_prompt_tokens :])
         ids, scores = cast("torch.LongTensor", token_ids[None]), cast("torch.FloatTensor", logits[None])
         processed: torch.Tensor = self._processors(ids, scores)
         if self._generator is None:
@@ -62,17 +65,38 @@ class TokenChooser:
         return int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
 
     def _refuse(self) -> NoReturn:
-        rules = "".join(f", {name}" for name in self._sampling.rules)
-        raise NumericalError(
-            "the sampling settings leave no token to choose from",
-            hint=f"raise --temp, --top-p or --top-k{' or change generation_config.json: ' * bool(rules)}{rules[2:]}",
-            code="E-MASKED",
-        )
+        raise nothing_left(self._sampling)
+
+
+def nothing_left(sampling: Sampling) -> NumericalError:
+    """Return what is wrong when the settings leave no token to choose from."""
+    rules = "".join(f", {name}" for name in sampling.rules)
+    return NumericalError(
+        "the sampling settings leave no token to choose from",
+        hint=f"raise --temp, --top-p or --top-k{' or change generation_config.json: ' * bool(rules)}{rules[2:]}",
+        code="E-MASKED",
+    )
+
+
+def adjusted(logits: torch.Tensor, sampling: Sampling, *, new_ids: torch.Tensor) -> torch.Tensor:
+    """Return logits [V] with the biases added and what the answer has said already made less likely.
+
+    A token that occurred n times in the answer loses n times the frequency penalty and once the presence penalty, as
+    the OpenAI API has it; the prompt does not count.
+    """
+    if not sampling.has_adjustments:
+        return logits
+    logits = logits.clone()
+    counts = torch.bincount(new_ids, minlength=len(logits)).to(logits.dtype)
+    logits -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+    for token_id, bias in sampling.logit_bias.items():
+        logits[token_id] += bias
+    return logits
 
 
 def depends_on_tokens(sampling: Sampling) -> bool:
     """Whether the scores of a token depend on what the sequence consists of so far, or on where it is."""
-    return sampling.repetition_penalty != 1 or bool(sampling.rules)
+    return sampling.repetition_penalty != 1 or bool(sampling.rules) or sampling.has_adjustments
 
 
 def sequence_seed(seed: int, sequence_index: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from plans.checkpoint.packed import is_kept
 from plans.checkpoint.units import Checkpoint, unit_tables
 from plans.commands.machine_memory import memory_bytes
+from plans.config.config import ModelConfig
 from plans.dtypes import DTYPES
 from plans.errors import MachineError
 from plans.reading.sizes import format_bytes
@@ -61,9 +62,15 @@ def stage_need(
         entry.size_bytes if is_kept(entry.dtype, config) else entry.num_elements * DTYPES[dtype].size_bytes
         for entry in places.values()
     )
+    one = kv_cache_bytes(config, spec, kv_cache_dtype=kv_cache_dtype, context_tokens=context_tokens)
+    return Need(weights, one * batch_size)
+
+
+def kv_cache_bytes(config: ModelConfig, spec: StageRange, *, kv_cache_dtype: str, context_tokens: int) -> int:
+    """Return what the cache of one sequence of so many tokens takes on a stage."""
     layers = config.attention[spec.start_layer : spec.end_layer]
     numbers = sum(layer.kv_width * min(context_tokens, layer.window or context_tokens) for layer in layers)
-    return Need(weights, numbers * DTYPES[kv_cache_dtype].size_bytes * batch_size)
+    return numbers * DTYPES[kv_cache_dtype].size_bytes
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,0 +1,37 @@
+"""Who is in the next step: a piece of one prompt, or the newest token of everybody who has one."""
+
+from collections.abc import Iterable
+from itertools import count
+
+from runtime.engine.sequence import Sequence
+
+
+class Turns:
+    """Decides what the next step is made of.
+
+    Prompts are read one after the other, the oldest first. While anybody decodes, there is one piece of a prompt at
+    most between two decode steps.
+
+    Args:
+        depth: steps that can be under way at once; those who decode are shared out among so many.
+    """
+
+    def __init__(self, *, depth: int) -> None:
+        self._depth = depth
+        self._was_piece = False
+        self._sent = count()
+
+    def next(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """Return whose parts go into the next step; nobody's if all wait for answers."""
+        everybody = list(running)
+        reading = [sequence for sequence in everybody if sequence.is_reading]
+        decoding = [sequence for sequence in everybody if not sequence.is_reading]
+        if reading and not (self._was_piece and decoding):
+            self._was_piece = True
+            return reading[:1]
+        ready = sorted((s for s in decoding if s.is_ready), key=lambda sequence: sequence.turn)
+        chosen = ready[: -(-len(decoding) // self._depth)]
+        self._was_piece = self._was_piece and not chosen
+        for sequence in chosen:
+            sequence.turn = next(self._sent)
+        return chosen

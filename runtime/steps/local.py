@@ -1,0 +1,87 @@
+"""Steps in this process: computed where they are sent."""
+
+import queue
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+from plans.errors import NumericalError
+from runtime.generate.numerics import NonFiniteError, find_stage
+from runtime.generate.tokens import TokenBatch
+from runtime.reading.families import rope_switch
+from runtime.stages.chain import Chain
+from runtime.steps.choice import read_answers
+from runtime.steps.parts import Answer, Opening, Part
+from runtime.steps.runner import StageRunner
+
+
+class LocalSteps:
+    """The steps of a chain; see `runtime.steps.parts.Steps`."""
+
+    depth, has_room = 1, True
+
+    def __init__(self, chain: Chain) -> None:
+        """Take the chain; whoever drives these steps owns it."""
+        self._chain = chain
+        self._runner = StageRunner(_Whole(chain), number=0)
+        self._done: queue.SimpleQueue[list[Answer] | None] = queue.SimpleQueue()
+        self.rope_switch = rope_switch(chain.config)
+        self.can_be_cut = not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in chain.new_cache().layers)
+
+    def open(self, opening: Opening) -> None:
+        """Make room for a sequence."""
+        self._runner.open(opening)
+
+    def close(self, sequence: int) -> None:
+        """Give its cache up, unless another sequence has taken it over."""
+        self._runner.close(sequence)
+
+    def send(self, parts: Sequence[Part], token_ids: Sequence[int]) -> None:
+        """Compute a step."""
+        checked, rows = self._runner.run(parts, torch.tensor(token_ids, dtype=torch.int64))
+        self._done.put(read_answers(checked, rows, [self._runner.opening(part.sequence) for part in parts]))
+
+    def take(self, *, waits: bool) -> list[Answer] | None:
+        """Return the answers of a step; None if there are none, after `wake` if it waits."""
+        try:
+            while (found := self._done.get(block=waits)) is None and not waits:
+                pass
+        except queue.Empty:
+            return None
+        return found
+
+    def wake(self) -> None:
+        """Let `take` return; from any thread."""
+        self._done.put(None)
+
+    def explain(self, part: Part, token_ids: Sequence[int], *, step: int) -> NumericalError:  # noqa: ARG002
+        """Return which stage's output is not finite, by computing the sequence again."""
+        batch = TokenBatch([token_ids], num_new_tokens=0, pad_token_id=0)
+        return NonFiniteError(self._chain, stage=find_stage(self._chain, batch), step=step)
+
+
+class _Whole:
+    """All units of a chain; hidden states move between its devices by themselves."""
+
+    has_head = True
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain: Any = chain
+
+    def new_cache(self) -> Cache | None:
+        cache: Cache = self._chain.new_cache()
+        return cache
+
+    def extend(self, inputs: torch.Tensor, *, start: int, cache: Cache | None, keep: int) -> torch.Tensor:
+        device = self._chain.device
+        logits: torch.Tensor = self._chain(
+            input_ids=inputs.to(device),
+            position_ids=torch.arange(start, start + inputs.shape[1], device=device)[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            return_dict=True,
+        ).logits
+        return logits
