@@ -1,8 +1,9 @@
 """How much cache there is, in exact bytes per stage, and what a sequence needs of it."""
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from plans.errors import UsageError
 from plans.reading.sizes import format_bytes
@@ -36,6 +37,12 @@ class Budget:
         """
         tokens = min(cache_tokens or prepared.context_tokens, prepared.context_tokens)
         return cls(prepared, tuple(num_sequences * size for size in cls(prepared, ()).need(tokens)))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that fits alone."""
+        context = self.prepared.context_tokens
+        return bisect_right(range(1, context + 1), 0, key=lambda tokens: 0 if self.has_room([tokens]) else 1)
 
     @lru_cache(maxsize=4096)  # noqa: B019 - a budget lives as long as its engine
     def need(self, num_tokens: int) -> Bytes:

@@ -12,8 +12,8 @@ from plans.errors import IntegrityError, LlamaplanError, MachineError
 from runtime.engine.budget import Budget
 from runtime.engine.counters import Counters, Totals
 from runtime.engine.events import Done, Failed, OnEvent
-from runtime.engine.kept import Kept, KeptCaches
 from runtime.engine.sequence import Sequence
+from runtime.engine.slots import Slot, Slots
 from runtime.engine.turns import Turns
 from runtime.generate.limits import check_prompts
 from runtime.generate.loop import Request
@@ -71,7 +71,7 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         self._turns = Turns(depth=self._steps.depth)
-        self._kept = KeptCaches(can_be_cut=self._steps.can_be_cut)
+        self._slots = Slots(num_slots, can_be_cut=self._steps.can_be_cut)
         self._next_number = 0
         self._changed = threading.Condition()
         self._is_draining = self._is_stopping = False
@@ -143,14 +143,14 @@ class Engine:
 
     def forget(self) -> None:
         """Give up every cache that is kept; while the engine does not run."""
-        while len(self._kept):
-            self._steps.close(self._kept.drop_oldest().sequence)
+        for slot in self._slots.kept():
+            self._empty(slot)
 
     @property
     def counters(self) -> Counters:
         """What it does now and has done; from any thread."""
         with self._changed:
-            running, kept = list(self._running.values()), sum(self._kept.lengths)
+            running, kept = list(self._running.values()), sum(self._slots.lengths)
             return Counters(
                 num_running=len(running),
                 num_waiting=len(self._waiting),
@@ -227,56 +227,58 @@ class Engine:
 
     def _admit(self) -> None:
         """Give free slots to whoever has waited longest; nobody overtakes."""
-        while self._waiting and len(self._running) < self._num_slots:
+        while self._waiting and len(self._slots):
             sequence = self._waiting[0]
-            if not self._budget.has_room([s.num_tokens for s in (*self._running.values(), sequence)]):
+            if sequence.is_finished:  # nothing was asked for
+                with self._changed:
+                    self._waiting.popleft()
+                    self._changed.notify_all()
+                self._tell(sequence, sequence.end())
+                continue
+            needed = [s.num_tokens for s in (*self._running.values(), sequence)]
+            if not self._budget.has_room(needed):
                 return
-            found = self._find_kept(sequence)
-            self._make_room(sequence)
+            reuse_key = None if sequence.request.tells_prompt else sequence.reuse_key
+            slot, length = self._slots.best(sequence.request.prompt_ids, reuse_key=reuse_key)
             with self._changed:
                 self._waiting.popleft()
+                self._slots.take(slot)
+                sequence.slot = slot
                 self._number(sequence)
-            if sequence.is_finished:  # nothing was asked for
-                self._end(sequence, sequence.end())
-                continue
-            kept, length = found or (None, 0)
+            for other in self._slots.kept():
+                if not self._budget.has_room([*needed, *self._slots.lengths]):
+                    self._empty(other)
             sequence.position = sequence.num_cached = length
             self._totals.num_prompt_tokens += len(sequence.request.prompt_ids)
             self._totals.num_cached_tokens += length
-            self._steps.open(sequence.opening(continues=None if kept is None else kept.sequence, keeps_tokens=length))
+            self._open(sequence)
 
     def _number(self, sequence: Sequence) -> None:
         sequence.number = self._next_number
         self._next_number += 1
         self._running[sequence.number] = sequence
 
-    def _find_kept(self, sequence: Sequence) -> tuple[Kept, int] | None:
-        """Take the cache that a sequence can go on from out of those that are kept."""
-        if sequence.reuse_key is None or sequence.request.tells_prompt:
-            return None
-        found = self._kept.best(sequence.request.prompt_ids, reuse_key=sequence.reuse_key)
-        if found is not None:
-            self._kept.remove(found[0])
-        return found
+    def _open(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        sequence.slot.sequence = sequence.number
+        self._steps.open(sequence.opening(num_slots=self._num_slots, capacity=self._budget.longest))
 
-    def _make_room(self, sequence: Sequence) -> None:
-        """Drop kept caches until a sequence has a slot and the bytes it may come to need."""
-        needed = [s.num_tokens for s in (*self._running.values(), sequence)]
-        while len(self._kept) and (
-            len(self._kept) + len(needed) > self._num_slots or not self._budget.has_room([*needed, *self._kept.lengths])
-        ):
-            self._steps.close(self._kept.drop_oldest().sequence)
+    def _empty(self, slot: Slot) -> None:
+        self._steps.close(slot.sequence, slot=slot.number, keeps=False)
+        slot.token_ids = []
 
     def _end(self, sequence: Sequence, event: Done | Failed) -> None:
         """Free the slot of a sequence, tell it, and keep its cache if somebody may go on from there."""
+        slot = sequence.slot
+        assert slot is not None
+        keeps = isinstance(event, Done) and sequence.reuse_key is not None
+        slot.token_ids = sequence.token_ids[: sequence.position] if keeps else []
+        slot.reuse_key = sequence.reuse_key
+        self._steps.close(sequence.number, slot=slot.number, keeps=keeps)
         with self._changed:
             del self._running[sequence.number]
+            self._slots.give_back(slot)
             self._changed.notify_all()
-        if isinstance(event, Done) and sequence.reuse_key is not None and sequence.position:
-            held = sequence.token_ids[: sequence.position]
-            self._kept.add(Kept(sequence.number, held, sequence.reuse_key))
-        else:
-            self._steps.close(sequence.number)
         self._tell(sequence, event)
 
     def _tell(self, sequence: Sequence, event: Done | Failed) -> None:
@@ -306,7 +308,8 @@ class Engine:
         The same steps over the same tokens give the same caches, and the same draws; tokens that come back a second
         time are only compared.
         """
-        self._kept.clear()
+        for slot in self._slots.kept():
+            slot.token_ids = []
         with self._changed:
             everybody = list(self._running.values())
             self._running.clear()
@@ -314,7 +317,7 @@ class Engine:
                 self._number(sequence)
         for sequence in everybody:
             sequence.position = 0
-            self._steps.open(sequence.opening(continues=None, keeps_tokens=0))
+            self._open(sequence)
 
     def _fail(self, error: BaseException) -> None:
         """Tell everybody that nothing more will come; an interruption by a person is no fault."""

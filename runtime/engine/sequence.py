@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from plans.errors import IntegrityError
 from runtime.engine.counters import Totals
 from runtime.engine.events import Done, OnEvent, PromptRead, Token, Usage
+from runtime.engine.slots import Slot
 from runtime.generate.loop import Request, make_writer
 from runtime.generate.text import Decode
 from runtime.generate.token_chooser import depends_on_tokens
@@ -23,6 +24,7 @@ class Sequence:
         on_event: told what becomes of it.
         reuse_key: only caches of requests with the same key are taken over, and by them; None for none.
         number: on all stages; another one after a restart.
+        slot: where its cache lies.
         writer: what was made of the tokens so far.
         token_ids: prompt and new tokens.
         position: tokens sent.
@@ -37,6 +39,7 @@ class Sequence:
     reuse_key: str | None
     decode: Decode | None
     number: int = -1
+    slot: Slot | None = None
     token_ids: list[int] = field(default_factory=list)
     position: int = 0
     num_cached: int = 0
@@ -82,8 +85,9 @@ class Sequence:
     def _num_prompt_tokens(self) -> int:
         return len(self.request.prompt_ids)
 
-    def opening(self, *, continues: int | None, keeps_tokens: int) -> Opening:
+    def opening(self, *, num_slots: int, capacity: int) -> Opening:
         """Return what the stages have to know before its first step."""
+        assert self.slot is not None
         sampling, limits = self.request.sampling, self.request.limits
         needs_prompt = depends_on_tokens(sampling) or self.request.tells_prompt
         drawing = Drawing(
@@ -106,8 +110,10 @@ class Sequence:
             sequence=self.number,
             num_prompt_tokens=self._num_prompt_tokens,
             num_tokens=self.num_tokens,
-            continues=continues,
-            keeps_tokens=keeps_tokens,
+            slot=self.slot.number,
+            keeps_tokens=self.position,
+            num_slots=num_slots,
+            capacity=capacity,
             drawing=drawing,
             prompt_ids=tuple(self.request.prompt_ids) if needs_prompt else (),
         )

@@ -34,9 +34,9 @@ class LocalSteps:
         """Make room for a sequence."""
         self._runner.open(opening)
 
-    def close(self, sequence: int) -> None:
-        """Give its cache up, unless another sequence has taken it over."""
-        self._runner.close(sequence)
+    def close(self, sequence: int, *, slot: int, keeps: bool) -> None:
+        """Forget a sequence, and its slot's tokens too unless somebody may go on from there."""
+        self._runner.close(sequence, slot=slot, keeps=keeps)
 
     def send(self, parts: Sequence[Part], token_ids: Sequence[int]) -> None:
         """Compute a step."""

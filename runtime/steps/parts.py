@@ -77,10 +77,13 @@ class Opening(StrictModel):
     num_prompt_tokens: Natural
     num_tokens: Natural
     """Prompt and new tokens at most."""
-    continues: Natural | None = None
-    """Sequence whose cache is taken over."""
+    slot: Natural
+    """Where its cache lies; nobody else's lies there until it is closed."""
     keeps_tokens: Natural = 0
-    """Tokens of that cache that stay."""
+    """Tokens of the slot that stay, from whoever had it before."""
+    num_slots: Natural
+    capacity: Natural
+    """Tokens that fit into a slot; like the number of slots the same for all sequences."""
     drawing: Drawing | None = None
     """For the stage with the head."""
     prompt_ids: tuple[Natural, ...] = ()
@@ -147,8 +150,8 @@ class Steps(Protocol):
     def open(self, opening: Opening) -> None:
         """Make room for a sequence."""
 
-    def close(self, sequence: int) -> None:
-        """Give its cache up, unless another sequence has taken it over."""
+    def close(self, sequence: int, *, slot: int, keeps: bool) -> None:
+        """Forget a sequence, and its slot's tokens too unless somebody may go on from there; may come twice."""
 
     def send(self, parts: Sequence[Part], token_ids: Sequence[int]) -> None:
         """Start a step; answers may be there when this returns, or later."""

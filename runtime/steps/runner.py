@@ -3,8 +3,8 @@
 Shapes: N tokens of a step, E hidden size, V vocabulary, R rows of an answer, W numbers per row.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -34,17 +34,37 @@ class Held:
     Attributes:
         opening: what was said about it.
         drawer: chooses its tokens; None on every stage but the last.
-        cache: None until the first step, which takes over an earlier sequence's if it continues one.
-        length: tokens in the cache.
+        length: tokens in its slot; None until its first step, which takes the slot over.
     """
 
     opening: Opening
     drawer: Drawer | None
-    cache: Any = None
-    length: int = field(init=False)
+    length: int | None = None
 
-    def __post_init__(self) -> None:
-        self.length = self.opening.keeps_tokens
+
+class OwnCaches:
+    """A cache of its own for every slot.
+
+    Args:
+        new_cache: makes an empty one.
+    """
+
+    def __init__(self, new_cache: Callable[[], Any]) -> None:
+        self._new_cache = new_cache
+        self._caches: dict[int, Any] = {}
+
+    def __getitem__(self, slot: int) -> Any:
+        """Return the cache of a slot."""
+        if slot not in self._caches:
+            self._caches[slot] = self._new_cache()
+        return self._caches[slot]
+
+    def keep(self, slot: int, *, num_tokens: int) -> None:
+        """Forget all but the first `num_tokens` tokens of a slot."""
+        if num_tokens == 0:
+            self._caches.pop(slot, None)
+        elif (cache := self[slot]) is not None and (surplus := cache.get_seq_length() - num_tokens):
+            cache.crop(-surplus)
 
 
 class StageRunner:
@@ -58,19 +78,23 @@ class StageRunner:
     def __init__(self, units: Units, *, number: int) -> None:
         self._units, self._number = units, number
         self._held: dict[int, Held] = {}
+        self._slots = OwnCaches(units.new_cache)
+        self._owners: dict[int, int] = {}
 
     def clear(self) -> None:
         """Forget every sequence."""
         self._held.clear()
+        self._slots = OwnCaches(self._units.new_cache)
 
     def open(self, opening: Opening) -> None:
         """Make room for a sequence."""
-        drawer = Drawer(opening) if self._units.has_head else None
-        self._held[opening.sequence] = Held(opening, drawer)
+        self._held[opening.sequence] = Held(opening, Drawer(opening) if self._units.has_head else None)
 
-    def close(self, sequence: int) -> None:
-        """Forget a sequence; nothing happens if its cache was taken over."""
+    def close(self, sequence: int, *, slot: int, keeps: bool) -> None:
+        """Forget a sequence, and its slot's tokens too unless somebody may go on from there."""
         self._held.pop(sequence, None)
+        if not keeps and self._owners.get(slot) == sequence:
+            self._slots.keep(slot, num_tokens=0)
 
     def opening(self, sequence: int) -> Opening:
         """Return what was said about a sequence.
@@ -115,33 +139,26 @@ class StageRunner:
     def _extend(self, part: Part, inputs: torch.Tensor) -> torch.Tensor:
         held = self._ready(part)
         keep = part.count if part.gives & PROMPT else 1
-        output = self._units.extend(inputs[None], start=part.start, cache=held.cache, keep=keep)[0]
+        cache = self._slots[held.opening.slot]
+        output = self._units.extend(inputs[None], start=part.start, cache=cache, keep=keep)[0]
         held.length = part.end
         return output.to(device="cpu", dtype=torch.float32) if self._units.has_head else output
 
     def _ready(self, part: Part) -> Held:
-        """Return a sequence with a cache that ends where the part begins."""
-        self.opening(part.sequence)
-        held = self._held[part.sequence]
+        """Return a sequence whose slot ends where the part begins."""
+        opening, held = self.opening(part.sequence), self._held[part.sequence]
+        if held.length is None:
+            held.length, self._owners[opening.slot] = opening.keeps_tokens, part.sequence
+            self._slots.keep(opening.slot, num_tokens=held.length)
         if part.start not in (0, held.length):
             raise PeerError(
                 f"a step of sequence {part.sequence} begins at token {part.start}",
                 expected=f"{held.length}",
                 code="E-HEADER",
             )
-        if held.cache is None:
-            held.cache = self._taken_over(held.opening)
         if part.start < held.length:  # everything again: see `runtime.reading.families.rope_switch`
-            held.cache = self._units.new_cache()
+            self._slots.keep(opening.slot, num_tokens=0)
         return held
-
-    def _taken_over(self, opening: Opening) -> Any:
-        earlier = None if opening.continues is None else self._held.pop(opening.continues, None)
-        if earlier is None or earlier.cache is None:
-            return self._units.new_cache()
-        if earlier.length > opening.keeps_tokens:
-            earlier.cache.crop(opening.keeps_tokens - earlier.length)
-        return earlier.cache
 
     def _checked(self, part: Part, output: torch.Tensor) -> Part:
         if part.fault or torch.isfinite(output[-1]).all():
