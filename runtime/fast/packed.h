@@ -53,18 +53,90 @@ typedef few_halves few_halves_at __attribute__((aligned(1), may_alias));
 
 enum { GROUP = 32, UNIT = GROUP * LANES, UNIT_PARTS = 16, NEAR_FLOATS = 8192 };
 
-/* ---- Activations as whole numbers. ---- */
-
 INLINE int parts_of(int dtype) { return dtype == F32 ? 2 : 1; }
 INLINE size_t units_in(size_t columns) { return (columns + UNIT - 1) / UNIT; }
 /* Floats that one row takes in a unit: numbers, corrections, scales. */
 INLINE size_t unit_floats(int dtype) { return (size_t)parts_of(dtype) * (UNIT_PARTS + 1) * LANES + LANES; }
+/* The lane of a group's sum. */
+INLINE int lane_of(int group) { return group % (LANES / 4) * 4 + group / (LANES / 4); }
+
+/* ---- Scales. ---- */
+
+/* Scales of a whole unit with 32 columns to a scale, each in its group's lane. */
+INLINE floats read_scales(int dtype, const char *at) {
+    if (dtype == BF16) {
+#if LANES == 16 && defined(__AVX512BW__)
+        const __m512i from = (__m512i)(ints){LANE_GROUPS} << 16;
+        __m512i scales = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at));
+        return (floats)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, scales);
+#else
+        words wide = __builtin_convertvector(*(const few_halves_at *)at, words) << 16;
+        return (floats)PICK(wide, wide, LANE_GROUPS);
+#endif
+    }
+#if defined(__F16C__)
+    floats wide = widen_half(at);
+#else
+    floats wide = half_to_floats(__builtin_convertvector(*(const few_halves_at *)at, words));
+#endif
+    return PICK(wide, wide, LANE_GROUPS);
+}
+
+/* Any other scales, one by one, rounded to the model's dtype: unit `unit` of the row whose scales start at `scales`. */
+static floats look_up_scales(int dtype, const Linear *linear, const char *scales, size_t columns, size_t unit) {
+    floats found = {0};
+    for (int g = 0; g < LANES; g++) {
+        size_t column = unit * UNIT + g * GROUP;
+        if (column >= columns) break;
+        found[lane_of(g)] = rounded(dtype, read_at((int)linear->scale_dtype, scales, column / linear->group));
+    }
+    return found;
+}
+
+/* Some weight rows and all activation rows. */
+typedef struct {
+    const Linear *linear;
+    size_t rows, columns, row_bytes, row_scale_bytes;
+    const char *weights, *weights_end, *scales, *scales_end;
+    size_t chunk;        /* units whose activations stay in the L1 cache while several weight rows pass */
+    int dtype, is_plain; /* 32 columns to a scale of two bytes that the model's dtype holds */
+} Packed;
+
+INLINE Packed packed_of(int dtype, const Linear *linear, size_t rows, size_t columns, size_t first, int count) {
+    const int scale_dtype = (int)linear->scale_dtype;
+    size_t row_bytes = columns * linear->bits / 8, row_scale_bytes = columns / linear->group * size_of(scale_dtype);
+    size_t chunk = rows == 1 ? units_in(columns) : NEAR_FLOATS / (rows * unit_floats(dtype));
+    Packed packed = {.linear = linear, .rows = rows, .columns = columns, .dtype = dtype};
+    packed.row_bytes = row_bytes, packed.row_scale_bytes = row_scale_bytes;
+    packed.weights = (const char *)linear->weight + first * row_bytes;
+    packed.weights_end = packed.weights + count * row_bytes;
+    packed.scales = (const char *)linear->scale + first * row_scale_bytes;
+    packed.scales_end = packed.scales + count * row_scale_bytes;
+    packed.chunk = chunk ? chunk : 1;
+    packed.is_plain = linear->group == GROUP && scale_dtype != F32 && (dtype == scale_dtype || dtype == F32);
+    return packed;
+}
+
+/* `at`, or a copy where `size` bytes would reach past `end`. What follows a row in its last unit does not matter, as
+ * activations are 0 there, but it must be readable, and as a scale finite. */
+INLINE const char *readable(const char *at, size_t size, const char *end, char *copy) {
+    if (at + size <= end) return at;
+    memset(copy, 0, size);
+    return memcpy(copy, at, end - at);
+}
+
+/* Scales of unit `unit` of the row whose scales start at `scales`. */
+INLINE floats unit_scales(const Packed *p, const char *scales, size_t unit) {
+    char copy[LANES * 2];
+    if (!p->is_plain) return look_up_scales(p->dtype, p->linear, scales, p->columns, unit);
+    return read_scales((int)p->linear->scale_dtype, readable(scales + unit * sizeof copy, sizeof copy, p->scales_end, copy));
+}
+
+/* ---- Activations as whole numbers. ---- */
+
 INLINE size_t packed_floats(int dtype, size_t rows, size_t columns) {
     return rows * units_in(columns) * unit_floats(dtype);
 }
-
-/* The lane of a group's sum. */
-INLINE int lane_of(int group) { return group % (LANES / 4) * 4 + group / (LANES / 4); }
 
 /* Numbers of a unit in the order in which `spread` yields their weights. */
 INLINE void reorder(int bits, const int16_t *from, int16_t *to) {
@@ -101,14 +173,13 @@ INLINE float whole_numbers(int parts, const float *from, int16_t *high, int16_t 
 }
 
 INLINE void pack_unit(int parts, int bits, const float *from, float *to) {
-    int16_t natural[2][UNIT];
-    int32_t *correction = (int32_t *)(to + parts * UNIT_PARTS * LANES), sums[2];
+    int16_t natural[2][UNIT]; /* in the order of the columns */
+    int32_t sums[2], *correction = (int32_t *)(to + parts * UNIT_PARTS * LANES);
     float *scales = to + parts * (UNIT_PARTS + 1) * LANES;
     for (int g = 0; g < LANES; g++) {
         int lane = lane_of(g);
         scales[lane] = whole_numbers(parts, from + g * GROUP, natural[0] + g * GROUP, natural[1] + g * GROUP, sums);
-        for (int part = 0; part < parts; part++)
-            correction[part * LANES + lane] = -(sums[part] << (bits - 1));
+        for (int part = 0; part < parts; part++) correction[part * LANES + lane] = -(sums[part] << (bits - 1));
     }
     for (int part = 0; part < parts; part++)
         reorder(bits, natural[part], (int16_t *)(to + part * UNIT_PARTS * LANES));
@@ -123,8 +194,7 @@ static void pack_row(int dtype, int bits, size_t rows, size_t columns, size_t n,
     size_t pitch = unit_floats(dtype);
     float padded[UNIT] = {0};
     for (size_t k = 0; k < columns; k += UNIT, x += rows * pitch) {
-        const float *unit = from + k;
-        if (columns - k < UNIT) unit = memcpy(padded, unit, 4 * (columns - k));
+        const float *unit = columns - k < UNIT ? memcpy(padded, from + k, 4 * (columns - k)) : from + k;
         BY_KIND(parts_of(dtype), bits, pack_unit, unit, x + n * pitch);
     }
 }
@@ -150,9 +220,9 @@ INLINE ints multiply_pairs(ints sum, halves a, halves b) {
 #endif
 }
 
-/* The weights of a unit, not yet lowered by 8 or 128. */
-INLINE void spread(int bits, const char *at, halves *weights) {
-    for (int i = 0; i < UNIT_PARTS;) {
+/* The weights of some quarters of a unit, not yet lowered by 8 or 128. */
+INLINE void spread(int bits, int quarters, const char *at, halves *weights) {
+    for (int i = 0; i < quarters * UNIT_PARTS / 4;) {
         halves bytes = *(const halves_at *)at;
         at += sizeof bytes;
         KEEP(bytes);
@@ -162,12 +232,11 @@ INLINE void spread(int bits, const char *at, halves *weights) {
     }
 }
 
-/* The sums of a unit's groups, each in its lane. */
-INLINE ints sum_groups(int bits, const halves *weights, const float *x, ints correction) {
-    ints sums[8];
+/* The sums of a unit's groups, each in its lane; those after the quarters are 0. */
+INLINE ints sum_groups(int bits, int quarters, const halves *weights, const float *x, ints correction) {
+    ints sums[8] = {{0}};
     const int stride = bits == 4 ? 4 : 2;
-    UNROLL for (int i = 0; i < UNIT_PARTS / stride; i++) {
-        sums[i] = (ints){0};
+    UNROLL for (int i = 0; i < quarters * UNIT_PARTS / 4 / stride; i++) {
         UNROLL for (int part = i * stride; part < (i + 1) * stride; part++)
             sums[i] = multiply_pairs(sums[i], weights[part], *(const halves_at *)(x + part * LANES));
     }
@@ -183,100 +252,51 @@ INLINE ints sum_groups(int bits, const halves *weights, const float *x, ints cor
     return PICK(a, b, LOW_TWOS) + (PICK(a, b, HIGH_TWOS) + correction);
 }
 
-/* Scales of a whole unit with 32 columns to a scale, each in its group's lane. */
-INLINE floats read_scales(int dtype, const char *at) {
-    if (dtype == BF16) {
-#if LANES == 16 && defined(__AVX512BW__)
-        const __m512i from = (__m512i)(ints){LANE_GROUPS} << 16;
-        __m512i scales = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at));
-        return (floats)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, scales);
-#else
-        words wide = __builtin_convertvector(*(const few_halves_at *)at, words) << 16;
-        return (floats)PICK(wide, wide, LANE_GROUPS);
-#endif
-    }
-#if defined(__F16C__)
-    floats wide = widen_half(at);
-#else
-    floats wide = half_to_floats(__builtin_convertvector(*(const few_halves_at *)at, words));
-#endif
-    return PICK(wide, wide, LANE_GROUPS);
-}
-
-/* Any other scales, one by one, rounded to the model's dtype: unit `unit` of the row whose scales start at `scales`. */
-static floats look_up_scales(int dtype, const Linear *linear, const char *scales, size_t columns, size_t unit) {
-    floats found = {0};
-    for (int g = 0; g < LANES; g++) {
-        size_t column = unit * UNIT + g * GROUP;
-        if (column >= columns) break;
-        found[lane_of(g)] = rounded(dtype, read_at((int)linear->scale_dtype, scales, column / linear->group));
-    }
-    return found;
-}
-
 /* sum + one unit of a weight row, times one activation row. */
-INLINE floats multiply_unit(int parts, int bits, const halves *weights, floats scales, const float *x, floats sum) {
+INLINE floats multiply_unit(int parts, int bits, int quarters, const halves *weights, floats scales, const float *x,
+                            floats sum) {
     const size_t after = parts * UNIT_PARTS * LANES;
-    floats groups = __builtin_convertvector(sum_groups(bits, weights, x, *(const ints_at *)(x + after)), floats);
+    ints high = sum_groups(bits, quarters, weights, x, *(const ints_at *)(x + after));
+    floats groups = __builtin_convertvector(high, floats);
     if (parts == 2) {
-        ints low = sum_groups(bits, weights, x + UNIT_PARTS * LANES, *(const ints_at *)(x + after + LANES));
+        ints low = sum_groups(bits, quarters, weights, x + UNIT_PARTS * LANES, *(const ints_at *)(x + after + LANES));
         groups = groups * 32768.0f + __builtin_convertvector(low, floats);
     }
     return sum + groups * (scales * *(const floats_at *)(x + after + parts * LANES));
 }
 
-typedef struct {
-    const Linear *linear;
-    size_t rows, columns, row_bytes, row_scale_bytes;
-    size_t chunk; /* units whose activations stay in the L1 cache while several weight rows pass */
-    int dtype, is_plain; /* 32 columns to a scale of two bytes that the model's dtype holds */
-} Packed;
-
-INLINE Packed packed_of(int dtype, const Linear *linear, size_t rows, size_t columns) {
-    size_t num_scales = columns / linear->group;
-    size_t chunk = rows == 1 ? units_in(columns) : NEAR_FLOATS / (rows * unit_floats(dtype));
-    int scale_dtype = (int)linear->scale_dtype;
-    return (Packed){.linear = linear,
-                    .rows = rows,
-                    .columns = columns,
-                    .row_bytes = columns * linear->bits / 8,
-                    .row_scale_bytes = num_scales * size_of(scale_dtype),
-                    .chunk = chunk ? chunk : 1,
-                    .dtype = dtype,
-                    .is_plain = linear->group == GROUP && scale_dtype != F32 && (dtype == scale_dtype || dtype == F32)};
-}
-
-/* sums[n] += unit `unit` of the weight row at `w`, times N activation rows. */
-INLINE void multiply_rows(int parts, int bits, int N, const Packed *p, const char *w, const char *scales, size_t unit,
-                          int is_whole, const float *x, floats *sums) {
-    const size_t pitch = (parts * (UNIT_PARTS + 1) + 1) * LANES, first = unit * UNIT * bits / 8;
-    const char *at = w + first, *scales_at = scales + unit * LANES * 2;
-    char padded[UNIT];
-    floats found;
+/* sums[n] += the first quarters of unit `unit`, at `at` in a weight row, times N activation rows. */
+INLINE void multiply_rows(int parts, int bits, int N, int quarters, const Packed *p, const char *at, const char *scales,
+                          size_t unit, const float *x, floats *sums) {
+    const size_t pitch = (parts * (UNIT_PARTS + 1) + 1) * LANES;
+    floats found = unit_scales(p, scales, unit);
     halves weights[UNIT_PARTS];
-    if (is_whole) {
-        UNROLL for (int i = 0; i < UNIT * bits / 8; i += 64) __builtin_prefetch(at + i + AHEAD_BYTES);
-        __builtin_prefetch(scales_at + AHEAD_BYTES / 4);
-    } else at = memcpy(padded, at, p->row_bytes - first); /* its activations are 0 beyond */
-    found = is_whole && p->is_plain ? read_scales((int)p->linear->scale_dtype, scales_at)
-                                    : look_up_scales(p->dtype, p->linear, scales, p->columns, unit);
-    spread(bits, at, weights);
-    for (int n = 0; n < N; n++, x += pitch) sums[n * STRIP] = multiply_unit(parts, bits, weights, found, x, sums[n * STRIP]);
+    spread(bits, quarters, at, weights);
+    for (int n = 0; n < N; n++, x += pitch, sums += STRIP)
+        *sums = multiply_unit(parts, bits, quarters, weights, found, x, *sums);
 }
 
 /* Units first .. end - 1 of one weight row; nothing is read past its end. */
 INLINE void multiply_units(int parts, int bits, int N, const Packed *p, const char *w, const char *scales, size_t first,
                            size_t end, const float *x, floats *sums) {
-    const size_t pitch = (parts * (UNIT_PARTS + 1) + 1) * LANES, whole = p->columns / UNIT, stop = end < whole ? end : whole;
-    for (; first < stop; first++, x += N * pitch) multiply_rows(parts, bits, N, p, w, scales, first, 1, x, sums);
-    if (first < end) multiply_rows(parts, bits, N, p, w, scales, first, 0, x, sums);
+    const size_t pitch = N * (parts * (UNIT_PARTS + 1) + 1) * LANES, whole = p->columns / UNIT, bytes = UNIT * bits / 8;
+    for (; first < end && first < whole; first++, x += pitch) {
+        const char *at = w + first * bytes;
+        UNROLL for (int i = 0; i < UNIT * bits / 8; i += 64) __builtin_prefetch(at + i + AHEAD_BYTES);
+        __builtin_prefetch(scales + first * LANES * 2 + AHEAD_BYTES / 4);
+        multiply_rows(parts, bits, N, 4, p, at, scales, first, x, sums);
+    }
+    if (first < end) {
+        const int is_short = p->columns % UNIT <= UNIT / 4;
+        char copy[UNIT];
+        const char *at = readable(w + first * bytes, is_short ? bytes / 4 : bytes, p->weights_end, copy);
+        if (is_short) multiply_rows(parts, bits, N, 1, p, at, scales, first, x, sums);
+        else multiply_rows(parts, bits, N, 4, p, at, scales, first, x, sums);
+    }
 }
 
-INLINE void packed_panel_of(int parts, int bits, int N, const Packed *p, size_t first, int count, const float *x,
-                            float *out) {
+INLINE void packed_panel_of(int parts, int bits, int N, const Packed *p, int count, const float *x, float *out) {
     const size_t pitch = N * (parts * (UNIT_PARTS + 1) + 1) * LANES, num_units = units_in(p->columns);
-    const char *w = (const char *)p->linear->weight + first * p->row_bytes;
-    const char *scales = (const char *)p->linear->scale + first * p->row_scale_bytes;
     for (int m = 0; m < count; m += STRIP) {
         floats sums[MAX_ROWS * STRIP];
         int left = count - m < STRIP ? count - m : STRIP;
@@ -284,8 +304,8 @@ INLINE void packed_panel_of(int parts, int bits, int N, const Packed *p, size_t 
         for (size_t unit = 0; unit < num_units; unit += p->chunk) {
             size_t end = unit + p->chunk < num_units ? unit + p->chunk : num_units;
             for (int i = m; i < m + left; i++) {
-                const char *row = w + i * p->row_bytes, *row_scales = scales + i * p->row_scale_bytes;
-                multiply_units(parts, bits, N, p, row, row_scales, unit, end, x + unit * pitch, sums + i - m);
+                const char *row = p->weights + i * p->row_bytes, *scales = p->scales + i * p->row_scale_bytes;
+                multiply_units(parts, bits, N, p, row, scales, unit, end, x + unit * pitch, sums + i - m);
             }
         }
         for (int n = 0; n < N; n++) {
@@ -296,20 +316,18 @@ INLINE void packed_panel_of(int parts, int bits, int N, const Packed *p, size_t 
 }
 
 /* Functions of their own: a compiler that sees both at once makes one of them, for any number of rows. */
-static __attribute__((noinline)) void one_row(int parts, const Packed *p, size_t first, int count, const float *x,
-                                              float *out) {
-    BY_KIND(parts, p->linear->bits, packed_panel_of, 1, p, first, count, x, out);
+static __attribute__((noinline)) void one_row(int parts, const Packed *p, int count, const float *x, float *out) {
+    BY_KIND(parts, p->linear->bits, packed_panel_of, 1, p, count, x, out);
 }
 
-static __attribute__((noinline)) void many_rows(int parts, const Packed *p, size_t first, int count, const float *x,
-                                                float *out) {
-    BY_KIND(parts, p->linear->bits, packed_panel_of, (int)p->rows, p, first, count, x, out);
+static __attribute__((noinline)) void many_rows(int parts, const Packed *p, int count, const float *x, float *out) {
+    BY_KIND(parts, p->linear->bits, packed_panel_of, (int)p->rows, p, count, x, out);
 }
 
 /* out[n][m] = weight row first + m . activation row n, for `count` <= PANEL rows of weights. */
 static void packed_panel(int dtype, const Linear *linear, size_t rows, size_t columns, size_t first, int count,
                          const float *x, float *out) {
-    Packed packed = packed_of(dtype, linear, rows, columns);
-    if (rows == 1) one_row(parts_of(dtype), &packed, first, count, x, out);
-    else many_rows(parts_of(dtype), &packed, first, count, x, out);
+    Packed packed = packed_of(dtype, linear, rows, columns, first, count);
+    if (rows == 1) one_row(parts_of(dtype), &packed, count, x, out);
+    else many_rows(parts_of(dtype), &packed, count, x, out);
 }
