@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -65,8 +66,7 @@ enum { BLOCK = 2 * LANES, PANEL = 32, SLOTS = 512, MAX_ROWS = 16, MAX_HEAD = 256
 
 typedef struct {
     void (*parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
-    void (*barrier)(void);
-    int (*thread_number)(void);
+    int (*thread_number)(void), (*num_threads)(void);
 } OpenMP;
 
 typedef struct {
@@ -107,7 +107,7 @@ typedef struct {
     const void *cos, *sin;  /* [R, rotary_dim] */
     const Piece *pieces;    /* no sequence twice */
     float *workspace;       /* workspace_floats() */
-    int64_t *counters;      /* num_counters(), any content */
+    int64_t *counters;      /* num_counters() */
 } Step;
 
 typedef struct {
@@ -119,7 +119,7 @@ typedef struct {
     Linear weight;
     void *logits;           /* [R, V] */
     float *workspace;
-    int64_t *counters;
+    int64_t *counters;      /* as for a step */
 } Head;
 
 /* ---- Elements: fp32 in registers, the model's dtype in memory. ---- */
@@ -512,29 +512,137 @@ int64_t workspace_floats(const Shape *shape, int64_t rows, int64_t threads) {
     return (int64_t)lay_out(&decode, shape, rows, threads, NULL);
 }
 
-/* Threads take pieces of a phase as they get free: a thread that the system interrupts does not hold up the rest. */
+/* ---- How threads share a call. ----
+ * A call is a row of phases, a phase a number of tasks in any order, all done before the next phase begins. Threads take
+ * tasks as they get free, and nobody waits for a thread that holds none. One that the system interrupts in a task does
+ * not hold up the rest either: who has waited long enough does the task again. A result is made in memory of the thread's
+ * own, and only the first to finish may publish it where the next phase reads. */
+
+enum { PHASES = 5, FIELDS = 8 }; /* phases of a layer; counters of a phase, a cache line */
+enum { TAKEN, DONE, IS_REDONE };
+enum { PAUSES = 32, PATIENCE_NS = 30000, SPIN_NS = 100000, REST_NS = 50000 };
+
+typedef struct {
+    int64_t *counters;   /* [FIELDS] */
+    uint32_t *published; /* by task: the last phase whose result of that number was published */
+    uint32_t number;     /* of the phase in the call, from 1 */
+    int64_t count;       /* tasks */
+    int64_t start, idle, own, redo;
+    int is_shared;       /* tasks may be done twice */
+} Phase;
+
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+INLINE int64_t load(const int64_t *counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
 INLINE int64_t take(int64_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
+INLINE void pause_briefly(void) {
+#if defined(__x86_64__)
+    for (int i = 0; i < PAUSES; i++) __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    for (int i = 0; i < PAUSES; i++) __asm__ volatile("yield");
+#endif
+}
+
+/* Wait for other threads: at first awake, then by leaving the processor to whoever needs it. */
+static void wait_a_little(int64_t idle_since) {
+    if (now() - idle_since < SPIN_NS) pause_briefly();
+    else nanosleep(&(struct timespec){0, REST_NS}, NULL);
+}
+
+/* The counters of all phases and of who has left come first, then `published`. */
+static Phase phase_of(int64_t *counters, int64_t num_phases, int64_t number, int64_t count, int is_shared) {
+    uint32_t *published = (uint32_t *)(counters + (num_phases + 1) * FIELDS);
+    return (Phase){.counters = counters + number * FIELDS, .published = published, .number = (uint32_t)number,
+                   .count = count, .start = now(), .redo = -1, .is_shared = is_shared};
+}
+
+static size_t counters_of(int64_t num_phases, int64_t most_weight_rows) {
+    return (num_phases + 1) * FIELDS + most_weight_rows / PANEL + 4;
+}
+
+static int64_t most_weight_rows(const Shape *s) {
+    int64_t most = (s->num_heads + 2 * s->num_kv_heads) * s->head_dim;
+    if (s->intermediate_size > most) most = s->intermediate_size;
+    return s->hidden_size > most ? s->hidden_size : most;
+}
+
+/* Enough for a step of some layers, and for a head. */
+int64_t num_counters(const Shape *shape, int64_t num_layers, int64_t vocab_size) {
+    int64_t most = most_weight_rows(shape);
+    return (int64_t)counters_of(PHASES * num_layers + 1, vocab_size > most ? vocab_size : most);
+}
+
+static void reset(int64_t *counters, int64_t num_phases, int64_t most_weight_rows) {
+    memset(counters, 0, 8 * counters_of(num_phases, most_weight_rows));
+}
+
+INLINE int has_tasks(const Phase *p) { return load(p->counters + TAKEN) < p->count; }
+
+/* Whether this thread may do a task again that another one holds: once per phase, and not before it has waited as long
+ * as tasks of its own took several times over. */
+static int may_redo(const Phase *p) {
+    if (!p->is_shared || p->own == 0 || p->redo >= 0) return 0;
+    if (now() - p->idle < PATIENCE_NS + 4 * (p->idle - p->start) / p->own) return 0;
+    return __atomic_exchange_n(p->counters + IS_REDONE, 1, __ATOMIC_RELAXED) == 0;
+}
+
+/* The next task; -1 when all are done. */
+static int64_t next_task(Phase *p) {
+    if (p->idle == 0) {
+        int64_t task = take(p->counters + TAKEN);
+        if (task < p->count) return p->own++, task;
+        p->idle = load(p->counters + DONE) < p->count ? now() : 1;
+    }
+    while (load(p->counters + DONE) < p->count) {
+        for (; p->redo >= 0 && p->redo < p->count; p->redo++)
+            if (__atomic_load_n(p->published + p->redo, __ATOMIC_RELAXED) < p->number) return p->redo;
+        if (may_redo(p)) p->redo = 0;
+        else wait_a_little(p->idle);
+    }
+    return -1;
+}
+
+/* Whether this thread is the first to have a task's result, and so to publish it and then call `finish`. */
+INLINE int is_first(const Phase *p, int64_t task) {
+    uint32_t last = __atomic_load_n(p->published + task, __ATOMIC_RELAXED);
+    return last < p->number &&
+           __atomic_compare_exchange_n(p->published + task, &last, p->number, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+}
+
+INLINE void finish(const Phase *p) { __atomic_fetch_add(p->counters + DONE, 1, __ATOMIC_RELEASE); }
+
+/* Before its first thread leaves a call all others have: the system's own way to wait for them would keep it awake. */
+static void leave(const OpenMP *omp, int64_t *counters) {
+    int64_t idle = now();
+    if (omp->thread_number() != 0) __atomic_fetch_add(counters, 1, __ATOMIC_RELEASE);
+    else while (load(counters) < omp->num_threads() - 1) wait_a_little(idle);
+}
+
+INLINE int64_t panels_of(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
 INLINE int count_from(int64_t first, int64_t end) { return (int)(end - first < PANEL ? end - first : PANEL); }
 
 /* ---- Phase 1: q, k and v of all rows. ---- */
 
-static void project_one(const Decode *d, const Linear *l, int64_t first, int64_t end, size_t column, const Inputs *x) {
+static void project(const Decode *d, const Layer *layer, const Inputs *x, Phase *phase) {
     const Shape *s = d->shape;
-    size_t wide = (s->num_heads + 2 * s->num_kv_heads) * s->head_dim;
-    int count = count_from(first, end);
+    const Linear *const projections[] = {&layer->q, &layer->k, &layer->v};
+    int64_t q = s->num_heads * s->head_dim, k = s->num_kv_heads * s->head_dim, wide = q + 2 * k;
+    int64_t q_panels = panels_of(q), k_panels = panels_of(k);
     float out[MAX_ROWS * PANEL];
-    linear((int)s->dtype, l, &d->by_hidden, first, count, x, out);
-    for (size_t n = 0; n < d->by_hidden.rows; n++)
-        memcpy(d->qkv + n * wide + column + first, out + n * PANEL, 4 * count);
-}
-
-static void project(const Decode *d, const Layer *layer, const Inputs *x, int64_t *counter) {
-    int64_t q = d->shape->num_heads * d->shape->head_dim, k = d->shape->num_kv_heads * d->shape->head_dim;
-    int64_t q_panels = (q + PANEL - 1) / PANEL, k_panels = (k + PANEL - 1) / PANEL;
-    for (int64_t i; (i = take(counter)) < q_panels + 2 * k_panels;) {
-        if (i < q_panels) project_one(d, &layer->q, i * PANEL, q, 0, x);
-        else if (i < q_panels + k_panels) project_one(d, &layer->k, (i - q_panels) * PANEL, k, q, x);
-        else project_one(d, &layer->v, (i - q_panels - k_panels) * PANEL, k, q + k, x);
+    for (int64_t task; (task = next_task(phase)) >= 0;) {
+        int part = task < q_panels ? 0 : task < q_panels + k_panels ? 1 : 2;
+        int64_t first = PANEL * (part == 0 ? task : task - q_panels - (part - 1) * k_panels);
+        int64_t column = first + (part == 0 ? 0 : q + (part - 1) * k);
+        int count = count_from(first, part == 0 ? q : k);
+        linear((int)s->dtype, projections[part], &d->by_hidden, first, count, x, out);
+        if (!is_first(phase, task)) continue;
+        for (size_t n = 0; n < d->by_hidden.rows; n++) memcpy(d->qkv + n * wide + column, out + n * PANEL, 4 * count);
+        finish(phase);
     }
 }
 
@@ -685,9 +793,9 @@ static void attend_piece(const Decode *d, const Layer *layer, const Piece *piece
     }
 }
 
-static void attend(const Decode *d, const Layer *layer, int64_t *counter) {
+static void attend(const Decode *d, const Layer *layer, Phase *phase) {
     int64_t kv_heads = d->shape->num_kv_heads;
-    for (int64_t task; (task = take(counter)) < d->step->num_pieces * kv_heads;)
+    for (int64_t task; (task = next_task(phase)) >= 0; finish(phase))
         attend_piece(d, layer, d->step->pieces + task / kv_heads, task % kv_heads);
 }
 
@@ -698,19 +806,22 @@ INLINE void add_rounded(int dtype, const float *from, float multiplier, int coun
 }
 
 static void add_linear(const Decode *d, const Linear *l, const Order *order, float *from, const Inputs *x,
-                       int64_t *counter) {
+                       Phase *phase) {
     int dtype = (int)d->shape->dtype;
     int64_t E = d->shape->hidden_size;
     float out[MAX_ROWS * PANEL], multiplier = (float)d->shape->residual_multiplier;
     Order before = order_before(l, *order);
     Inputs inputs = {from, {x->packed[0], x->packed[1]}};
-    for (size_t n = 0; l->bits && n < order->rows; n++)
+    for (size_t n = 0; l->bits && has_tasks(phase) && n < order->rows; n++)
         pack_row(dtype, (int)l->bits, order->rows, order->columns, n, from + n * before.chunk, packed_for(x, l));
-    for (int64_t first; (first = take(counter) * PANEL) < E;) {
+    for (int64_t task; (task = next_task(phase)) >= 0;) {
+        int64_t first = task * PANEL;
         int count = count_from(first, E);
         linear(dtype, l, order, first, count, &inputs, out);
+        if (!is_first(phase, task)) continue;
         for (size_t n = 0; n < order->rows; n++)
             BY_DTYPE(dtype, add_rounded, out + n * PANEL, multiplier, count, d->hidden + n * E + first);
+        finish(phase);
     }
 }
 
@@ -721,56 +832,70 @@ INLINE void activate(int dtype, int count, const float *up, float *gate) {
         gate[m] = rounded(dtype, rounded(dtype, gate[m] / (1.0f + exponential(-gate[m]))) * up[m]);
 }
 
-static void gate_and_up(const Decode *d, const Layer *layer, const Inputs *x, int64_t *counter) {
+static void gate_and_up(const Decode *d, const Layer *layer, const Inputs *x, Phase *phase) {
     int dtype = (int)d->shape->dtype;
-    int64_t F = d->shape->intermediate_size;
     float gate[MAX_ROWS * PANEL], up[MAX_ROWS * PANEL];
     Order before_down = order_before(&layer->down, d->by_ffn);
-    for (int64_t first; (first = take(counter) * PANEL) < F;) {
-        int count = count_from(first, F);
+    for (int64_t task; (task = next_task(phase)) >= 0;) {
+        int64_t first = task * PANEL;
+        int count = count_from(first, d->shape->intermediate_size);
         linear(dtype, &layer->gate, &d->by_hidden, first, count, x, gate);
         linear(dtype, &layer->up, &d->by_hidden, first, count, x, up);
-        for (size_t n = 0; n < d->by_hidden.rows; n++) {
-            BY_DTYPE(dtype, activate, count, up + n * PANEL, gate + n * PANEL);
-            arrange(&before_down, n, first, count, gate + n * PANEL, d->activated);
-        }
+        for (size_t n = 0; n < d->by_hidden.rows; n++) BY_DTYPE(dtype, activate, count, up + n * PANEL, gate + n * PANEL);
+        if (!is_first(phase, task)) continue;
+        for (size_t n = 0; n < d->by_hidden.rows; n++) arrange(&before_down, n, first, count, gate + n * PANEL, d->activated);
+        finish(phase);
     }
 }
 
 /* ---- Entry points. ---- */
+
+static Phase phase_of_layer(const Decode *d, int64_t layer, int64_t phase, int64_t count, int is_shared) {
+    return phase_of(d->step->counters, PHASES * d->step->num_layers, PHASES * layer + phase, count, is_shared);
+}
+
+/* Norm what a phase's linear layers read, unless other threads have taken all of it. */
+static void prepare(const Decode *d, const Phase *phase, const void *norm, const Linear *const *readers, int count,
+                    float *row, const Inputs *x) {
+    int dtype = (int)d->shape->dtype;
+    if (has_tasks(phase)) norm_rows(dtype, norm, d->shape->norm_eps, &d->by_hidden, d->hidden, readers, count, row, x);
+}
+
+static void decode_layer(const Decode *d, int64_t index, float *row, const Inputs *x) {
+    const Shape *s = d->shape;
+    const Layer *layer = d->layers + index;
+    const Linear *const projections[] = {&layer->q, &layer->k, &layer->v}, *const gates[] = {&layer->gate, &layer->up};
+    int64_t q_panels = panels_of(s->num_heads * s->head_dim), k_panels = panels_of(s->num_kv_heads * s->head_dim);
+    Phase projected = phase_of_layer(d, index, 1, q_panels + 2 * k_panels, 1);
+    prepare(d, &projected, layer->input_norm, projections, 3, row, x);
+    project(d, layer, x, &projected);
+    Phase attended = phase_of_layer(d, index, 2, d->step->num_pieces * s->num_kv_heads, 0);
+    attend(d, layer, &attended);
+    Phase mixed = phase_of_layer(d, index, 3, panels_of(s->hidden_size), 1);
+    add_linear(d, &layer->o, &d->by_heads, d->attended, x, &mixed);
+    Phase activated = phase_of_layer(d, index, 4, panels_of(s->intermediate_size), 1);
+    prepare(d, &activated, layer->post_norm, gates, 2, row, x);
+    gate_and_up(d, layer, x, &activated);
+    Phase lowered = phase_of_layer(d, index, 5, panels_of(s->hidden_size), 1);
+    add_linear(d, &layer->down, &d->by_ffn, d->activated, x, &lowered);
+}
 
 static void decode_body(void *data) {
     const Decode *d = data;
     const OpenMP *omp = d->step->openmp;
     float *row = d->own + omp->thread_number() * d->own_floats;
     Inputs x = own_inputs(row, d->by_hidden, packed_room(d));
-    int64_t *counter = d->step->counters;
-    for (const Layer *layer = d->layers; layer < d->layers + d->step->num_layers; layer++, counter += 5) {
-        const Linear *const projections[] = {&layer->q, &layer->k, &layer->v}, *const gates[] = {&layer->gate, &layer->up};
-        int dtype = (int)d->shape->dtype;
-        double eps = d->shape->norm_eps;
-        norm_rows(dtype, layer->input_norm, eps, &d->by_hidden, d->hidden, projections, 3, row, &x);
-        project(d, layer, &x, counter);
-        omp->barrier();
-        attend(d, layer, counter + 1);
-        omp->barrier();
-        add_linear(d, &layer->o, &d->by_heads, d->attended, &x, counter + 2);
-        omp->barrier();
-        norm_rows(dtype, layer->post_norm, eps, &d->by_hidden, d->hidden, gates, 2, row, &x);
-        gate_and_up(d, layer, &x, counter + 3);
-        omp->barrier();
-        add_linear(d, &layer->down, &d->by_ffn, d->activated, &x, counter + 4);
-        omp->barrier();
-    }
+    for (int64_t index = 0; index < d->step->num_layers; index++) decode_layer(d, index, row, &x);
+    leave(omp, d->step->counters);
 }
 
-/* One decode step of all layers; needs 5 counters per layer. Outputs may be the inputs. */
+/* One decode step of all layers. Outputs may be the inputs. */
 void decode_layers(const Shape *shape, const Layer *layers, const Step *step) {
     int dtype = (int)shape->dtype;
     size_t rows = step->rows, count = rows * shape->hidden_size;
     Decode decode = {.layers = layers, .step = step};
     lay_out(&decode, shape, rows, step->threads, step->workspace);
-    memset(step->counters, 0, step->num_layers * 5 * sizeof *step->counters);
+    reset(step->counters, PHASES * step->num_layers, most_weight_rows(shape));
     for (size_t i = 0; i < count; i++) decode.hidden[i] = read_at(dtype, step->inputs, i);
     for (size_t i = 0; i < rows * shape->rotary_dim; i++) {
         decode.cos[i] = read_at(dtype, step->cos, i);
@@ -793,18 +918,23 @@ static void head_body(void *data) {
     row += h->openmp->thread_number() * own_floats(order, packed);
     Inputs x = own_inputs(row, order, packed);
     const Linear *const readers[] = {&h->weight};
-    norm_rows(dtype, h->norm, h->norm_eps, &order, hidden, readers, 1, row, &x);
-    for (int64_t first; (first = take(h->counters) * PANEL) < h->vocab_size;) {
+    Phase phase = phase_of(h->counters, 1, 1, panels_of(h->vocab_size), 1);
+    if (has_tasks(&phase)) norm_rows(dtype, h->norm, h->norm_eps, &order, hidden, readers, 1, row, &x);
+    for (int64_t task; (task = next_task(&phase)) >= 0;) {
+        int64_t first = task * PANEL;
         int count = count_from(first, h->vocab_size);
         linear(dtype, &h->weight, &order, first, count, &x, out);
+        if (!is_first(&phase, task)) continue;
         for (size_t n = 0; n < order.rows; n++)
             BY_DTYPE(dtype, store, out + n * PANEL, (float)h->logits_scaling, count, h->logits, n * h->vocab_size + first);
+        finish(&phase);
     }
+    leave(h->openmp, h->counters);
 }
 
-/* Final norm and logits; needs a layer's workspace and 1 counter. */
+/* Final norm and logits; needs a layer's workspace. */
 void compute_logits(const Head *head) {
-    *head->counters = 0;
+    reset(head->counters, 1, head->vocab_size);
     for (int64_t i = 0; i < head->rows * head->hidden_size; i++)
         head->workspace[i] = read_at((int)head->dtype, head->inputs, i);
     head->openmp->parallel(head_body, (void *)head, (unsigned)head->threads, 0);

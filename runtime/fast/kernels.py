@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig
 
 from runtime.fast.cache import FastLayer
 from runtime.fast.native import (
-    COUNTERS_PER_LAYER,
     DTYPES,
     MAX_HEAD_DIM,
     MAX_ROWS,
@@ -305,7 +304,9 @@ class FastStage:
         """Return the addresses of scratch space and counters."""
         needed = self._library.workspace_floats(self._shape, rows=rows, threads=threads)
         if self._scratch is None or self._scratch[0].numel() < needed:
-            counters = torch.zeros(len(self._layers) * COUNTERS_PER_LAYER + 1, dtype=torch.int64)
+            vocab_size = 0 if self._head is None else self._head.out_features
+            count = self._library.num_counters(self._shape, num_layers=len(self._layers), vocab_size=vocab_size)
+            counters = torch.empty(count, dtype=torch.int64)
             self._scratch = (torch.empty(needed, dtype=torch.float32), counters)
         return self._scratch[0].data_ptr(), self._scratch[1].data_ptr()
 

@@ -28,7 +28,6 @@ MAX_ROWS = 16
 """Rows (new tokens of all sequences together) that one call takes."""
 
 MAX_HEAD_DIM = 256
-COUNTERS_PER_LAYER = 5
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _SOURCES = (_SOURCE, _SOURCE.with_name("packed.h"))
@@ -50,8 +49,8 @@ class Unavailable:
 class _OpenMP(ctypes.Structure):
     _fields_ = (
         ("parallel", _Pointer),
-        ("barrier", _Pointer),
         ("thread_number", _Pointer),
+        ("num_threads", _Pointer),
     )
 
 
@@ -143,12 +142,18 @@ class Library:
         self._functions = ctypes.CDLL(str(self.path))
         self._functions.workspace_floats.restype = _Int
         self._functions.workspace_floats.argtypes = (ctypes.POINTER(Shape), _Int, _Int)
+        self._functions.num_counters.restype = _Int
+        self._functions.num_counters.argtypes = (ctypes.POINTER(Shape), _Int, _Int)
         self._openmp = _torch_openmp()
         self.openmp_address = ctypes.addressof(self._openmp)
 
     def workspace_floats(self, shape: Shape, *, rows: int, threads: int) -> int:
         """Return how many fp32 numbers a call needs as scratch space."""
         return int(self._functions.workspace_floats(ctypes.byref(shape), rows, threads))
+
+    def num_counters(self, shape: Shape, *, num_layers: int, vocab_size: int) -> int:
+        """Return how many int64 numbers calls need to share their work."""
+        return int(self._functions.num_counters(ctypes.byref(shape), num_layers, vocab_size))
 
     def decode_layers(self, shape: Shape, layers: "ctypes.Array[Layer]", step: Step) -> None:
         """Run one decode step of `layers`."""
@@ -283,7 +288,7 @@ def _torch_openmp() -> _OpenMP:
     """
     try:
         loaded = ctypes.CDLL(torch._C.__file__)
-        names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num")
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         return _OpenMP(*(ctypes.cast(getattr(loaded, name), _Pointer) for name in names))
     except AttributeError as error:
         raise OSError(f"torch brings no OpenMP runtime with a GNU interface ({error})") from None

@@ -24,6 +24,7 @@ from runtime.generate.text import Decode
 from runtime.generate.token_chooser import TokenChooser
 from runtime.generate.tokens import TokenBatch, padding_token
 from runtime.generate.writer import GeneratedSequence, OnText, SequenceWriter
+from runtime.reading.devices import one_thread
 from runtime.stage_time import OnStep, StageTime, StepTrace, since
 from runtime.stages.chain import Chain
 
@@ -281,10 +282,12 @@ def _forward(model: Any, state: Decoding, *, start: int, end: int) -> torch.Tens
     outputs = model(**inputs, return_dict=True)
     # It does so with a new cache: the cache is taken back after every forward.
     state.cache = outputs.past_key_values
-    logits: torch.Tensor = outputs.logits[:, -1].to(device="cpu", dtype=torch.float32)
+    with one_thread():
+        logits: torch.Tensor = outputs.logits[:, -1].to(device="cpu", dtype=torch.float32)
     return logits
 
 
+@one_thread()
 def _take_tokens(
     chain: Chain,
     state: Decoding,

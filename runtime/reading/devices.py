@@ -1,5 +1,8 @@
 """Plan device names and torch devices."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from plans.errors import MachineError, UsageError, printable
@@ -63,6 +66,17 @@ def planned_device(name: str) -> torch.device:
 def present_devices() -> tuple[str, ...]:
     """Return the names of the devices torch can use here, the CPU first."""
     return ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread within: small work need not wait for threads that other programs hold up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def synchronize(device: torch.device) -> None:

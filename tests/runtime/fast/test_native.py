@@ -150,7 +150,8 @@ def _logits(
     kernels: Library, hidden: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, address: int
 ) -> torch.Tensor:
     logits = hidden.new_empty(len(hidden), len(weight))
-    scratch, counters = torch.empty(100_000), torch.zeros(1, dtype=torch.int64)
+    count = kernels.num_counters(native.Shape(), num_layers=0, vocab_size=len(weight))
+    scratch, counters = torch.empty(100_000), torch.empty(count, dtype=torch.int64)
     head = native.Head(
         openmp=kernels.openmp_address,
         threads=2,
