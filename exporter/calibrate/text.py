@@ -44,6 +44,7 @@ def read_text(path: Path, *, folder: Path, vocab_size: int, context_tokens: int)
     if not text.strip():
         raise InputError("holds no text", where=path, code="E-TEXT")
     tokenizer = load_tokenizer(folder, vocab_size=vocab_size)
+    tokenizer.model_max_length = len(data) + 1  # windows are short, whatever the text is
     ids = encode_prompt(tokenizer, text, parses_special=False)[:MAX_TOKENS]
     # What a tokenizer puts in front of every text belongs in front of every window.
     head = ids[:1] if ids[0] == getattr(tokenizer, "bos_token_id", None) else []

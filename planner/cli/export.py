@@ -91,6 +91,8 @@ def export_command(
         )
     for line in stage_lines(manifest, stages):
         screen.show(line)
+    for line in packing_lines(manifest):
+        screen.show(line)
     screen.show(f"export id {manifest.export_id}")
     screen.data(manifest.model_dump(mode="json"))
     if stages is None:
@@ -109,6 +111,25 @@ def stage_lines(manifest: "Manifest", stages: frozenset[int] | None) -> Iterator
             continue
         size = format_bytes(manifest.file(stage.file).size)
         yield f"{stage.file}  {size:>10}  {stage.device}: {stage.range.words}"
+
+
+def packing_lines(manifest: "Manifest") -> Iterator[str]:
+    """Yield what was packed how, and how far it is from what it was; nothing where weights are as they were."""
+    packing = manifest.packing
+    if packing is None:
+        return
+    how = "rounded to nearest"
+    if packing.text is not None:
+        how = f"calibrated on {packing.text.num_tokens} tokens"
+    for scheme in sorted({unit.scheme for unit in packing.units}):
+        units = [unit for unit in packing.units if unit.scheme == scheme]
+        worst = max(units, key=lambda unit: unit.relative_squared_error)
+        name = f"layer {worst.index}" if worst.kind == "layer" else "the head"
+        error = worst.relative_squared_error**0.5
+        yield (
+            f"{scheme}: {sum(unit.num_matrices for unit in units)} matrices {how}; weights of {name} moved most, "
+            f"by {error:.2g} of their size"
+        )
 
 
 @with_option_groups

@@ -1,17 +1,19 @@
-"""`llamarun check`: is the chain the unsplit model?"""
+"""`llamarun check`: is the chain the unsplit model, or how far is it from the one its weights were rounded from?"""
 
 import random
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from plans.commands.option_groups import ScreenOptions, with_option_groups
-from plans.errors import IntegrityError
+from plans.errors import IntegrityError, UsageError
 from runtime.cli import options
 from runtime.cli.opening import load, prepare
 
 if TYPE_CHECKING:
+    from plans.commands.console import Output
     from runtime.prepared import Prepared
 
 CHECK_PROMPTS = ("def main(argv: list[str]) -> int:\n", "import os\n", "The quick brown fox jumps over the lazy dog.")
@@ -19,6 +21,13 @@ CHECK_PROMPTS = ("def main(argv: list[str]) -> int:\n", "import os\n", "The quic
 
 RANDOM_LENGTHS = (13, 4, 9)
 """Tokens of the prompts where no tokenizer makes them of text."""
+
+EXACT_DTYPE = "fp32"
+"""Rounding of activations to bf16 would hide what rounding of weights does."""
+TEXT_TOKENS = 8192
+WINDOW_TOKENS = 512
+CHARACTERS_PER_TOKEN = 32
+"""More of a text is not looked at."""
 
 
 def _prompts(prepared: "Prepared") -> list[list[int]]:
@@ -34,7 +43,14 @@ def _prompts(prepared: "Prepared") -> list[list[int]]:
 def check(
     target: options.Target,
     *,
-    against: Annotated[Path, typer.Option("--against", help="The unsplit checkpoint.")],
+    against: Annotated[
+        Path,
+        typer.Option("--against", help="The unsplit checkpoint, or the original of packed weights."),
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", metavar="FILE", help="With the original of packed weights: compare on this text."),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "--max-new-tokens", "-n", min=1, max=10_000, help="Greedy tokens to compare.")
     ] = 32,
@@ -46,19 +62,77 @@ def check(
 ) -> None:
     """Compare a split model with the unsplit one: logits bit for bit, and greedy tokens.
 
-    Ends with exit code 5 if anything differs.
+    Ends with exit code 5 if anything differs. With packed weights and the original they were rounded from, both are
+    computed in fp32 (or --dtype), and what is said is the mean KL per token, and at how many the likeliest differs.
 
     Example: llamarun check shards/ --against checkpoint/
     """
     output = screen.output()
     loading = options.LoadingOptions(model=model, device_map=device_map, dtype=dtype, threads=threads)
     prepared = prepare(output, target, loading, needs_text=False)
+    if prepared.own_tokenizer is None and text is None:
+        output.note("no tokenizer: the prompts are random token ids")
+    if _is_original(against, prepared):
+        exact = prepared if dtype is not None else replace(prepared, dtype=EXACT_DTYPE, kv_cache_dtype=EXACT_DTYPE)
+        _report_distance(output, exact, against, text=text, max_tokens=max_tokens)
+    elif text is not None:
+        raise UsageError("--text belongs to packed weights and the original they were made from", where=against)
+    else:
+        _check_parity(output, prepared, against, target=target, max_tokens=max_tokens)
 
+
+def _is_original(against: Path, prepared: "Prepared") -> bool:
+    """Whether packed weights are to be compared with weights that are not."""
+    from plans.checkpoint.cache import find_snapshot
+    from plans.checkpoint.units import CONFIG_NAME
+    from plans.config.config import read_config
+
+    if prepared.source.checkpoint.config.packing is None:
+        return False
+    return read_config(find_snapshot(against) / CONFIG_NAME).quantization is None
+
+
+def _report_distance(
+    output: "Output", prepared: "Prepared", original: Path, *, text: Path | None, max_tokens: int
+) -> None:
+    from runtime.stages.distance import continued, measure_distance
+    from runtime.stages.parity import load_unsplit
+
+    prompts = _prompts(prepared) if text is None else _windows(prepared, text)
+    session = load(output, prepared, cache_tokens=max(map(len, prompts)) + max_tokens)
+    whole = load_unsplit(original, dtype=session.chain.dtype)
+    with output.spinner("comparing", style="line"):
+        texts = continued(whole, prompts, num_tokens=max_tokens) if text is None else prompts
+        found = measure_distance(session.chain, whole, texts)
+    output.data(asdict(found))
+    share = found.num_different / found.num_tokens
+    output.show(
+        f"mean KL to the original: {found.mean_kl:.3g} per token; "
+        f"another token is likeliest at {found.num_different} of {found.num_tokens} ({share:.1%})"
+    )
+    what = "the check's prompts and what the original says to them" if text is None else f"the beginning of {text}"
+    output.note(f"on {what}, both computed in {prepared.dtype}")
+
+
+def _windows(prepared: "Prepared", path: Path) -> list[list[int]]:
+    """Return the beginning of a text in windows of token ids."""
+    from plans.reading.files import read_limited
+    from runtime.reading.tokenizer import MAX_PROMPT_BYTES, encode_prompt, missing_tokenizer, read_prompt
+
+    tokenizer = prepared.own_tokenizer
+    if tokenizer is None:
+        raise missing_tokenizer(prepared.source.folder)
+    words = read_prompt(read_limited(path, max_bytes=MAX_PROMPT_BYTES), where=path)
+    tokenizer.model_max_length = len(words) + 1  # windows are short, whatever the text is
+    ids = encode_prompt(tokenizer, words[: TEXT_TOKENS * CHARACTERS_PER_TOKEN], parses_special=False)[:TEXT_TOKENS]
+    size = min(WINDOW_TOKENS, prepared.context_tokens, len(ids))
+    return [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+
+
+def _check_parity(output: "Output", prepared: "Prepared", against: Path, *, target: Path, max_tokens: int) -> None:
     from runtime.stages.parity import compare_models, load_unsplit
 
     prompts = _prompts(prepared)
-    if prepared.own_tokenizer is None:
-        output.note("no tokenizer: the prompts are random token ids")
     session = load(output, prepared, cache_tokens=max(map(len, prompts)) + max_tokens, batch_size=len(prompts))
     unsplit = load_unsplit(against, dtype=session.chain.dtype)
     results = compare_models(session.chain, unsplit, prompts, num_tokens=max_tokens, chunk_tokens=3)
