@@ -1,5 +1,7 @@
 """`llamaplan export` against copying the files, and against loading and saving the model with transformers.
 
+Weights go out as they are, and rounded to int8 and int4.
+
 Run: python -m benchmarks export          needs 12 GB of free disk; 36 GB with the 7B shape
 
 Every variant ends with the bytes on disk (fsync or sync) and runs as a process of its own, in turn with the others.
@@ -15,11 +17,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import SHAPES, Shape, make_checkpoint
 
 ROUNDS = 5
+WIDTHS = ("int8", "int4")
 SHAPE_7B = Shape("7B", 32, 4096, 32, 32, 11008, 32000)
 
 _MEASURE = """
@@ -54,6 +59,7 @@ def main() -> None:
         folder = Path(temp)
         model = make_checkpoint(SHAPES["1.1B"], folder, dtype="bfloat16")
         plan = _plan(model, folder, layers=[8, 7, 7])
+        plans = {width: _plan(model, folder, layers=[8, 7, 7], weights=width) for width in WIDTHS}
         size = sum(path.stat().st_size for path in model.iterdir())
         print(f"{size / 1e9:.2f} GB bf16 in 3 stages; median of {ROUNDS} interleaved runs, ended by fsync or sync")
         target = folder / "target"
@@ -61,6 +67,7 @@ def main() -> None:
             {
                 "cp + sync": lambda: _run(["sh", "-c", f"cp -r '{model}' '{target}' && sync"]),
                 "export": lambda: _run(_export(plan, model, target)),
+                **{f"export {width}": partial(_exported, plans[width], model, target) for width in WIDTHS},
                 "save_pretrained": lambda: _run([sys.executable, "-c", _SAVE, str(model), str(target)]),
             },
             target,
@@ -92,6 +99,10 @@ def _export(plan: Path, model: Path, target: Path) -> list[str]:
     return [*command, "-q", "--force"]
 
 
+def _exported(plan: Path, model: Path, target: Path) -> Used:
+    return _run(_export(plan, model, target))
+
+
 def _run(command: list[str]) -> Used:
     """Run a command and return what it used.
 
@@ -104,11 +115,13 @@ def _run(command: list[str]) -> Used:
     return Used(float(elapsed), float(cpu), int(peak))
 
 
-def _plan(model: Path, folder: Path, *, layers: list[int]) -> Path:
+def _plan(model: Path, folder: Path, *, layers: list[int], weights: Any = None) -> Path:
     from planner.api import solve_model
 
-    path = folder / f"plan-{model.name}.json"
-    plan = solve_model(model, devices=["cuda:0=20GiB", "cuda:1=20GiB", "cuda:2=20GiB"], layers=layers, ctx_size=512)
+    path = folder / f"plan-{model.name}-{weights}.json"
+    plan = solve_model(
+        model, devices=["cuda:0=20GiB", "cuda:1=20GiB", "cuda:2=20GiB"], layers=layers, ctx_size=512, weights=weights
+    )
     path.write_text(plan.to_json())
     return path
 
