@@ -12,8 +12,9 @@ factor; beyond that point they grow as the roofline does.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from planner.answers.solve import solve
 from planner.measure.cluster import plain_name
@@ -22,7 +23,7 @@ from planner.timing.costs import CostModel
 from plans.cluster import Cluster, Device, Timings
 from plans.errors import InfeasibleError, IntegrityError
 from plans.plan import Demands, Plan
-from plans.profile import ModelProfile
+from plans.profile import ModelProfile, PackedName
 from plans.run import RunStage, TimedRun
 from plans.stages import StageRange
 from plans.workload import Workload
@@ -139,7 +140,8 @@ def _corrected(model: CostModel, drift: StageDrift) -> Device:
     layers_seconds = drift.predicted_prefill_seconds - end_seconds / factor
     left = max(drift.measured_prefill_seconds - end_seconds, PREFILL_FLOOR * drift.measured_prefill_seconds)
     prefill_factor = left / layers_seconds if layers_seconds > 0 else factor
-    known = _known_curves(device, profile) or _point_curves(model, device, work)
+    known = _known_curves(device, profile)
+    known += _point_curves(model, device, work, without={timings.weights for timings in known})
     return device.model_copy(
         update={"timings": tuple(_scaled(t, decode=factor, prefill=prefill_factor) for t in known)}
     )
@@ -150,21 +152,27 @@ def _known_curves(device: Device, profile: ModelProfile) -> tuple[Timings, ...]:
     return tuple(t for t in device.timings if t.dtype == profile.dtype and t.profile in ("*", shape))
 
 
-def _point_curves(model: CostModel, device: Device, work: Workload) -> tuple[Timings, ...]:
-    """The roofline at the run's own point, as curves of that one point."""
-    profile, layer = model.profile, model.profile.layers[0]
-    chunks = zip(work.prefill_chunks, model.prefill_seconds(layer, device.name), strict=True)
-    batch = work.batch_size
-    return (
-        Timings(
-            profile=layer.shapes_sha256,
-            dtype=profile.dtype,
-            decode_seconds_per_layer=((work.decode_context_tokens, batch, model.decode_seconds(layer, device.name)),),
-            prefill_seconds_per_layer=tuple((tokens, past, batch, seconds) for (tokens, past), seconds in chunks),
-            embedding_seconds=((batch, model.decode_seconds(profile.embedding, device.name)),),
-            head_seconds=((batch, model.decode_seconds(profile.head, device.name)),),
-        ),
-    )
+def _point_curves(
+    model: CostModel, device: Device, work: Workload, *, without: Collection[PackedName | None]
+) -> tuple[Timings, ...]:
+    """The roofline at the run's own point, as curves of that one point: a table for each way weights are stored."""
+    stored = dict.fromkeys(unit.weights for unit in model.profile.units)
+    return tuple(_point_curve(model, device.name, work, weights) for weights in stored if weights not in without)
+
+
+def _point_curve(model: CostModel, device: str, work: Workload, weights: PackedName | None) -> Timings:
+    profile, batch = model.profile, work.batch_size
+    layer = next((layer for layer in profile.layers if layer.weights == weights), None)
+    found: dict[str, Any] = {}
+    if layer is not None:
+        chunks = zip(work.prefill_chunks, model.prefill_seconds(layer, device), strict=True)
+        found["decode_seconds_per_layer"] = ((work.decode_context_tokens, batch, model.decode_seconds(layer, device)),)
+        found["prefill_seconds_per_layer"] = tuple((tokens, past, batch, s) for (tokens, past), s in chunks)
+    for key, unit in (("embedding_seconds", profile.embedding), ("head_seconds", profile.head)):
+        if unit.weights == weights:
+            found[key] = ((batch, model.decode_seconds(unit, device)),)
+    shape = (layer or profile.layers[0]).shapes_sha256
+    return Timings(profile=shape, dtype=profile.dtype, weights=weights, **found)
 
 
 def _scaled(timings: Timings, *, decode: float, prefill: float) -> Timings:

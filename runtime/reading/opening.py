@@ -112,6 +112,13 @@ def _open_plan(path: Path, model: Path | None) -> Source:
     if model is None:
         raise UsageError("a plan needs the checkpoint it is for", where=path, hint="add --model CHECKPOINT")
     plan = read_plan(path)
+    if plan.weights is not None:
+        raise UsageError(
+            f"the plan is for weights packed to {plan.weights.words}, the checkpoint holds them as they are",
+            where=path,
+            hint=f"pack them: llamaplan export {printable(path)} --model {printable(model)} -o shards/",
+            code="E-WEIGHTS",
+        )
     checkpoint = open_checkpoint(model)
     folder = require_full(checkpoint)
     check_same_shapes({(unit.kind, unit.index): unit.shapes_sha256 for unit in plan.profile.units}, checkpoint)

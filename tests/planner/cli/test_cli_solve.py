@@ -203,6 +203,9 @@ def test_packed_weights_are_planned_shown_compared_and_reported(
     assert line in run_command("llamaplan", "show", plan).out
     assert run_command("llamaplan", "check", plan, "--model", shipped).code == 0
     assert run_command("llamaplan", "simulate", plan, "--requests", "3").code == 0
+    unpacked = run_command("llamarun", "generate", plan, "--model", shipped, "-p", "x")
+    assert unpacked.code == 2
+    assert f"pack them: llamaplan export {plan} --model {shipped} -o shards/" in unpacked.err
     assert run_command("llamaplan", "report", plan, "--no-compare", "-o", page).code == 0
     assert "Weights: 7 layers in int4" in page.read_text(encoding="utf-8")
     compared = json.loads(run_command("llamaplan", "compare", *asked, "--weights", "int4", "--json").out)

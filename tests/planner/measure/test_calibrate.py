@@ -15,7 +15,7 @@ from plans.errors import InputError
 from plans.plan import Plan
 from plans.run import Bench, read_run
 from tests.conftest import RunCommand
-from tests.planner.cases import cluster, device
+from tests.planner.cases import cluster, device, in_width
 
 DEVICES = ("--device", "cpu=800MiB", "--device", "cpu=800MiB")
 
@@ -57,9 +57,11 @@ def document(profile: Any, **changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
+@pytest.mark.parametrize("weights", [None, "int4"])
 @pytest.mark.parametrize("has_curves", [False, True])
-def test_the_corrected_cluster_predicts_the_run_itself(shipped: Path, has_curves: bool) -> None:
-    profile = build_profile(open_checkpoint(shipped))
+def test_the_corrected_cluster_predicts_the_run_itself(shipped: Path, has_curves: bool, weights: Any) -> None:
+    checkpoint = open_checkpoint(shipped)
+    profile = build_profile(checkpoint) if weights is None else in_width(weights, checkpoint).profile
     curves = Timings(
         profile=profile.layers[0].shapes_sha256,
         dtype="bf16",
