@@ -34,7 +34,7 @@ from runtime.stages.loading import load_chain
 WINDOW_TOKENS = 512
 LEAST_TOKENS = 32
 CHARACTERS_PER_TOKEN = 32
-"""More of the text is not looked at."""
+"""No tokens are longer than this on average: a text that is longer than all windows has room between them."""
 FLOAT_BYTES = 4
 MATRIX = 2
 
@@ -44,7 +44,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def windows_of(checkpoint: Checkpoint, text: bytes, *, num_tokens: int, where: object) -> torch.Tensor:
-    """Return the beginning of a text as windows of tokens [N, S], each as long as any other.
+    """Return windows of tokens [N, S] from all over a text; of a short one its beginning.
 
     Raises:
         InputError: not UTF-8, too short, or the checkpoint has no tokenizer.
@@ -52,13 +52,23 @@ def windows_of(checkpoint: Checkpoint, text: bytes, *, num_tokens: int, where: o
     assert checkpoint.directory is not None
     tokenizer = load_tokenizer(checkpoint.directory, vocab_size=checkpoint.config.vocab_size)
     tokenizer.model_max_length = len(text) + 1  # windows are short, whatever the text is
-    words = read_prompt(text, where=where)[: num_tokens * CHARACTERS_PER_TOKEN]
-    ids = encode_prompt(tokenizer, words, parses_special=False)[:num_tokens]
+    words = read_prompt(text, where=where)
+
+    def encoded(start: int, most: int) -> list[int]:
+        piece = words[start : start + most * CHARACTERS_PER_TOKEN]
+        return encode_prompt(tokenizer, piece, parses_special=False)[:most]
+
+    longest = min(WINDOW_TOKENS, checkpoint.config.max_position_embeddings)
+    parts = max(1, num_tokens // longest)
+    spread = [encoded(len(words) * part // parts, longest) for part in range(parts)]
+    if len(words) > parts * longest * CHARACTERS_PER_TOKEN and all(len(window) == longest for window in spread):
+        return torch.tensor(spread)
+    ids = encoded(0, num_tokens)
     if len(ids) < LEAST_TOKENS:
         raise InputError(
             f"holds {len(ids)} tokens", where=where, expected=f"at least {LEAST_TOKENS}, better 2,000", code="E-TEXT"
         )
-    size = min(WINDOW_TOKENS, len(ids), checkpoint.config.max_position_embeddings)
+    size = min(longest, len(ids))
     return torch.tensor(ids[: len(ids) // size * size]).view(-1, size)
 
 

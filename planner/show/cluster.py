@@ -45,8 +45,9 @@ def timing_lines(cluster: Cluster) -> Iterator[str]:
         for timings in device.timings:
             rows = len(timings.decode_seconds_per_layer) + len(timings.prefill_seconds_per_layer)
             threads = f", {timings.threads} threads" if timings.threads else ""
+            stored = timings.weights or timings.dtype
             yield (
-                f"{device.name}: {rows} points of layer {timings.profile[:12]} in {timings.dtype} measured, "
+                f"{device.name}: {rows} points of layer {timings.profile[:12]} in {stored} measured, "
                 f"{timings.path} path{threads}"
             )
 

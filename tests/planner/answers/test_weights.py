@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from planner.answers.check import check_against_model, recompute
 from planner.answers.explain import explain_infeasible
 from planner.answers.solve import solve as solve_question
 from planner.answers.widest import widest_that_fits
+from planner.api import solve_model
 from planner.model.profile import build_profile
 from planner.model.widths import narrower_than, packed
 from planner.problem.question import Question
@@ -135,6 +137,12 @@ def test_advice_names_the_widths_that_fit_with_what_their_best_plan_takes() -> N
     assert "--weights int8" not in said
     with pytest.raises(InfeasibleError, match="--weights int4"):
         solve_question(tight, QUICK)
+
+
+def test_python_asks_for_a_width_as_the_command_does(shipped: Path) -> None:
+    plan = solve_model(shipped, devices=["cpu=1GiB"], weights="int8", ctx_size=128)
+    assert plan.weights is not None
+    assert (plan.weights.kind, plan.weights.head_bits) == ("int8", 8)
 
 
 def test_layers_of_two_widths_are_placed_and_proved_like_any_others() -> None:

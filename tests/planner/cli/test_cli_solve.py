@@ -208,9 +208,13 @@ def test_packed_weights_are_planned_shown_compared_and_reported(
     assert f"pack them: llamaplan export {plan} --model {shipped} -o shards/" in unpacked.err
     assert run_command("llamaplan", "report", plan, "--no-compare", "-o", page).code == 0
     assert "Weights: 7 layers in int4" in page.read_text(encoding="utf-8")
-    compared = json.loads(run_command("llamaplan", "compare", *asked, "--weights", "int4", "--json").out)
+    best = pytest.approx(Plan.read(plan).prediction.seconds_per_token)
+    options = (*asked, "--weights", "int4", "--json")
+    frontier = json.loads(run_command("llamaplan", "frontier", *options, "--against", "devices").out)
+    assert frontier["time_against_number_of_devices"][-1]["seconds"] == best
+    compared = json.loads(run_command("llamaplan", "compare", *options).out)
     seconds = {row["name"]: row.get("seconds_per_token") for row in compared["rows"]}
-    assert seconds["compute"] == pytest.approx(Plan.read(plan).prediction.seconds_per_token)
+    assert seconds["compute"] == best
 
 
 def test_auto_takes_the_widest_width_that_fits_and_says_which(

@@ -95,6 +95,16 @@ def test_every_part_is_measured_once_and_an_interrupted_run_goes_on(
     assert found == whole
 
 
+def test_a_long_text_is_read_from_end_to_end_and_a_short_one_from_its_beginning(checkpoint: Checkpoint) -> None:
+    text = "".join(f"value_{number} = {number * number}\n" for number in range(20_000))
+    long = windows_of(checkpoint, text.encode(), num_tokens=1024, where="text")
+    assert long.shape == (2, 512)
+    middle = windows_of(checkpoint, text[len(text) // 2 :].encode(), num_tokens=512, where="text")
+    assert torch.equal(long[1], middle[0])
+    short = windows_of(checkpoint, text[:5000].encode(), num_tokens=1024, where="text")
+    assert torch.equal(short.view(-1)[:500], long[0][:500])
+
+
 @pytest.mark.parametrize(
     ("text", "said"), [(b"x = 1\n", "tokens"), (b"\xff\xfe", "not UTF-8 at byte 0"), (b"a\0" * 99, "NUL")]
 )
