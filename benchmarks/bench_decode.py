@@ -183,33 +183,27 @@ class Llamarun:
 
     def prefill(self) -> None:
         """Read the prompt, and choose one token."""
-        import torch
-        from transformers import DynamicCache
+        from runtime.engine.engine import Engine
+        from runtime.engine.run import BareChain
+        from runtime.generate.limits import Limits
+        from runtime.generate.request import Request
+        from runtime.generate.sampling import Sampling
 
-        from runtime.generate.loop import Decoding, prefill
-        from runtime.generate.tokens import TokenBatch
-
-        batch = TokenBatch(self._prompts, num_new_tokens=NEW_TOKENS + 1, pad_token_id=0)
-        self._state = Decoding(batch, DynamicCache(config=self._chain.config))
-        with torch.inference_mode():
-            self._take(prefill(self._chain, self._state))
+        total = len(self._prompts[0]) + NEW_TOKENS + 1
+        limits = Limits(context_tokens=total)
+        self._engine = Engine(
+            BareChain(self._chain), num_slots=len(self._prompts), cache_tokens=total, reads_first=True
+        )
+        for prompt in self._prompts:
+            request = Request(prompt_ids=prompt, sampling=Sampling(), limits=limits)
+            self._engine.submit(request, on_event=lambda _event: None)
+        while self._engine.is_reading:
+            self._engine.step()
 
     def decode(self, count: int) -> list[float]:
         """Make tokens."""
-        import torch
-
-        from runtime.generate.loop import decode_one_token
-
-        with torch.inference_mode():
-            step = timed(lambda: self._take(decode_one_token(self._chain, self._state)))
-            return [step() for _ in range(count)]
-
-    def _take(self, logits: Any) -> None:
-        from runtime.generate.numerics import require_finite
-
-        require_finite(self._chain, logits, batch=self._state.batch, step=self._state.step)
-        self._state.batch.append(logits.argmax(-1).tolist())
-        self._state.step += 1
+        step = timed(self._engine.step)
+        return [step() for _ in range(count)]
 
 
 if __name__ == "__main__":

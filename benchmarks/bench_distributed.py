@@ -67,10 +67,10 @@ def run(dtype: str, speed: str, what: str) -> None:
 def _decode(sessions: Sessions) -> None:
     one, two = sessions.one, sessions.two
     rates: Mapping[str, Callable[[], float]] = {
-        "one process, 1 request": lambda: 1 / _step(one.generate_requests(_requests(one, 1))),
-        "two processes, 1 in flight": lambda: 1 / _step(two.generate_requests(_requests(two, 1))),
+        "one process, 1 request": lambda: 1 / _step(generate_requests(one, _requests(one, 1))),
+        "two processes, 1 in flight": lambda: 1 / _step(generate_requests(two, _requests(two, 1))),
         f"two processes, {IN_FLIGHT} in flight": lambda: IN_FLIGHT / _cycle(two),
-        f"one process, batch {IN_FLIGHT}": lambda: IN_FLIGHT / _step(one.generate_requests(_requests(one, IN_FLIGHT))),
+        f"one process, batch {IN_FLIGHT}": lambda: IN_FLIGHT / _step(generate_requests(one, _requests(one, IN_FLIGHT))),
         "memory bound of two cores": lambda: _memory_bound(one),
         "planner's formula": lambda: _formula(two),
     }
@@ -163,7 +163,7 @@ def _requests(
     import random
 
     from runtime.generate.limits import Limits
-    from runtime.generate.loop import Request
+    from runtime.generate.request import Request
     from runtime.generate.sampling import Sampling
 
     draw = random.Random(0)
@@ -178,6 +178,13 @@ def _requests(
         )
         for index in range(count)
     ]
+
+
+def generate_requests(session: Any, requests: Any, *, measure_stages: bool = False) -> Any:
+    """Import late: the first lines of this file run without torch."""
+    from runtime.engine.run import generate_requests as run_them
+
+    return run_them(session, requests, measure_stages=measure_stages)
 
 
 def _step(generation: Any) -> float:
@@ -199,22 +206,18 @@ def _memory_bound(session: Any) -> float:
 
 def _cycle(session: Any) -> float:
     """Median seconds between two tokens of a request while several are under way; the first tokens do not count."""
-    steps: list[float] = []
-    groups = [[request] for request in _requests(session, IN_FLIGHT, new=2 * NEW_TOKENS)]
-    session.generate_groups(
-        groups, in_flight=IN_FLIGHT, on_done=lambda _place, run: steps.extend(run.step_seconds[3 : NEW_TOKENS + 3])
-    )
-    return median(steps)
+    run = generate_requests(session, _requests(session, IN_FLIGHT, new=NEW_TOKENS))
+    return median(run.step_seconds[3:])
 
 
 def _first_token(session: Any, chunk: int) -> float:
     requests = _requests(session, 1, prompt_tokens=LONG_PROMPT_TOKENS, chunk=chunk, new=1)
-    return float(session.generate_requests(requests).time_to_first_token_seconds)
+    return float(generate_requests(session, requests).time_to_first_token_seconds)
 
 
 def _formula(session: Any) -> float:
     """Tokens per second by the planner's formula: one per slowest stage, or N per cycle, whichever is slower."""
-    generation = session.generate_requests(_requests(session, 1), measure_stages=True)
+    generation = generate_requests(session, _requests(session, 1), measure_stages=True)
     steps = len(generation.step_seconds)
     slowest = max(stage.compute_seconds for stage in generation.decode_stages) / steps
     return 1 / max(slowest, _step(generation) / IN_FLIGHT)

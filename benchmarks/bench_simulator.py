@@ -29,8 +29,10 @@ from runtime.distributed.control.launch import LocalWorkers
 from runtime.distributed.control.messages import Numbers, StepTime
 from runtime.distributed.opening import open_processes
 from runtime.distributed.session import ProcessSession, ProcessSettings
+from runtime.engine.engine import Engine
+from runtime.engine.heard import Heard
 from runtime.generate.limits import Limits
-from runtime.generate.loop import Generation, Request
+from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
 from runtime.prepared import prepare_session
 from runtime.reading.opening import open_source
@@ -118,13 +120,14 @@ def _run(session: ProcessSession, case: Case, new_tokens: int) -> Seen:
     limits = Limits(
         context_tokens=CONTEXT, max_tokens=new_tokens, prefill_chunk_tokens=case.chunk, eos_token_ids=frozenset()
     )
-    groups = [[_request(draw, session.prepared.vocab_size, limits)] for _ in range(case.requests)]
-    done: list[Generation] = []
+    engine, heard = Engine(session, num_slots=case.in_flight), [Heard() for _ in range(case.requests)]
     started = time.perf_counter()
-    session.generate_groups(groups, in_flight=case.in_flight, on_done=lambda *found: done.append(found[-1]))
+    for one in heard:
+        engine.submit(_request(draw, session.prepared.vocab_size, limits), on_event=one)
+    engine.run_all()
     seconds = time.perf_counter() - started
-    first = statistics.median(run.time_to_first_token_seconds for run in done)
-    return Seen(sum(run.num_new_tokens for run in done) / seconds, first)
+    first = statistics.median(one.first_token_seconds for one in heard)
+    return Seen(sum(len(one.token_ids) for one in heard) / seconds, first)
 
 
 def _request(draw: random.Random, vocab_size: int, limits: Limits) -> Request:
@@ -180,7 +183,7 @@ def _simulate(
         case.requests, rate=None, process="uniform", prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, seed=0
     )
     served = simulate_requests(plan, requests=coming)
-    first = statistics.median((served.first_token - served.admitted).tolist())
+    first = statistics.median((served.first_token - served.arrived).tolist())
     return Seen(numbers_of(served).tokens_per_second, first)
 
 

@@ -15,6 +15,8 @@ from plans.packed.config import Packing
 from runtime.generate.limits import Limits
 from runtime.generate.rules import check_rules
 from runtime.generate.stop_tokens import TokenStops
+from runtime.generate.text import Decode
+from runtime.reading.capacity import kv_cache_bytes
 from runtime.reading.families import parse_model_config
 from runtime.reading.generation_config import (
     GENERATION_CONFIG_NAME,
@@ -75,6 +77,19 @@ class Prepared:
     def vocab_size(self) -> int:
         """Rows of the embedding; every token id is below it."""
         return self.source.checkpoint.config.vocab_size
+
+    @property
+    def own_decode(self) -> Decode | None:
+        """Token ids -> text, if it has a tokenizer."""
+        return None if self.own_tokenizer is None else self.decode
+
+    def cache_bytes(self, num_tokens: int) -> tuple[int, ...]:
+        """Return the bytes of a cache of so many tokens, per stage."""
+        config, stages = self.source.checkpoint.config, self.source.stages
+        return tuple(
+            kv_cache_bytes(config, stage, kv_cache_dtype=self.kv_cache_dtype, context_tokens=num_tokens)
+            for stage in stages
+        )
 
     @property
     def prefill_chunk_tokens(self) -> int:

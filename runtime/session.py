@@ -3,16 +3,14 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from plans.checkpoint.units import require_full
 from plans.stages import StageRange
-from runtime.generate.kept_cache import KeptCache
-from runtime.generate.loop import Generation, Request, generate_requests
-from runtime.generate.text import Decode
-from runtime.generate.writer import OnText
+from runtime.generate.clock import ChainWatch, watch_chain
 from runtime.prepared import Prepared, choose_dtype
 from runtime.reading.capacity import check_room, memory_faults, peak_memory_bytes, stage_need
 from runtime.reading.families import parse_model_config
@@ -22,7 +20,7 @@ from runtime.reading.generation_config import (
 from runtime.reading.opening import Source, open_source
 from runtime.reading.tensors import FolderTensors, place_stages, torch_dtype
 from runtime.reading.verification import Verification
-from runtime.stage_time import OnStep, StageView
+from runtime.stage_time import StageView, StageWatch
 from runtime.stages.chain import Chain
 from runtime.stages.loading import load_chain, set_speed
 from runtime.stages.traffic import decode_read_bytes, read_bandwidth
@@ -59,60 +57,17 @@ class Session:
         """The most memory this process has used."""
         return peak_memory_bytes()
 
-    def generate_requests(
-        self,
-        requests: Sequence[Request],
-        *,
-        decode: Decode | None = None,
-        on_text: OnText | None = None,
-        on_step: OnStep | None = None,
-        should_stop: Callable[[], bool] | None = None,
-        cache: Any = None,
-        measure_stages: bool = False,
-    ) -> Generation:
-        """Continue every request; as `runtime.generate.loop.generate_requests` does."""
-        return generate_requests(
-            self.chain,
-            requests,
-            decode=decode,
-            on_text=on_text,
-            on_step=on_step,
-            should_stop=should_stop,
-            cache=cache,
-            measure_stages=measure_stages,
-        )
-
-    def generate_groups(
-        self,
-        groups: Sequence[Sequence[Request]],
-        *,
-        in_flight: int,
-        decode: Decode | None = None,
-        on_done: Callable[[int, Generation], None],
-    ) -> None:
-        """Continue many groups of requests, each as one batch, one after the other.
-
-        Args:
-            groups: the batches.
-            in_flight: 1; one process computes one batch at a time.
-            decode: token ids -> text.
-            on_done: told the place of each group as it is finished.
-        """
-        assert in_flight == 1
-        for place, group in enumerate(groups):
-            on_done(place, self.generate_requests(group, decode=decode))
-
-    def read_bandwidth(self, *, repeats: int) -> dict[str, float]:
-        """Measure how fast each device reads its own weights; see `runtime.stages.traffic.read_bandwidth`."""
-        return read_bandwidth(self.chain, repeats=repeats)
-
     def new_steps(self) -> LocalSteps:
         """Return what computes the steps of an engine."""
         return LocalSteps(self.chain)
 
-    def new_kept_cache(self) -> KeptCache:
-        """Return a cache that can be kept from one prompt to the next."""
-        return KeptCache(self.chain)
+    def watch_stages(self) -> AbstractContextManager[ChainWatch]:
+        """Measure what the stages do inside the block."""
+        return watch_chain(self.chain)
+
+    def read_bandwidth(self, *, repeats: int) -> dict[str, float]:
+        """Measure how fast each device reads its own weights; see `runtime.stages.traffic.read_bandwidth`."""
+        return read_bandwidth(self.chain, repeats=repeats)
 
     def stage_views(self, *, batch_size: int) -> tuple[StageView, ...]:
         """Return what each stage is, and the bytes it reads in a decode step."""
@@ -226,16 +181,6 @@ def load(
     return chain
 
 
-class AnyKeptCache(Protocol):
-    """A cache kept between turns; see `runtime.generate.kept_cache.KeptCache`."""
-
-    @property
-    def num_tokens(self) -> int: ...
-    def reset(self) -> None: ...
-    def match(self, prompt_ids: Sequence[int]) -> Any: ...
-    def keep(self, token_ids: Sequence[int], cache: Any) -> None: ...
-
-
 class AnySession(Protocol):
     """A loaded model; see `runtime.session.Session` and `runtime.distributed.session.ProcessSession`."""
 
@@ -249,26 +194,7 @@ class AnySession(Protocol):
     def dtype_name(self) -> str: ...
     @property
     def peak_memory_bytes(self) -> int: ...
-    def generate_groups(
-        self,
-        groups: Sequence[Sequence[Request]],
-        *,
-        in_flight: int,
-        decode: Decode | None = None,
-        on_done: Callable[[int, Generation], None],
-    ) -> None: ...
     def new_steps(self) -> Steps: ...
-    def new_kept_cache(self) -> AnyKeptCache: ...
+    def watch_stages(self) -> AbstractContextManager[StageWatch]: ...
     def read_bandwidth(self, *, repeats: int) -> dict[str, float]: ...
     def stage_views(self, *, batch_size: int) -> tuple[StageView, ...]: ...
-    def generate_requests(
-        self,
-        requests: Sequence[Request],
-        *,
-        decode: Decode | None = None,
-        on_text: OnText | None = None,
-        on_step: OnStep | None = None,
-        should_stop: Callable[[], bool] | None = None,
-        cache: Any = None,
-        measure_stages: bool = False,
-    ) -> Generation: ...

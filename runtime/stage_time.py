@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from plans.stages import StageRange
 
@@ -41,6 +42,10 @@ class StageTime:
         )
 
 
+StageTimes = tuple[StageTime, ...]
+"""One entry per stage of the chain; empty where nothing was measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepTrace:
     """One finished step.
@@ -48,7 +53,7 @@ class StepTrace:
     Attributes:
         step: 0 for the prompt, k for the k-th token after the first.
         batch_size: sequences.
-        num_tokens: tokens per sequence that were read in this step (padding included).
+        num_tokens: tokens per sequence that were read in this step, of the longest prompt in the first one.
         num_past_tokens: tokens per sequence that were in the cache before.
         stages: seconds per stage; empty when stage times were not asked for.
         token_ids: the token chosen for every sequence.
@@ -58,14 +63,14 @@ class StepTrace:
     batch_size: int
     num_tokens: int
     num_past_tokens: int
-    stages: tuple[StageTime, ...]
+    stages: StageTimes
     token_ids: tuple[int, ...]
 
 
 OnStep = Callable[[StepTrace], None]
 
 
-def since(totals: Sequence[StageTime], before: Sequence[StageTime]) -> tuple[StageTime, ...]:
+def since(totals: Sequence[StageTime], before: Sequence[StageTime]) -> StageTimes:
     """Return what each stage's total gained."""
     return tuple(total.since(earlier) for total, earlier in zip(totals, before, strict=True))
 
@@ -83,3 +88,16 @@ class StageView:
     spec: StageRange
     device: str
     decode_read_bytes: int
+
+
+class StageWatch(Protocol):
+    """What the stages spend, while somebody asks."""
+
+    def prompts_are_read(self) -> None:
+        """Note that what follows is decoding."""
+
+    def take_step(self) -> StageTimes:
+        """Return what each stage spent since this was last asked."""
+
+    def phases(self) -> tuple[StageTimes, StageTimes]:
+        """Return what each stage spent on prompts, and on decoding."""

@@ -142,8 +142,8 @@ def use_memory(
         main memory, and `device_bytes` on an accelerator.
     """
     import runtime.results.bench  # noqa: F401 - what a run loads
+    from runtime.engine.run import generate
     from runtime.generate.limits import Limits
-    from runtime.generate.loop import generate
     from runtime.generate.sampling import Sampling
     from runtime.reading.capacity import peak_memory_bytes
     from runtime.reading.tokenizer import load_tokenizer

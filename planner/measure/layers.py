@@ -12,7 +12,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from planner.measure.calm import MOST_OTHER_CORES, WINDOW_SECONDS, CalmMeter
 from planner.measure.chain import WEIGHT_SCALE, PathName, short_chain
@@ -20,15 +19,18 @@ from planner.measure.points import Points
 from plans.checkpoint.units import Checkpoint
 from plans.cluster import Timings
 from plans.profile import ModelProfile
+from runtime.engine.run import BareChain, generate_requests
 from runtime.generate.clock import stage_clock
 from runtime.generate.limits import Limits
-from runtime.generate.loop import Decoding, Request, decode_one_token, generate_requests, prefill
+from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
-from runtime.generate.tokens import TokenBatch
 from runtime.reading.capacity import memory_faults
 from runtime.reading.devices import synchronize, torch_device
 from runtime.stage_time import StageTime, StepTrace, since
 from runtime.stages.chain import Chain
+from runtime.steps.parts import TOKEN, Part, opening_of
+from runtime.steps.runner import StageRunner
+from runtime.steps.units import ChainUnits
 
 COPY_BYTES = (4096, 64 << 20)
 COPY_REPEATS = 9
@@ -159,13 +161,9 @@ def _visits(chain: Chain, reader: Chain, points: Points) -> Iterator[Visit]:
 
 def _visit_steps(chain: Chain, context: int, batch: int, _known: Samples, found: Samples) -> None:
     """Make whole steps, choice of the token included: what is neither layers nor head is paid once per step."""
-    request = Request(
-        prompt_ids=[1] * context,
-        sampling=Sampling(),
-        limits=Limits(context_tokens=context + STEPS_PER_ROUND + 2, max_tokens=STEPS_PER_ROUND + 2),
-    )
+    request = _request(context, new_tokens=STEPS_PER_ROUND + 2)
     traces: list[StepTrace] = []
-    run = generate_requests(chain, [request] * batch, on_step=traces.append, measure_stages=True)
+    run = generate_requests(BareChain(chain), [request] * batch, on_step=traces.append, measure_stages=True)
     for seconds, trace in list(zip(run.step_seconds, traces[1:], strict=True))[1:]:
         head = trace.stages[HEAD_STAGE].compute_seconds
         rest = seconds - head - trace.stages[LAYERS].compute_seconds
@@ -174,12 +172,12 @@ def _visit_steps(chain: Chain, context: int, batch: int, _known: Samples, found:
 
 
 def _visit_decode(chain: Chain, context: int, batch: int, _known: Samples, found: Samples) -> None:
-    state = _filled_state(chain, past=context - 1 - STEPS_PER_ROUND // 2, batch=batch, tokens=1)
-    with torch.inference_mode(), stage_clock(chain) as totals:
+    past = max(context - 1 - STEPS_PER_ROUND // 2, 0)
+    runner = _filled_runner(chain, past=past, batch=batch, tokens=STEPS_PER_ROUND + 1)
+    with stage_clock(chain) as totals:
         for step in range(STEPS_PER_ROUND + 1):
             before = [total.copy() for total in totals]
-            decode_one_token(chain, state)
-            state.batch.append([1] * batch)
+            runner.run([Part(row, past + step, 1, TOKEN) for row in range(batch)], torch.ones(batch, dtype=torch.int64))
             if step:  # the first step meets a cache that was just made
                 found.decode.setdefault((context, batch), []).append(_layer_seconds(chain, since(totals, before)))
 
@@ -188,16 +186,22 @@ def _visit_prefill(chain: Chain, point: tuple[int, int, int], known: Samples, fo
     if _is_settled(known.prefill.get(point, ())):
         return
     tokens, past, batch = point
-    state = _filled_state(chain, past=past, batch=batch, tokens=tokens)
+    runner = _filled_runner(chain, past=past, batch=batch, tokens=tokens)
     device = chain.stage_devices[0]
-    with torch.inference_mode(), stage_clock(chain) as totals:
+    with stage_clock(chain) as totals:
         synchronize(device)
         started = time.perf_counter()
-        prefill(chain, state)
+        for row in range(batch):  # each alone, as they are read
+            runner.run([Part(row, past, tokens, TOKEN)], torch.ones(tokens, dtype=torch.int64))
         seconds = time.perf_counter() - started
     found.prefill.setdefault(point, []).append(_layer_seconds(chain, totals))
     rest = seconds - totals[LAYERS].compute_seconds - totals[HEAD_STAGE].compute_seconds
     found.embedding.setdefault((tokens * batch,), []).append(rest)
+
+
+def _request(prompt_tokens: int, *, new_tokens: int) -> Request:
+    limits = Limits(context_tokens=prompt_tokens + new_tokens, max_tokens=new_tokens)
+    return Request(prompt_ids=[1] * prompt_tokens, sampling=Sampling(), limits=limits)
 
 
 def _is_settled(seconds: Sequence[float]) -> bool:
@@ -208,23 +212,30 @@ def _layer_seconds(chain: Chain, stages: Sequence[StageTime]) -> float:
     return stages[LAYERS].compute_seconds / chain.stages[LAYERS].num_layers
 
 
-def _filled_state(chain: Chain, *, past: int, batch: int, tokens: int) -> Decoding:
-    """Return a state that has `past` tokens in its cache and `tokens` more to read; the values do not matter."""
-    past = max(past, 0)
-    batch_ids = TokenBatch([[1] * (past + tokens)] * batch, num_new_tokens=STEPS_PER_ROUND + 2, pad_token_id=0)
-    cache = _empty_cache(chain)
-    if past:
-        config, device = chain.config, chain.stage_devices[LAYERS]
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (batch, config.num_key_value_heads, past, head_dim)
-        for layer in range(chain.stages[LAYERS].num_layers):
+def _filled_runner(chain: Chain, *, past: int, batch: int, tokens: int) -> StageRunner:
+    """Return what runs steps of `batch` sequences with `past` tokens in their caches; the values do not matter."""
+    runner, request = StageRunner(ChainUnits(chain), number=0), _request(past + tokens, new_tokens=1)
+    config, device = chain.config, chain.stage_devices[LAYERS]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (1, config.num_key_value_heads, past, head_dim)
+    runner.make_slots(num_slots=batch, capacity=past + tokens + 1)
+    for row in range(batch):
+        total = past + tokens + 1
+        runner.open(
+            opening_of(
+                request,
+                sequence=row,
+                slot=row,
+                keeps_tokens=past,
+                num_tokens=total,
+                num_slots=batch,
+                capacity=total,
+            )
+        )
+        for layer in range(chain.stages[LAYERS].num_layers if past else 0):
             states = torch.full(shape, WEIGHT_SCALE, dtype=chain.dtype, device=device)
-            cache.update(states, states.clone(), layer)
-    return Decoding(batch_ids, cache)
-
-
-def _empty_cache(chain: Chain) -> DynamicCache:
-    return DynamicCache(config=chain.config)
+            runner.slots[row].update(states, states.clone(), layer)
+    return runner
 
 
 def _result(calm: Samples, disturbed: Samples, chain: Chain, profile: ModelProfile, *, path: PathName) -> Measured:

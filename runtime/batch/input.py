@@ -15,7 +15,7 @@ from plans.reading.strict import MAX_KEYS, StrictModel, parse_json, validate_jso
 from runtime.chat.conversation import SavedMessage
 from runtime.chat.template import ChatTemplate
 from runtime.generate.limits import Limits, check_prompt
-from runtime.generate.loop import Request
+from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
 from runtime.prepared import Prepared
 from runtime.reading.tokenizer import encode_prompt

@@ -1,14 +1,17 @@
-"""Run the jobs of a batch file: sorted by length, so that little is padded, and a batch at a time."""
+"""Run the jobs of a batch file, the longest first, so that no long one is left over at the end."""
 
 import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from runtime.batch.input import Job
 from runtime.batch.output import ResultFile
-from runtime.generate.loop import Generation
+from runtime.engine.engine import Engine
+from runtime.engine.events import Done, Event, Failed
+from runtime.engine.heard import Heard
 from runtime.generate.writer import GeneratedSequence
 from runtime.prepared import Prepared
 from runtime.reading.capacity import memory_faults
@@ -46,41 +49,42 @@ def run_jobs(
     results: ResultFile,
     *,
     batch_size: int,
-    in_flight: int = 1,
-    on_batch: Callable[[int], None] = lambda _lines: None,
+    on_line: Callable[[], None] = lambda: None,
 ) -> BatchNumbers:
-    """Run the jobs that have no result yet.
+    """Run the jobs that have no result yet; a line that is done makes place for the next.
 
     Args:
         session: the model.
         jobs: every line of the input.
-        results: where results go, a batch at a time.
+        results: where results go, one by one.
         batch_size: sequences at once.
-        in_flight: such batches under way at once, where stages run in processes of their own.
-        on_batch: told how many lines were finished.
+        on_line: told of every line that was finished.
     """
     numbers, started = BatchNumbers(), time.perf_counter()
-    waiting = sorted(
-        (job for job in jobs if job.index not in results.done), key=lambda job: -len(job.request.prompt_ids)
+    waiting = sorted((job for job in jobs if job.index not in results.done), key=lambda job: -job.num_tokens)
+    engine = Engine(
+        session,
+        num_slots=min(batch_size, max(len(waiting), 1)),
+        cache_tokens=max((job.num_tokens for job in waiting), default=1),
+        reads_first=True,
     )
-    batches = [waiting[first : first + batch_size] for first in range(0, len(waiting), batch_size)]
 
-    def keep(place: int, generation: Generation) -> None:
-        batch = batches[place]
-        results.append([_result(job, sequence) for job, sequence in zip(batch, generation.sequences, strict=True)])
-        numbers.num_lines += len(batch)
-        numbers.num_prompt_tokens += generation.num_prompt_tokens
-        numbers.num_new_tokens += generation.num_new_tokens
-        numbers.seconds = time.perf_counter() - started
-        on_batch(len(batch))
+    def listen(job: Job, heard: Heard, event: Event) -> None:
+        heard(event)
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Done):
+            results.append([_result(job, heard.sequence())])
+            numbers.num_lines += 1
+            numbers.num_prompt_tokens += event.usage.num_prompt_tokens
+            numbers.num_new_tokens += event.usage.num_new_tokens
+            numbers.seconds = time.perf_counter() - started
+            on_line()
 
     with memory_faults(f"running {batch_size} lines at once"):
-        session.generate_groups(
-            [[job.request for job in batch] for batch in batches],
-            in_flight=in_flight,
-            decode=session.prepared.decode,
-            on_done=keep,
-        )
+        for job in waiting:
+            engine.submit(job.request, on_event=partial(listen, job, Heard()))
+        engine.run_all()
     results.finish()
     return numbers
 

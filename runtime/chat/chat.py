@@ -10,10 +10,15 @@ from plans.errors import UsageError
 from plans.run import FinishReason
 from runtime.chat.conversation import Conversation
 from runtime.chat.template import ChatTemplate
-from runtime.generate.loop import Generation, Request
+from runtime.engine.engine import Engine
+from runtime.engine.heard import Heard
+from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
 from runtime.reading.capacity import memory_faults
 from runtime.session import AnySession
+
+_MINE = "chat"
+"""Whose caches are kept: there is one conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +53,16 @@ class ChatNumbers:
     decode_seconds: float = 0.0
     first_token_seconds: list[float] = field(default_factory=list)
 
-    def add(self, generation: Generation) -> None:
+    def add(self, heard: Heard) -> None:
         """Count one answer."""
+        assert heard.usage is not None
         self.num_answers += 1
-        self.num_prompt_tokens += generation.num_prompt_tokens
-        self.num_read_tokens += generation.num_prompt_tokens - generation.num_cached_tokens
-        self.num_new_tokens += generation.num_new_tokens
-        self.num_decode_steps += len(generation.step_seconds)
-        self.decode_seconds += sum(generation.step_seconds)
-        self.first_token_seconds.append(generation.time_to_first_token_seconds)
+        self.num_prompt_tokens += heard.usage.num_prompt_tokens
+        self.num_read_tokens += heard.usage.num_prompt_tokens - heard.usage.num_cached_tokens
+        self.num_new_tokens += heard.usage.num_new_tokens
+        self.num_decode_steps += len(heard.step_seconds)
+        self.decode_seconds += sum(heard.step_seconds)
+        self.first_token_seconds.append(heard.first_token_seconds)
 
 
 class Chat:
@@ -90,7 +96,7 @@ class Chat:
         self._max_tokens = max_tokens
         self._stop_strings = stop_strings
         self._chunk_tokens = prefill_chunk_tokens
-        self._kept = session.new_kept_cache()
+        self._engine = Engine(session)
 
     def send(self, text: str, *, on_text: Callable[[str], None]) -> Answer | None:
         """Say something and return the answer, which becomes part of the conversation.
@@ -121,7 +127,7 @@ class Chat:
             with Stopper() as stopper:
                 answer = self._answer(keep, stopper)
         except KeyboardInterrupt:
-            self._kept.reset()
+            self._engine.abandon()
             answer = Answer("".join(pieces), "interrupted", 0, 0, is_context_full=False) if pieces else None
         except BaseException:
             turns.pop()
@@ -146,17 +152,15 @@ class Chat:
         request = Request(
             prompt_ids=ids, sampling=self._sampling, limits=limits, sequence_index=self.numbers.num_answers
         )
+        heard = Heard(on_text)
         with memory_faults("answering"):
-            generation = self._session.generate_requests(
-                [request],
-                decode=prepared.decode,
-                on_text=lambda _place, piece: on_text(piece),
-                should_stop=stopper.should_stop,
-                cache=self._kept.match(ids),
-            )
-        sequence = generation.sequences[0]
-        self._kept.keep([*ids, *sequence.token_ids], generation.cache)
-        self.numbers.add(generation)
+            ticket = self._engine.submit(request, on_event=heard, reuse_key=_MINE)
+            while not self._engine.is_idle:
+                self._engine.step()
+                if stopper.should_stop():
+                    ticket.cancel()
+        sequence = heard.sequence()
+        self.numbers.add(heard)
         is_full = sequence.finish_reason == "length" and len(sequence.token_ids) == room
         length = len(ids) + len(sequence.token_ids)
         return Answer(sequence.text, sequence.finish_reason, len(sequence.token_ids), length, is_full)

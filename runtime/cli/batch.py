@@ -70,9 +70,8 @@ def batch(
                     session,
                     jobs,
                     file,
-                    batch_size=batch_size,
-                    in_flight=groups,
-                    on_batch=lambda _lines: bar(len(file.done), len(jobs)),
+                    batch_size=batch_size * groups,
+                    on_line=lambda: bar(len(file.done), len(jobs)),
                 )
                 _finish(output, session, numbers, results)
         except BaseException:

@@ -15,7 +15,7 @@ from runtime.cli import processes as several
 from runtime.cli.opening import merge_sampling
 
 if TYPE_CHECKING:
-    from runtime.generate.loop import Generation
+    from runtime.generate.request import Generation
     from runtime.session import AnySession
 
 
@@ -59,7 +59,7 @@ def generate(
     prepared = run.prepared
 
     from runtime.generate.limits import check_prompt
-    from runtime.generate.loop import Request
+    from runtime.generate.request import Request
     from runtime.reading.tokenizer import encode_prompt
 
     ids = given_ids or encode_prompt(prepared.tokenizer, text, parses_special=special)
@@ -78,14 +78,16 @@ def generate(
 
 
 def _run(output: Output, session: "AnySession", request: object, *, prompt: str, is_verbose: bool) -> "Generation":
-    from runtime.generate.loop import Request
+    from runtime.engine.run import generate_requests
+    from runtime.generate.request import Request
     from runtime.reading.capacity import memory_faults
     from runtime.results.summary import Walk
 
     assert isinstance(request, Request)
     is_streamed = not output.json and not is_verbose
     with memory_faults("generating"):
-        return session.generate_requests(
+        return generate_requests(
+            session,
             [request],
             decode=session.prepared.decode,
             on_text=_Printer(prompt) if is_streamed else None,

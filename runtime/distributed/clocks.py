@@ -32,7 +32,7 @@ class StageClock:
         self._steps: list[StepTime] = []
 
     @contextmanager
-    def step(self, *, group: int, step: int, is_prefill: bool, hop_seconds: float) -> Iterator[None]:
+    def step(self, *, sequence: int, step: int, is_prefill: bool, hop_seconds: float) -> Iterator[None]:
         """Measure the block as one step."""
         began, started = time.time(), time.perf_counter()
         yield
@@ -45,7 +45,7 @@ class StageClock:
             if self._traces and len(self._steps) < MAX_STEPS:
                 self._steps.append(
                     StepTime(
-                        group=group,
+                        sequence=sequence,
                         step=step,
                         is_prefill=is_prefill,
                         start_seconds=began,
@@ -92,7 +92,7 @@ def trace_document(numbers: Sequence[Numbers], views: Sequence[StageView]) -> di
 
 def _event(step: StepTime, kind: str, *, pid: int, tid: int, origin_seconds: float) -> dict[str, Any]:
     return {
-        "name": f"{kind} {step.step} of request {step.group}",
+        "name": f"{kind} {step.step} of request {step.sequence}",
         "cat": kind,
         "ph": "X",
         "pid": pid,

@@ -2,25 +2,34 @@
 
 gloo accepts a shorter or differently typed message silently and ends the process on a longer one. So every payload is
 announced by a header of fixed size, checked in full, and then received into a buffer of exactly the announced size.
+Between the two comes a table of the sequences that the step is made of.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from plans.dtypes import STORED_DTYPES
 from plans.errors import PeerError
 from runtime.distributed.control.messages import PROTOCOL
+from runtime.steps.parts import PROMPT, TOKEN, Part
 
 MAGIC = 0x6C6C616D6172756E  # "llamarun"
-NUM_WORDS = 16
+NUM_WORDS = 14
+PART_WORDS = 5
 
 STEP, TOKENS, CLOSE = 1, 2, 3
-"""Kinds: hidden states for the next stage; the tokens the last stage chose, for the driver; the end of a group, which
+"""Kinds: hidden states for the next stage; what the last stage answers, for the driver; the end of a sequence, which
 has no payload and comes after everything that was sent for it."""
 
+MAX_PARTS = 1 << 20
 MAX_PAYLOAD_BYTES = 1 << 36
 DTYPE_CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "int64": 4}
 _ITEM_BYTES = {DTYPE_CODES[d.torch]: d.size_bytes for d in STORED_DTYPES.values() if d.torch in DTYPE_CODES}
+
+
+def dtype_code(dtype: object) -> int:
+    """Return the code of a torch dtype."""
+    return DTYPE_CODES[str(dtype).removeprefix("torch.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,36 +39,32 @@ class Header:
     Attributes:
         kind: `STEP`, `TOKENS` or `CLOSE`.
         sender: rank it comes from.
-        group: sequences that run as one batch.
-        step: counts the steps of the group from 0.
-        start: columns of the batch that were computed before.
-        rows: sequences.
-        columns: tokens per sequence; 1 for `TOKENS`.
-        width: hidden size; 1 for `TOKENS`.
+        step: counts the steps of an epoch from 0; of `CLOSE` the sequence that ends.
+        parts: sequences in the step; the table that follows the header has one row for each. Of `CLOSE` 0.
+        rows: tokens of all of them, or rows of their answers. Of `CLOSE` the slot where its cache is.
+        width: hidden size, or numbers per answer. Of `CLOSE` whether the cache stays.
         dtype: a value of `DTYPE_CODES`.
-        needs_tokens: whether the last stage chooses tokens after this step.
+        table: checksum of the table.
     """
 
     kind: int
     sender: int
-    group: int
     step: int
-    start: int
+    parts: int
     rows: int
-    columns: int
     width: int
     dtype: int
-    needs_tokens: int
+    table: int = 0
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int]:
         """Shape of the payload."""
-        return (self.rows,) if self.kind == TOKENS else (self.rows, self.columns, self.width)
+        return (self.rows, self.width)
 
     @property
     def payload_bytes(self) -> int:
         """Size of the payload."""
-        return 0 if self.kind == CLOSE else self.rows * self.columns * self.width * _ITEM_BYTES[self.dtype]
+        return 0 if self.kind == CLOSE else self.rows * self.width * _ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +83,11 @@ class Stamp:
 def pack(header: Header, stamp: Stamp) -> list[int]:
     """Return the words of a header.
 
-    >>> len(pack(Header(STEP, 0, 1, 0, 0, 1, 5, 64, 2, 0), Stamp(7, 0))) == NUM_WORDS
+    >>> len(pack(Header(STEP, 0, 1, 1, 5, 64, 2), Stamp(7, 0))) == NUM_WORDS
     True
     """
     words = [MAGIC, PROTOCOL, stamp.model, stamp.epoch, *astuple(header), header.payload_bytes]
-    return [*words, _checksum(words)]
+    return [*words, checksum(words)]
 
 
 def unpack(words: Sequence[int], stamp: Stamp) -> Header:
@@ -97,23 +102,49 @@ def unpack(words: Sequence[int], stamp: Stamp) -> Header:
     for name, found, wanted in zip(("magic", "protocol", "export id", "epoch"), words, expected, strict=False):
         if found != wanted:
             raise _wrong(name, found, wanted)
-    if words[-1] != _checksum(words[:-1]):
-        raise _wrong("checksum", words[-1], _checksum(words[:-1]))
+    if words[-1] != checksum(words[:-1]):
+        raise _wrong("checksum", words[-1], checksum(words[:-1]))
     header = Header(*words[4:-2])
     if header.kind not in {STEP, TOKENS, CLOSE}:
         raise _wrong("kind", header.kind, f"{STEP}, {TOKENS} or {CLOSE}")
     if header.dtype not in _ITEM_BYTES:
         raise _wrong("dtype", header.dtype, "a known code")
-    if min(astuple(header)) < 0 or min(header.rows, header.columns, header.width) < 1:
-        raise _wrong("shape", header.shape, "counts above 0")
+    is_empty = header.kind != CLOSE and min(header.parts, header.width) < 1
+    if min(astuple(header)) < 0 or is_empty or header.parts > MAX_PARTS:
+        raise _wrong("shape", (header.parts, *header.shape), "counts above 0")
     if header.payload_bytes != words[-2] or header.payload_bytes > MAX_PAYLOAD_BYTES:
         raise _wrong("payload", words[-2], header.payload_bytes)
     return header
 
 
-def closing(group: int, *, sender: int) -> Header:
-    """Return the header that ends a group."""
-    return Header(CLOSE, sender, group, 0, 0, 1, 1, 1, DTYPE_CODES["int64"], 0)
+def closing(sequence: int, *, slot: int, keeps: bool, sender: int) -> Header:
+    """Return the header that ends a sequence."""
+    return Header(CLOSE, sender, sequence, 0, slot, int(keeps), DTYPE_CODES["int64"])
+
+
+def write_table(parts: Sequence[Part]) -> list[list[int]]:
+    """Return the table that says whose tokens a step is made of."""
+    return [list(astuple(part)) for part in parts]
+
+
+def read_table(header: Header, rows: Sequence[Sequence[int]]) -> list[Part]:
+    """Check a table against its header.
+
+    Raises:
+        PeerError: a row that makes no sense, or a table that was not announced.
+    """
+    if checksum([word for row in rows for word in row]) != header.table:
+        raise _wrong("table", "a checksum of its own", header.table)
+    parts = [Part(*row) for row in rows]
+    for part in parts:
+        if min(astuple(part)) < 0 or part.count < 1 or part.gives > TOKEN + PROMPT:
+            raise _wrong("part", part, "counts above 0")
+    if len({part.sequence for part in parts}) < len(parts):
+        raise _wrong("table", "a sequence twice", "each once")
+    num_rows = sum(part.count if header.kind == STEP else part.num_rows for part in parts)
+    if num_rows != header.rows:
+        raise _wrong("rows", header.rows, num_rows)
+    return parts
 
 
 def check_against(header: Header, **expected: int) -> None:
@@ -127,11 +158,22 @@ def check_against(header: Header, **expected: int) -> None:
             raise _wrong(name, getattr(header, name), wanted)
 
 
-def _checksum(words: Sequence[int]) -> int:
+def checksum(words: Sequence[int]) -> int:
+    """Return a number that tells these words from others."""
     total = 0
     for word in words:
         total = (total * 1_000_003 + word) % (2**61 - 1)
     return total
+
+
+def check_parts(found: Sequence[Part], expected: Sequence[Part]) -> None:
+    """Require that parts are those of a step that was sent; faults come on the way.
+
+    Raises:
+        PeerError: they are not.
+    """
+    if [replace(part, fault=0) for part in found] != [replace(part, fault=0) for part in expected]:
+        raise _wrong("parts", found, expected)
 
 
 def _wrong(name: str, found: object, wanted: object) -> PeerError:

@@ -12,8 +12,8 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,19 @@ import torch.distributed.distributed_c10d as c10d
 from plans.errors import PeerError
 from runtime.distributed.control.messages import LinkCounts
 from runtime.distributed.control.store import SharedStore
-from runtime.distributed.header import DTYPE_CODES, NUM_WORDS, Header, Stamp, pack, unpack
+from runtime.distributed.header import (
+    DTYPE_CODES,
+    NUM_WORDS,
+    PART_WORDS,
+    Header,
+    Stamp,
+    checksum,
+    pack,
+    read_table,
+    unpack,
+    write_table,
+)
+from runtime.steps.parts import Part
 
 FOREVER = timedelta(days=365)
 """An idle chat is no fault. Whoever watches over the run finds the link that is silent; see `control.silence`."""
@@ -32,8 +44,8 @@ FOREVER = timedelta(days=365)
 MAX_WAITING_MESSAGES = 4
 """Steps a stage may be ahead of the next one, or behind the one before."""
 
-Expect = Callable[[Header], None]
-"""Raises PeerError unless this header is what must come next."""
+Expect = Callable[[Header, list[Part]], None]
+"""Raises PeerError unless this header, with this table, is what must come next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +53,7 @@ class Arrival:
     """A payload and how long it took from its header to its end."""
 
     header: Header
+    parts: list[Part]
     payload: torch.Tensor
     transfer_seconds: float
 
@@ -101,7 +114,7 @@ class Links:
         self._is_waiting = False
         self._ends = _connect(place, c10d.PrefixStore(f"epoch{stamp.epoch}", store), on_linked)
         self._nccl = _nccl(place, c10d.PrefixStore(f"nccl{stamp.epoch}", store)) if place.uses_nccl else None
-        self._outbox: queue.Queue[tuple[Header, torch.Tensor] | None] = queue.Queue()
+        self._outbox: queue.Queue[tuple[Header, list[list[int]], torch.Tensor] | None] = queue.Queue()
         self._room = threading.Semaphore(MAX_WAITING_MESSAGES)
         self._threads = [
             threading.Thread(target=self._guard, args=(loop, peer), daemon=True, name=loop.__name__)
@@ -110,13 +123,15 @@ class Links:
         for thread in self._threads:
             thread.start()
 
-    def send(self, header: Header, payload: torch.Tensor) -> None:
+    def send(self, header: Header, parts: Sequence[Part], payload: torch.Tensor) -> None:
         """Hand a payload to the sending thread; waits while too many are under way."""
         tensor = payload.contiguous() if self._nccl else payload.to("cpu").contiguous()
-        while header.payload_bytes and not self._room.acquire(timeout=0.5):
+        while parts and not self._room.acquire(timeout=0.5):
             if self._is_broken.is_set() or self._is_over():
                 return
-        self._outbox.put((header, tensor))
+        table = write_table(parts)
+        header = replace(header, table=checksum([word for row in table for word in row]))
+        self._outbox.put((header, table, tensor))
 
     def counts(self) -> LinkCounts:
         """Return how far data has come."""
@@ -159,16 +174,19 @@ class Links:
     def _send_all(self) -> None:
         group = self._ends[self._place.rank].group
         while (item := self._outbox.get()) is not None and not self._is_broken.is_set():
-            header, payload = item
+            header, table, payload = item
             words = torch.tensor(pack(header, self._stamp), dtype=torch.int64)
             self._num_sent += 1
             group.send([words], RECEIVER, 0).wait()
+            if table:
+                group.send([torch.tensor(table, dtype=torch.int64)], RECEIVER, 2).wait()
             if header.payload_bytes:
                 nccl: Any = self._nccl if payload.is_cuda else None
                 if nccl:
                     nccl.send([payload], self._place.next, 1).wait()
                 else:
                     group.send([payload], RECEIVER, 1).wait()
+            if table:
                 self._room.release()
 
     def _receive_all(self) -> None:
@@ -179,13 +197,21 @@ class Links:
             group.recv([words], SENDER, 0).wait()
             self._is_waiting = False
             header = unpack(words.tolist(), self._stamp)
-            self._expect(header)
             started = time.perf_counter()
             self._is_waiting = True
+            parts = self._receive_table(header, group)
+            self._expect(header, parts)
             payload = self._receive_payload(header, group)
             self._is_waiting = False
             self._num_received += 1
-            self._put(self._inbox, Arrival(header, payload, time.perf_counter() - started))
+            self._put(self._inbox, Arrival(header, parts, payload, time.perf_counter() - started))
+
+    def _receive_table(self, header: Header, group: Any) -> list[Part]:
+        if not header.parts:
+            return []
+        table = torch.zeros((header.parts, PART_WORDS), dtype=torch.int64)
+        group.recv([table], SENDER, 2).wait()
+        return read_table(header, table.tolist())
 
     def _receive_payload(self, header: Header, group: Any) -> torch.Tensor:
         dtype = TORCH_DTYPES[header.dtype]

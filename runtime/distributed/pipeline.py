@@ -1,214 +1,178 @@
-"""The driver's loop: keep several groups moving through the chain, so that no stage waits while there is work.
+"""The driver's end of the chain: steps go to the stages one after the other, and what the last one answers comes back.
 
-The first stage computes whatever is ready, oldest first; a group whose prompt is read in chunks goes to the end of the
-queue after each chunk, so that others are not held up. Tokens never depend on the order: every group has its own
-caches and its own random draws.
+Several steps are under way at once, so that no stage waits while there is work. Answers come in the order of the steps.
 """
 
+import itertools
 import queue
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from plans.errors import NumericalError
+from plans.stages import StageRange
 from runtime.distributed.clocks import StageClock
 from runtime.distributed.control.faults import Fault, Loss
+from runtime.distributed.control.messages import Open
 from runtime.distributed.control.team import Team
-from runtime.distributed.flow import Flow
-from runtime.distributed.header import DTYPE_CODES, STEP, TOKENS, Header, check_against, closing
+from runtime.distributed.header import (
+    DTYPE_CODES,
+    STEP,
+    TOKENS,
+    Header,
+    check_against,
+    check_parts,
+    closing,
+    dtype_code,
+)
 from runtime.distributed.links import Arrival, Links
-from runtime.distributed.slots import StageRunner
+from runtime.reading.families import rope_switch
+from runtime.stages.stage import Stage
+from runtime.steps.choice import read_answers, width_of
+from runtime.steps.parts import Answer, Forgotten, Opening, Part
+from runtime.steps.runner import StageRunner
+from runtime.steps.units import StageUnits, most_slots
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A step that is under way."""
+
+    step: int
+    parts: Sequence[Part]
+    openings: Sequence[Opening]
 
 
 class Pipeline:
-    """Moves groups through the chain.
+    """Steps that go on in other processes; see `runtime.steps.parts.Steps`.
 
     Args:
         team: the other processes.
-        runner: the first stage.
+        stage: the first stage.
         clock: measures the first stage.
         recover: starts a lost worker again and connects everybody anew.
-        num_stages: stages of the chain.
-        hidden_size: width of hidden states.
+        stages: of the chain.
+        can_be_cut: whether the end of a cache can be taken back.
 
     Attributes:
         links: connections to the neighbours; replaced after a restart.
+        numbers: of sequences; none is used twice.
     """
 
     def __init__(
         self,
         team: Team,
-        runner: StageRunner,
+        stage: Stage,
         clock: StageClock,
         *,
         recover: Callable[[Loss], None],
-        num_stages: int,
-        hidden_size: int,
+        stages: Sequence[StageRange],
+        can_be_cut: bool,
     ) -> None:
-        self._recover = recover
-        self._team, self._runner, self._clock = team, runner, clock
-        self._last_rank = num_stages - 1
-        self._hidden_size = hidden_size
-        self._dtype = DTYPE_CODES[str(runner.stage.model.dtype).removeprefix("torch.")]
-        self._active: dict[int, Flow] = {}
-        self._ready: deque[Flow] = deque()
-        self._next_group = 0
+        self._team, self._clock, self._recover = team, clock, recover
+        self._runner = StageRunner(StageUnits(stage), number=0)
+        self._dtype = dtype_code(stage.model.dtype)
+        self._stages, self.depth = stages, len(stages)
+        self.rope_switch, self.most_slots = rope_switch(stage.model.config), most_slots(stage.model.config)
+        self.can_be_cut = can_be_cut and self.rope_switch is None
+        self.numbers = itertools.count()
         self.links: Links | None = None
+        self._openings: dict[int, Opening] = {}
+        self._sent: deque[Sent] = deque()
+        self._unannounced: deque[Sent] = deque()
+        self._num_sent = 0
 
-    def run(
-        self,
-        flows: Iterable[Flow],
-        *,
-        in_flight: int,
-        on_step: Callable[[Flow], None] = lambda _flow: None,
-        on_done: Callable[[Flow], None] = lambda _flow: None,
-        keeps_caches: bool = False,
-    ) -> None:
-        """Run groups until all are finished.
+    @property
+    def has_room(self) -> bool:
+        """Whether one more step can be sent now."""
+        return len(self._sent) < self.depth
 
-        Args:
-            flows: the groups; each is asked for when there is room for it.
-            in_flight: groups under way at once.
-            on_step: told when a group got tokens.
-            on_done: told when a group is finished.
-            keeps_caches: whether caches stay on the stages afterwards.
-
-        Raises:
-            LlamaplanError: the run cannot go on, or whatever `on_step` and `on_done` raise.
-        """
-        waiting = iter(flows)
-        try:
-            while self._start_more(waiting, on_done, in_flight=in_flight) or self._active:
-                if self._ready:
-                    self._send_step(self._ready.popleft())
-                self._take_arrivals(on_step, on_done, keeps_caches=keeps_caches)
-        except BaseException:
-            self._abandon()
-            raise
-
-    def expect(self, header: Header) -> None:
-        """Check a header of tokens; runs in the receiving thread.
-
-        Raises:
-            PeerError: not what must come next.
-        """
-        check_against(header, kind=TOKENS, sender=self._last_rank, columns=1, width=1, dtype=DTYPE_CODES["int64"])
-        flow = self._active.get(header.group)
-        if flow is not None:
-            check_against(header, rows=len(flow.requests))
-
-    def start_over(self) -> None:
-        """Send everything again that the groups under way consist of, to stages that have forgotten it.
-
-        The same steps over the same token ids give the same caches, and the same draws; tokens that come back a
-        second time are only compared.
-        """
-        flows = list(self._active.values())
-        self._active.clear()
-        self._ready.clear()
-        self._runner.clear()
-        while not self._team.faults.events.empty():  # answers from before
-            self._team.faults.events.get()
-        self._team.faults.check()
-        for flow in flows:
-            flow.start_over()
-            self._open(flow)
-
-    def forget(self, group: int) -> None:
-        """Give up a group's cache on all stages."""
-        self._runner.close(group)
-        if self.links is not None:
-            self.links.send(closing(group, sender=0), torch.empty(0))
-
-    def _start_more(self, waiting: Iterator[Flow], on_done: Callable[[Flow], None], *, in_flight: int) -> bool:
-        while len(self._active) < in_flight:
-            flow = next(waiting, None)
-            if flow is None:
-                return False
-            flow.started = time.perf_counter()
-            if flow.is_finished:  # nothing was asked for
-                on_done(flow)
-            else:
-                self._open(flow)
-        return True
-
-    def _open(self, flow: Flow) -> None:
-        flow.group = self._next_group
-        self._next_group += 1
-        self._runner.open(flow.opening(for_last_stage=False))
+    def open(self, opening: Opening) -> None:
+        """Make room for a sequence on every stage."""
+        self._openings[opening.sequence] = opening
+        self._runner.open(opening.for_others())
         for rank, member in self._team.members.items():
-            member.channel.try_send(flow.opening(for_last_stage=rank == self._last_rank))
-        self._active[flow.group] = flow
-        self._ready.append(flow)
+            is_last = rank == self.depth - 1
+            member.channel.try_send(Open(opening=opening if is_last else opening.for_others()))
 
-    def _send_step(self, flow: Flow) -> None:
-        step, span = flow.step, flow.next_span()
-        header = Header(
-            kind=STEP,
-            sender=0,
-            group=flow.group,
-            step=step,
-            start=span.start,
-            rows=len(flow.requests),
-            columns=span.end - span.start,
-            width=self._hidden_size,
-            dtype=self._dtype,
-            needs_tokens=int(span.needs_tokens),
-        )
-        is_prefill = self._runner.is_prefill(header)
-        with self._clock.step(group=flow.group, step=step, is_prefill=is_prefill, hop_seconds=0.0):
-            outputs = self._runner.run(header, flow.batch.ids(span.start, span.end))
+    def close(self, sequence: int, *, slot: int, keeps: bool) -> None:
+        """Forget a sequence on every stage, and its slot's tokens too unless somebody may go on from there."""
+        self._openings.pop(sequence, None)
+        self._runner.close(sequence, slot=slot, keeps=keeps)
+        if self.links is not None:
+            self.links.send(closing(sequence, slot=slot, keeps=keeps, sender=0), [], torch.empty(0))
+
+    def send(self, parts: Sequence[Part], token_ids: Sequence[int]) -> None:
+        """Compute the first stage of a step, and send it on."""
+        sent = Sent(self._num_sent, parts, [self._openings[part.sequence] for part in parts])
+        is_prefill = self._runner.is_prefill(parts)
+        with self._clock.step(sequence=parts[0].sequence, step=self._num_sent, is_prefill=is_prefill, hop_seconds=0.0):
+            checked, outputs = self._runner.run(parts, torch.tensor(token_ids, dtype=torch.int64))
+        rows, width = outputs.shape
+        header = Header(STEP, 0, self._num_sent, len(parts), rows, width, self._dtype)
         assert self.links is not None
-        self.links.send(header, outputs)
-        if flow.has_more_prompt:
-            self._ready.append(flow)
+        self._sent.append(sent)
+        self._unannounced.append(sent)
+        self._num_sent += 1
+        self.links.send(header, checked, outputs)
 
-    def _take_arrivals(
-        self, on_step: Callable[[Flow], None], on_done: Callable[[Flow], None], *, keeps_caches: bool
-    ) -> None:
-        """Take everything that has arrived; wait for something if there is nothing else to do."""
-        is_idle = not self._ready
+    def take(self, *, waits: bool) -> list[Answer] | None:
+        """Return the answers of a step that came back; None if there are none, after `wake` if it waits.
+
+        Raises:
+            LlamaplanError: the run cannot go on.
+            Forgotten: a worker was started again.
+        """
         while True:
             try:
-                event = self._team.faults.events.get(block=is_idle)
+                event = self._team.faults.events.get(block=waits)
             except queue.Empty:
-                return
-            is_idle = False
+                return None
             if isinstance(event, Fault):
                 self._team.faults.check()
             if isinstance(event, Loss):
                 self._recover(event)
-                return
-            flow = self._active.get(event.header.group) if isinstance(event, Arrival) else None
-            if flow is not None:
-                self._take(flow, event.payload.tolist(), on_step, on_done, keeps_caches=keeps_caches)
+                raise Forgotten
+            if isinstance(event, Arrival):
+                sent = self._sent.popleft()
+                return read_answers(event.parts, event.payload, sent.openings)
+            if waits:
+                return None
 
-    def _take(
-        self,
-        flow: Flow,
-        tokens: list[int],
-        on_step: Callable[[Flow], None],
-        on_done: Callable[[Flow], None],
-        *,
-        keeps_caches: bool,
-    ) -> None:
-        is_known = bool(flow.replayed_columns)
-        flow.take(tokens)
-        if not is_known:
-            on_step(flow)
-        if flow.is_finished:
-            del self._active[flow.group]
-            if not keeps_caches:
-                self.forget(flow.group)
-            on_done(flow)
-        elif not is_known:
-            self._ready.append(flow)
+    def wake(self) -> None:
+        """Let `take` return; from any thread."""
+        self._team.faults.events.put(None)
 
-    def _abandon(self) -> None:
-        self._ready.clear()
-        groups = list(self._active)
-        self._active.clear()
-        if self._team.faults.fault is None:
-            for group in groups:
-                self.forget(group)
+    def explain(self, part: Part, token_ids: Sequence[int], *, step: int) -> NumericalError:  # noqa: ARG002
+        """Return which stage's output was not finite."""
+        spec = self._stages[part.fault - 1]
+        when = f"step {step}" if step > 0 else "reading the prompt"
+        return NumericalError(
+            f"{when}: NaN or infinity in stage {part.fault - 1} ({spec.words}) on {spec.device}",
+            hint="try --dtype fp32, or check the weights with llamaplan verify",
+            code="E-NONFINITE",
+        )
+
+    def expect(self, header: Header, parts: Sequence[Part]) -> None:
+        """Check an announced answer against the step that is the next to come back; runs in the receiving thread.
+
+        Raises:
+            PeerError: not what must come next.
+        """
+        sent = self._unannounced.popleft() if self._unannounced else Sent(-1, (), ())
+        check_against(header, kind=TOKENS, sender=self.depth - 1, step=sent.step, dtype=DTYPE_CODES["int64"])
+        check_against(header, width=width_of(sent.openings))
+        check_parts(parts, sent.parts)
+
+    def start_over(self) -> None:
+        """Forget everything, as the stages have: whoever sends steps sends them again."""
+        self._sent.clear()
+        self._unannounced.clear()
+        self._openings.clear()
+        self._num_sent = 0
+        self._runner.clear()
+        while not self._team.faults.events.empty():  # answers from before
+            self._team.faults.events.get()
+        self._team.faults.check()

@@ -1,6 +1,7 @@
 """What a worker does: load its stage, then receive, compute and send until the driver says that it is over."""
 
 import queue
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -10,14 +11,16 @@ from plans.errors import LlamaplanError
 from runtime.distributed.clocks import StageClock
 from runtime.distributed.control.control import Control
 from runtime.distributed.control.messages import Broken, Failed, Form, Formed, Identity, Job, Linked, Ready
-from runtime.distributed.header import CLOSE, DTYPE_CODES, TOKENS, Header, Stamp
+from runtime.distributed.header import CLOSE, DTYPE_CODES, STEP, TOKENS, Header, Stamp, check_against, dtype_code
 from runtime.distributed.links import MAX_WAITING_MESSAGES, Arrival, Links, Place
 from runtime.distributed.loading import LoadedStage, LoadSettings, load_stage, share_threads
-from runtime.distributed.slots import StageRunner
 from runtime.reading.capacity import memory_faults
 from runtime.reading.opening import Source
 from runtime.stage_time import FAST_PATH
 from runtime.stages.traffic import stage_read_bytes
+from runtime.steps.parts import Part
+from runtime.steps.runner import StageRunner
+from runtime.steps.units import StageUnits
 
 
 class Worker:
@@ -36,7 +39,9 @@ class Worker:
     ) -> None:
         self._control, self._identity, self._address = control, identity, address
         self._rank = loaded.number
-        self._runner = StageRunner(loaded.stage, number=loaded.number, hidden_size=loaded.hidden_size)
+        self._runner = StageRunner(StageUnits(loaded.stage), number=loaded.number)
+        self._device, self._dtype = loaded.stage.device, dtype_code(loaded.stage.model.dtype)
+        self._hidden_size, self._num_steps = loaded.hidden_size, 0
         self._clock = StageClock(traces=traces, is_fast=loaded.stage.path == FAST_PATH)
         self._links: Links | None = None
         control.answer_with(self._clock.take)
@@ -53,6 +58,7 @@ class Worker:
             form = self._control.wait_for_form(newer_than=epoch)
             epoch = form.epoch
             self._runner.clear()
+            self._num_steps = 0
             inbox: queue.Queue[Arrival] = queue.Queue(MAX_WAITING_MESSAGES)
             links = self._links = self._connect(form, inbox)
             self._control.say(Formed(epoch=epoch))
@@ -69,7 +75,7 @@ class Worker:
             rank=self._rank,
             num_ranks=self._identity.num_stages,
             address=self._address,
-            device=self._runner.stage.device,
+            device=self._device,
             uses_nccl=form.uses_nccl,
         )
         return Links(
@@ -83,15 +89,20 @@ class Worker:
             is_over=lambda: self._control.form is not form,
         )
 
-    def _expect(self, header: Header) -> None:
-        """Check a header; its group may have been opened on the control connection a moment ago."""
+    def _expect(self, header: Header, parts: Sequence[Part]) -> None:
+        """Check that a step is the next one; its sequences may have been opened on the control connection just now."""
         if header.kind == CLOSE:
-            self._control.drop_opening(header.group)
-        elif not self._runner.has(header.group):
-            opening = self._control.take_opening(header.group)
-            if opening is not None:
-                self._runner.open(opening)
-        self._runner.expect(header)
+            self._control.drop_opening(header.step)
+            return
+        check_against(
+            header, kind=STEP, sender=self._rank - 1, step=self._num_steps, width=self._hidden_size, dtype=self._dtype
+        )
+        self._num_steps += 1
+        for part in parts:
+            if not self._runner.has(part.sequence):
+                opening = self._control.take_opening(part.sequence)
+                if opening is not None:
+                    self._runner.open(opening)
 
     def _report(self, form: Form, peer: int, error: Exception) -> None:
         if isinstance(error, LlamaplanError):
@@ -100,27 +111,26 @@ class Worker:
             self._control.say(Broken(epoch=form.epoch, peer=peer, text=str(error).splitlines()[0][:1000]))
 
     def _step(self, arrival: Arrival, links: Links) -> None:
-        header = replace(arrival.header, sender=self._rank)
+        header, parts = replace(arrival.header, sender=self._rank), arrival.parts
         if header.kind == CLOSE:
-            self._runner.close(header.group)
+            self._runner.close(header.step, slot=header.rows, keeps=bool(header.width))
             if not self._is_last:
-                links.send(header, arrival.payload)
+                links.send(header, parts, arrival.payload)
             return
         with (
             memory_faults(f"running stage {self._rank}"),
             self._clock.step(
-                group=header.group,
+                sequence=parts[0].sequence,
                 step=header.step,
-                is_prefill=self._runner.is_prefill(header),
+                is_prefill=self._runner.is_prefill(parts),
                 hop_seconds=arrival.transfer_seconds,
             ),
         ):
-            outputs = self._runner.run(header, arrival.payload)
-            tokens = self._runner.choose(header.group, outputs) if self._is_last and header.needs_tokens else None
-        if tokens is not None:
-            links.send(_tokens_header(header), tokens)
-        elif not self._is_last:
-            links.send(header, outputs)
+            checked, outputs = self._runner.run(parts, arrival.payload)
+        if self._is_last:
+            rows, width = outputs.shape
+            header = replace(header, kind=TOKENS, rows=rows, width=width, dtype=DTYPE_CODES["int64"])
+        links.send(header, checked, outputs)
 
 
 def work(
@@ -160,7 +170,3 @@ def work(
         worker.run()
     except Exception as error:  # whatever it is, the driver has to hear of it
         control.fail(error)
-
-
-def _tokens_header(header: Header) -> Header:
-    return replace(header, kind=TOKENS, columns=1, width=1, dtype=DTYPE_CODES["int64"])

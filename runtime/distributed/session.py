@@ -4,7 +4,8 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -18,23 +19,15 @@ from runtime.distributed.control.members import describe, exit_code_of
 from runtime.distributed.control.messages import Numbers
 from runtime.distributed.control.silence import Patience
 from runtime.distributed.control.team import Team
-from runtime.distributed.flow import Flow, HeldCache, KeptColumns, make_flow
 from runtime.distributed.header import Stamp
 from runtime.distributed.links import Links, Place
 from runtime.distributed.loading import LoadedStage
 from runtime.distributed.pipeline import Pipeline
-from runtime.distributed.slots import StageRunner
-from runtime.generate.loop import Generation, Request
-from runtime.generate.text import Decode
-from runtime.generate.tokens import padding_token
-from runtime.generate.writer import OnText
 from runtime.prepared import Prepared
 from runtime.reading.capacity import peak_memory_bytes
-from runtime.reading.families import rope_switch
 from runtime.reading.opening import Source
-from runtime.stage_time import FAST_PATH, OnStep, StageTime, StageView, StepTrace
+from runtime.stage_time import FAST_PATH, StageTime, StageTimes, StageView
 from runtime.stages.traffic import stage_read_bytes
-from runtime.steps.parts import Steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,15 +72,14 @@ class ProcessSession:
         self.load_seconds = 0.0
         self._worker_peaks: list[int] = []
         self._team, self._loaded, self._settings = team, loaded, settings
-        runner = StageRunner(loaded.stage, number=0, hidden_size=loaded.hidden_size)
         self._clock = StageClock(traces=settings.traces, is_fast=loaded.stage.path == FAST_PATH)
         self._pipeline = Pipeline(
             team,
-            runner,
+            loaded.stage,
             self._clock,
             recover=self._recover,
-            num_stages=len(prepared.source.stages),
-            hidden_size=loaded.hidden_size,
+            stages=prepared.source.stages,
+            can_be_cut=not any(window is not None for window in prepared.source.checkpoint.config.sliding_windows),
         )
 
     @property
@@ -173,54 +165,14 @@ class ProcessSession:
             raise links
         return links
 
-    def generate_requests(
-        self,
-        requests: Sequence[Request],
-        *,
-        decode: Decode | None = None,
-        on_text: OnText | None = None,
-        on_step: OnStep | None = None,
-        should_stop: Callable[[], bool] | None = None,
-        cache: HeldCache | None = None,
-        measure_stages: bool = False,
-    ) -> Generation:
-        """Continue every request as one batch; arguments and errors as `runtime.generate.loop.generate_requests`.
+    def new_steps(self) -> Pipeline:
+        """Return what computes the steps of an engine."""
+        return self._pipeline
 
-        The cache stays on the stages if one was given.
-        """
-        flow = self._flow(requests, decode=decode, on_text=on_text, cache=cache)
-        watch = _Watch(self, on_step=on_step, should_stop=should_stop, measures_stages=measure_stages)
-        self._pipeline.run([flow], in_flight=1, on_step=watch, keeps_caches=cache is not None)
-        return watch.result(flow)
-
-    def generate_groups(
-        self,
-        groups: Sequence[Sequence[Request]],
-        *,
-        in_flight: int,
-        decode: Decode | None = None,
-        on_done: Callable[[int, Generation], None],
-    ) -> None:
-        """Continue many groups of requests, each as one batch, several of them under way at once.
-
-        Args:
-            groups: the batches.
-            in_flight: groups under way at once; tokens do not depend on it.
-            decode: token ids -> text.
-            on_done: told the place of each group as it is finished; not always in their order.
-        """
-        places: dict[int, int] = {}
-
-        def flows() -> Iterator[Flow]:
-            for place, group in enumerate(groups):
-                flow = self._flow(group, decode=decode, on_text=None, cache=None)
-                places[id(flow)] = place
-                yield flow
-
-        def finish(flow: Flow) -> None:
-            on_done(places.pop(id(flow)), flow.result())
-
-        self._pipeline.run(flows(), in_flight=in_flight, on_done=finish)
+    @contextmanager
+    def watch_stages(self) -> Iterator["ProcessWatch"]:
+        """Measure what the stages do inside the block."""
+        yield ProcessWatch(self.take_numbers)
 
     def take_numbers(self) -> list[Numbers]:
         """Return what every stage has measured since the last time, in chain order."""
@@ -231,34 +183,6 @@ class ProcessSession:
     def read_bandwidth(self, *, repeats: int) -> dict[str, float]:  # noqa: ARG002 - the same call as in one process
         """Return nothing: reading weights is measured in one process only."""
         return {}
-
-    def new_steps(self) -> Steps:
-        """Return what computes the steps of an engine."""
-        raise NotImplementedError
-
-    def new_kept_cache(self) -> KeptColumns:
-        """Return a cache that can be kept from one prompt to the next."""
-        has_windows = any(window is not None for window in self.source.checkpoint.config.sliding_windows)
-        return KeptColumns(self.forget, can_be_cut=not has_windows)
-
-    def forget(self, cache: HeldCache) -> None:
-        """Give up a cache that was kept."""
-        if cache.group is not None:
-            self._pipeline.forget(cache.group)
-
-    def _flow(
-        self, requests: Sequence[Request], *, decode: Decode | None, on_text: OnText | None, cache: HeldCache | None
-    ) -> Flow:
-        vocab_size = self.prepared.vocab_size
-        return make_flow(
-            requests,
-            vocab_size=vocab_size,
-            pad_token_id=padding_token(self.prepared.generation_config, vocab_size=vocab_size),
-            decode=decode,
-            on_text=on_text,
-            cache=cache,
-            rope_switch=rope_switch(self._loaded.stage.model.config),
-        )
 
     def _uses_nccl(self) -> bool:
         members = self._team.members.values()
@@ -294,51 +218,36 @@ class ProcessSession:
             self._team.suspect(0, peer, str(error).splitlines()[0])
 
 
-class _Watch:
-    """What happens after every step of a single group."""
+class ProcessWatch:
+    """What the stages of several processes spend; see `runtime.stage_time.StageWatch`.
 
-    def __init__(
-        self,
-        session: ProcessSession,
-        *,
-        on_step: OnStep | None,
-        should_stop: Callable[[], bool] | None,
-        measures_stages: bool,
-    ) -> None:
-        self._session, self._on_step, self._should_stop = session, on_step, should_stop
-        self._measures = measures_stages
-        self._prefill: list[StageTime] = []
-        self._decode: list[StageTime] = []
-        if self._measures:
-            session.take_numbers()
+    Args:
+        take_numbers: asks every process what it has measured since the last time.
+    """
 
-    def __call__(self, flow: Flow) -> None:
-        if self._on_step is not None:
-            self._trace(flow, self._on_step)
-        if self._should_stop is not None and self._should_stop():
-            flow.interrupt()
+    def __init__(self, take_numbers: Callable[[], Sequence[Numbers]]) -> None:
+        self._take_numbers = take_numbers
+        self._prefill: StageTimes = ()
+        self._decode: StageTimes = ()
+        take_numbers()
 
-    def result(self, flow: Flow) -> Generation:
-        """Return the generation with its stage times."""
-        if self._measures:
-            self._add(self._session.take_numbers())
-        return replace(flow.result(), prefill_stages=tuple(self._prefill), decode_stages=tuple(self._decode))
+    def prompts_are_read(self) -> None:
+        """Do nothing: every process tells prompts from decoding."""
 
-    def _trace(self, flow: Flow, on_step: OnStep) -> None:
-        numbers = self._session.take_numbers()
-        self._add(numbers)
-        step = flow.batch.length - flow.num_prompt_columns - 1
-        past = flow.batch.length - 2 if step else flow.num_cached
-        stages = _times(numbers, "decode" if step else "prefill")
-        tokens = tuple(writer.token_ids[-1] for writer in flow.writers)
-        on_step(StepTrace(step, len(flow.writers), flow.batch.length - 1 - past, past, stages, tokens))
+    def take_step(self) -> StageTimes:
+        """Return what each stage spent since this was last asked."""
+        numbers = self._take_numbers()
+        prefill, decode = _times(numbers, "prefill"), _times(numbers, "decode")
+        self._prefill, self._decode = _sums(self._prefill, prefill), _sums(self._decode, decode)
+        return _sums(prefill, decode)
 
-    def _add(self, numbers: Sequence[Numbers]) -> None:
-        self._prefill = _sums(self._prefill, _times(numbers, "prefill"))
-        self._decode = _sums(self._decode, _times(numbers, "decode"))
+    def phases(self) -> tuple[StageTimes, StageTimes]:
+        """Return what each stage spent on prompts, and on decoding."""
+        self.take_step()
+        return self._prefill, self._decode
 
 
-def _times(numbers: Sequence[Numbers], phase: str) -> tuple[StageTime, ...]:
+def _times(numbers: Sequence[Numbers], phase: str) -> StageTimes:
     return tuple(
         StageTime(
             getattr(n, f"{phase}_compute_seconds"),
@@ -349,14 +258,14 @@ def _times(numbers: Sequence[Numbers], phase: str) -> tuple[StageTime, ...]:
     )
 
 
-def _sums(first: Sequence[StageTime], second: Sequence[StageTime]) -> list[StageTime]:
+def _sums(first: StageTimes, second: StageTimes) -> StageTimes:
     if not first:
-        return list(second)
-    return [
+        return second
+    return tuple(
         StageTime(
             a.compute_seconds + b.compute_seconds,
             a.hop_seconds + b.hop_seconds,
             num_fast_steps=a.num_fast_steps + b.num_fast_steps,
         )
         for a, b in zip(first, second, strict=True)
-    ]
+    )

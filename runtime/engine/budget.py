@@ -7,8 +7,7 @@ from functools import cached_property, lru_cache
 
 from plans.errors import UsageError
 from plans.reading.sizes import format_bytes
-from runtime.prepared import Prepared
-from runtime.reading.capacity import kv_cache_bytes
+from runtime.engine.model import Facts
 
 Bytes = tuple[int, ...]
 """Per stage, in chain order."""
@@ -19,39 +18,35 @@ class Budget:
     """Cache bytes of every stage.
 
     Attributes:
-        prepared: the model.
+        facts: about the model.
         limits: bytes for caches, per stage.
     """
 
-    prepared: Prepared
+    facts: Facts
     limits: Bytes
 
     @classmethod
-    def of(cls, prepared: Prepared, *, num_sequences: int, cache_tokens: int | None = None) -> "Budget":
+    def of(cls, facts: Facts, *, num_sequences: int, cache_tokens: int | None = None) -> "Budget":
         """Return room for so many sequences of so many tokens: what loading has found to be there.
 
         Args:
-            prepared: the model.
+            facts: about the model, such as a session's `prepared`.
             num_sequences: as `batch_size` of loading.
             cache_tokens: as `cache_tokens` of loading; None for the whole context.
         """
-        tokens = min(cache_tokens or prepared.context_tokens, prepared.context_tokens)
-        return cls(prepared, tuple(num_sequences * size for size in cls(prepared, ()).need(tokens)))
+        tokens = min(cache_tokens or facts.context_tokens, facts.context_tokens)
+        return cls(facts, tuple(num_sequences * size for size in facts.cache_bytes(tokens)))
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence that fits alone."""
-        context = self.prepared.context_tokens
-        return bisect_right(range(1, context + 1), 0, key=lambda tokens: 0 if self.has_room([tokens]) else 1)
+        counts = range(1, self.facts.context_tokens + 1)
+        return bisect_right(counts, 0, key=lambda count: int(not self.has_room([count])))
 
     @lru_cache(maxsize=4096)  # noqa: B019 - a budget lives as long as its engine
     def need(self, num_tokens: int) -> Bytes:
         """Return what the cache of a sequence of so many tokens takes."""
-        config, dtype = self.prepared.source.checkpoint.config, self.prepared.kv_cache_dtype
-        return tuple(
-            kv_cache_bytes(config, stage, kv_cache_dtype=dtype, context_tokens=num_tokens)
-            for stage in self.prepared.source.stages
-        )
+        return self.facts.cache_bytes(num_tokens)
 
     def has_room(self, num_tokens: Iterable[int]) -> bool:
         """Whether caches of so many tokens each fit together."""
@@ -63,10 +58,10 @@ class Budget:
         Raises:
             UsageError: with both numbers.
         """
-        for stage, need, limit in zip(self.prepared.source.stages, self.need(num_tokens), self.limits, strict=True):
+        for stage, (need, limit) in enumerate(zip(self.need(num_tokens), self.limits, strict=True)):
             if need > limit:
                 raise UsageError(
-                    f"{num_tokens} tokens need {format_bytes(need)} ({need} bytes) of cache on {stage.device}, "
+                    f"{num_tokens} tokens need {format_bytes(need)} ({need} bytes) of cache in stage {stage}, "
                     f"which has {format_bytes(limit)} ({limit} bytes) for all sequences",
                     hint="shorten the prompt, or ask for fewer new tokens",
                     code="E-ROOM",

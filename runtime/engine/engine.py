@@ -12,14 +12,14 @@ from plans.errors import IntegrityError, LlamaplanError, MachineError
 from runtime.engine.budget import Budget
 from runtime.engine.counters import Counters, Totals
 from runtime.engine.events import Done, Failed, OnEvent
+from runtime.engine.model import Model
 from runtime.engine.sequence import Sequence
 from runtime.engine.slots import Slot, Slots
 from runtime.engine.turns import Turns
 from runtime.generate.limits import check_prompts
-from runtime.generate.loop import Request
+from runtime.generate.request import Request
 from runtime.generate.text import Decode
 from runtime.reading.capacity import memory_faults
-from runtime.session import AnySession
 from runtime.steps.parts import Answer, Forgotten
 
 
@@ -38,11 +38,13 @@ class Engine:
     """Runs requests on a loaded model, many of them at once.
 
     Args:
-        session: the model; nothing else may use it while the engine does.
+        model: a session; nothing else may use it while the engine does.
         num_slots: requests that run at once.
-        budget: cache bytes for them; None for the whole context of each.
+        cache_tokens: the longest any of them may become; None for the whole context.
+        budget: cache bytes for them; None for as many tokens in every slot.
         queue_limit: requests that may wait for a slot.
         decode: token ids -> text; None for the model's own.
+        reads_first: whether all prompts are read before anybody decodes; else the two take turns.
 
     Attributes:
         fault: what ended it; None while all is well.
@@ -55,24 +57,26 @@ class Engine:
 
     def __init__(
         self,
-        session: AnySession,
+        model: Model,
         *,
         num_slots: int = 1,
+        cache_tokens: int | None = None,
         budget: Budget | None = None,
         queue_limit: int | None = None,
         decode: Decode | None = None,
+        reads_first: bool = False,
     ) -> None:
-        self._prepared = session.prepared
-        has_text = self._prepared.own_tokenizer is not None
-        self._decode = decode or (self._prepared.decode if has_text else None)
-        self._budget = budget or Budget.of(self._prepared, num_sequences=num_slots)
-        self._num_slots, self._queue_limit = num_slots, queue_limit
-        self._steps = session.new_steps()
+        self._vocab_size = model.prepared.vocab_size
+        self._decode = decode or model.prepared.own_decode
+        self._budget = budget or Budget.of(model.prepared, num_sequences=num_slots, cache_tokens=cache_tokens)
+        self._queue_limit = queue_limit
+        self._capacity = min(cache_tokens or self._budget.longest, self._budget.longest)
+        self._steps = model.new_steps()
+        self._num_slots = min(num_slots, self._steps.most_slots or num_slots)
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
-        self._turns = Turns(depth=self._steps.depth)
-        self._slots = Slots(num_slots, can_be_cut=self._steps.can_be_cut)
-        self._next_number = 0
+        self._turns = Turns(depth=self._steps.depth, reads_first=reads_first)
+        self._slots = Slots(self._num_slots, can_be_cut=self._steps.can_be_cut)
         self._changed = threading.Condition()
         self._is_draining = self._is_stopping = False
         self._totals = Totals()
@@ -95,7 +99,7 @@ class Engine:
         [room] = check_prompts(
             [request.prompt_ids],
             limits=[request.limits],
-            vocab_size=self._prepared.vocab_size,
+            vocab_size=self._vocab_size,
             has_decode=self._decode is not None,
         )
         sequence = Sequence(request, room, on_event, reuse_key, self._decode)
@@ -117,23 +121,23 @@ class Engine:
         Raises:
             LlamaplanError: the fault that ended it; every request has been told.
         """
-        self._serve(until=lambda: self._is_draining and self._is_idle)
+        self._serve(until=lambda: self._is_draining and self.is_idle)
 
     def run_all(self) -> None:
         """Serve until nothing is left to do; errors as `run`."""
-        self._serve(until=lambda: self._is_idle)
+        self._serve(until=lambda: self.is_idle)
 
     def step(self) -> None:
         """Send one step, if there is anything to do, and hand out what has come back; errors as `run`."""
         turns = iter([False])
-        self._serve(until=lambda: self._is_idle or next(turns, True))
+        self._serve(until=lambda: self.is_idle or next(turns, True))
 
     def drain(self, seconds: float) -> None:
         """Refuse what is new, let what runs and waits end, and stop after so many seconds at the latest."""
         with self._changed:
             self._is_draining = True
             self._steps.wake()
-            self._changed.wait_for(lambda: self._is_idle or self.fault is not None, timeout=seconds)
+            self._changed.wait_for(lambda: self.is_idle or self.fault is not None, timeout=seconds)
         self.stop()
 
     def stop(self) -> None:
@@ -141,9 +145,17 @@ class Engine:
         self._is_draining = self._is_stopping = True
         self._steps.wake()
 
-    def forget(self) -> None:
-        """Give up every cache that is kept; while the engine does not run."""
-        for slot in self._slots.kept():
+    def abandon(self) -> None:
+        """Give up every request, without a word to anybody, and all caches; after an interruption."""
+        with self._changed:
+            running = list(self._running.values())
+            self._running.clear()
+            self._waiting.clear()
+            self._changed.notify_all()
+        for sequence in running:
+            assert sequence.slot is not None
+            self._slots.give_back(sequence.slot)
+        for slot in self._slots:
             self._empty(slot)
 
     @property
@@ -161,7 +173,13 @@ class Engine:
             )
 
     @property
-    def _is_idle(self) -> bool:
+    def is_reading(self) -> bool:
+        """Whether somebody waits for a first token."""
+        return bool(self._waiting) or any(not s.writer.token_ids for s in self._running.values())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
         return not self._running and not self._waiting
 
     def _require_open(self) -> None:
@@ -254,14 +272,13 @@ class Engine:
             self._open(sequence)
 
     def _number(self, sequence: Sequence) -> None:
-        sequence.number = self._next_number
-        self._next_number += 1
+        sequence.number = next(self._steps.numbers)
         self._running[sequence.number] = sequence
 
     def _open(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         sequence.slot.sequence = sequence.number
-        self._steps.open(sequence.opening(num_slots=self._num_slots, capacity=self._budget.longest))
+        self._steps.open(sequence.opening(num_slots=self._num_slots, capacity=self._capacity))
 
     def _empty(self, slot: Slot) -> None:
         self._steps.close(slot.sequence, slot=slot.number, keeps=False)
@@ -320,16 +337,15 @@ class Engine:
             self._open(sequence)
 
     def _fail(self, error: BaseException) -> None:
-        """Tell everybody that nothing more will come; an interruption by a person is no fault."""
-        if not isinstance(error, Exception):
-            self._end_all()
-            return
-        known = error if isinstance(error, LlamaplanError) else LlamaplanError(f"{type(error).__name__}: {error}")
-        with self._changed:
-            self.fault = known
-            everybody = [*self._running.values(), *self._waiting]
-            self._running.clear()
-            self._waiting.clear()
-            self._changed.notify_all()
-        for sequence in everybody:
-            self._tell(sequence, Failed(known))
+        """Give everything up, and tell everybody; an interruption by a person is no fault."""
+        everybody = [*self._running.values(), *self._waiting]
+        self.abandon()
+        if isinstance(error, Exception):
+            known = error if isinstance(error, LlamaplanError) else None
+            self.fault = known or LlamaplanError(f"{type(error).__name__}: {error}")
+            with self._changed:
+                everybody += self._waiting
+                self._waiting.clear()
+                self._changed.notify_all()
+            for sequence in everybody:
+                self._tell(sequence, Failed(self.fault))

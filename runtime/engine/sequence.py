@@ -7,11 +7,10 @@ from plans.errors import IntegrityError
 from runtime.engine.counters import Totals
 from runtime.engine.events import Done, OnEvent, PromptRead, Token, Usage
 from runtime.engine.slots import Slot
-from runtime.generate.loop import Request, make_writer
+from runtime.generate.request import Request, make_writer
 from runtime.generate.text import Decode
-from runtime.generate.token_chooser import depends_on_tokens
 from runtime.generate.writer import SequenceWriter
-from runtime.steps.parts import PROMPT, TOKEN, Answer, Drawing, Opening, Part
+from runtime.steps.parts import PROMPT, TOKEN, Answer, Opening, Part, opening_of
 
 
 @dataclass(slots=True, eq=False)
@@ -88,34 +87,14 @@ class Sequence:
     def opening(self, *, num_slots: int, capacity: int) -> Opening:
         """Return what the stages have to know before its first step."""
         assert self.slot is not None
-        sampling, limits = self.request.sampling, self.request.limits
-        needs_prompt = depends_on_tokens(sampling) or self.request.tells_prompt
-        drawing = Drawing(
-            temperature=float(sampling.temperature),
-            top_k=sampling.top_k,
-            top_p=float(sampling.top_p),
-            min_p=None if sampling.min_p is None else float(sampling.min_p),
-            repetition_penalty=float(sampling.repetition_penalty),
-            frequency_penalty=float(sampling.frequency_penalty),
-            presence_penalty=float(sampling.presence_penalty),
-            logit_bias={token: float(bias) for token, bias in sampling.logit_bias.items()},
-            seed=sampling.seed,
-            rules=dict(sampling.rules),
-            sequence_index=self.request.sequence_index,
-            max_length=self.num_tokens,
-            eos_token_ids=tuple(sorted(limits.eos_token_ids)),
-            num_top=self.request.num_top,
-        )
-        return Opening(
+        return opening_of(
+            self.request,
             sequence=self.number,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_tokens=self.num_tokens,
             slot=self.slot.number,
             keeps_tokens=self.position,
+            num_tokens=self.num_tokens,
             num_slots=num_slots,
             capacity=capacity,
-            drawing=drawing,
-            prompt_ids=tuple(self.request.prompt_ids) if needs_prompt else (),
         )
 
     def next_part(self, *, rope_switch: int | None) -> Part:

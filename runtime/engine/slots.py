@@ -1,6 +1,6 @@
 """Where caches lie. An idle slot keeps its tokens, so that a prompt that begins like them reads only the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 
@@ -35,6 +35,9 @@ class Slots:
 
     def __len__(self) -> int:
         return len(self._idle)
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._idle)
 
     @property
     def lengths(self) -> list[int]:

@@ -14,10 +14,11 @@ class Turns:
 
     Args:
         depth: steps that can be under way at once; those who decode are shared out among so many.
+        reads_first: whether nobody decodes while there is a prompt to read.
     """
 
-    def __init__(self, *, depth: int) -> None:
-        self._depth = depth
+    def __init__(self, *, depth: int, reads_first: bool) -> None:
+        self._depth, self._reads_first = depth, reads_first
         self._was_piece = False
         self._sent = count()
 
@@ -26,7 +27,7 @@ class Turns:
         everybody = list(running)
         reading = [sequence for sequence in everybody if sequence.is_reading]
         decoding = [sequence for sequence in everybody if not sequence.is_reading]
-        if reading and not (self._was_piece and decoding):
+        if reading and (self._reads_first or not (self._was_piece and decoding)):
             self._was_piece = True
             return reading[:1]
         ready = sorted((s for s in decoding if s.is_ready), key=lambda sequence: sequence.turn)

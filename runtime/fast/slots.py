@@ -6,6 +6,8 @@ a step of many slots at once (`runtime.fast.model`). Nothing grows or moves, so 
 Shapes: N slots, K key/value heads, C tokens that fit into a slot, S new tokens, D head size.
 """
 
+import ctypes
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -130,10 +132,8 @@ class SlotCache:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (num_slots, config.num_key_value_heads, capacity, head_dim)
         with torch.inference_mode(mode=False):  # else the buffers could only be written in inference mode
-            # Zeros, as a graph reads spare room too; on a CPU memory is taken when it is first written.
             self.buffers: tuple[Buffers, ...] = tuple(
-                (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-                for device in devices
+                (_buffer(shape, dtype, device), _buffer(shape, dtype, device)) for device in devices
             )
             self._sequences = tuple(self._view(slot) for slot in range(num_slots))
 
@@ -150,9 +150,29 @@ class SlotCache:
         for layer in self._sequences[slot].layers:
             cast("SlotLayer", layer).length = min(cast("SlotLayer", layer).length, num_tokens)
 
+    def release(self, slot: int) -> None:
+        """Forget all tokens of a slot; on a CPU their memory goes back, too."""
+        self.keep(slot, num_tokens=0)
+        for buffer in (buffer for pair in self.buffers for buffer in pair if buffer.device.type == "cpu"):
+            give_back(buffer[slot])
+
     def _view(self, slot: int) -> DynamicCache:
         part = slice(slot, slot + 1)
         cache = DynamicCache()
         cache.layers = [SlotLayer(keys[part], values[part]) for keys, values in self.buffers]
         cache.layer_class_to_replicate = None
         return cache
+
+
+def _buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # On a CPU nothing reads spare room, and memory is taken when it is first written; a graph reads it with weight 0.
+    make = torch.empty if device.type == "cpu" else torch.zeros
+    return make(shape, dtype=dtype, device=device)
+
+
+def give_back(memory: torch.Tensor) -> None:
+    """Let the machine have the whole pages of a contiguous tensor on the CPU, whose values are lost."""
+    advice, page = getattr(mmap, "MADV_DONTNEED", None), mmap.PAGESIZE
+    first, end = -(-memory.data_ptr() // page) * page, (memory.data_ptr() + memory.nbytes) // page * page
+    if advice is not None and end > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)

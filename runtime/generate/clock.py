@@ -8,7 +8,7 @@ from typing import Any
 from transformers.cache_utils import Cache
 
 from runtime.reading.devices import synchronize
-from runtime.stage_time import StageTime
+from runtime.stage_time import StageTime, StageTimes, since
 from runtime.stages.chain import Chain
 
 
@@ -34,8 +34,8 @@ def stage_clock(chain: Chain) -> Iterator[list[StageTime]]:
 
 
 @contextmanager
-def cache_clock(chain: Chain, cache: Cache, totals: Sequence[StageTime]) -> Iterator[None]:
-    """Measure every update of `cache` inside the block and add it to the totals of `stage_clock`.
+def cache_clock(chain: Chain, totals: Sequence[StageTime]) -> Iterator[None]:
+    """Measure every update of a cache inside the block and add it to the totals of `stage_clock`.
 
     Only stages on a CPU are measured: an accelerator would have to be synchronised twice per layer.
     """
@@ -45,21 +45,56 @@ def cache_clock(chain: Chain, cache: Cache, totals: Sequence[StageTime]) -> Iter
         for layer in range(stage.start_layer, stage.end_layer)
         if device.type == "cpu"
     }
-    patched: Any = cache
-    update = patched.update
+    caches: Any = Cache
+    update = caches.update
 
-    def timed(keys: Any, values: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def timed(cache: Any, keys: Any, values: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        result = update(keys, values, layer_idx, *args, **kwargs)
+        result = update(cache, keys, values, layer_idx, *args, **kwargs)
         if layer_idx in layers:
             layers[layer_idx].cache_seconds += time.perf_counter() - started
         return result
 
-    patched.update = timed
+    caches.update = timed
     try:
         yield
     finally:
-        del patched.update
+        caches.update = update
+
+
+class ChainWatch:
+    """What the stages of a chain spend while it is measured; see `runtime.engine.model.StageWatch`.
+
+    Args:
+        totals: of `stage_clock`.
+    """
+
+    def __init__(self, totals: Sequence[StageTime]) -> None:
+        self._totals = totals
+        self._step = self._prefill = self._copy()
+
+    def prompts_are_read(self) -> None:
+        """Note that what follows is decoding."""
+        self._prefill = self._copy()
+
+    def take_step(self) -> StageTimes:
+        """Return what each stage spent since this was last asked."""
+        before, self._step = self._step, self._copy()
+        return since(self._totals, before)
+
+    def phases(self) -> tuple[StageTimes, StageTimes]:
+        """Return what each stage spent on prompts, and on decoding."""
+        return self._prefill, since(self._totals, self._prefill)
+
+    def _copy(self) -> StageTimes:
+        return tuple(total.copy() for total in self._totals)
+
+
+@contextmanager
+def watch_chain(chain: Chain) -> Iterator[ChainWatch]:
+    """Measure the stages of a chain inside the block."""
+    with stage_clock(chain) as totals, cache_clock(chain, totals):
+        yield ChainWatch(totals)
 
 
 def _watch(chain: Chain, index: int, total: StageTime) -> list[Any]:

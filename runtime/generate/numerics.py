@@ -1,9 +1,10 @@
 """NaN and infinity: noticed before a token is chosen, and traced to the stage that made them."""
 
+from collections.abc import Sequence
+
 import torch
 
 from plans.errors import NumericalError
-from runtime.generate.tokens import TokenBatch
 from runtime.stages.chain import Chain
 
 
@@ -27,18 +28,8 @@ class NonFiniteError(NumericalError):
         )
 
 
-def require_finite(chain: Chain, logits: torch.Tensor, *, batch: TokenBatch, step: int) -> None:
-    """Require finite logits [B, V]; `argmax` would otherwise pick a NaN silently.
-
-    Raises:
-        NonFiniteError: naming the stage and the step.
-    """
-    if not torch.isfinite(logits).all():
-        raise NonFiniteError(chain, stage=find_stage(chain, batch), step=step)
-
-
-def find_stage(chain: Chain, batch: TokenBatch) -> int:
-    """Compute the sequences again, without a cache, and return the first stage that is not finite at the end."""
+def find_stage(chain: Chain, token_ids: Sequence[int]) -> int:
+    """Compute a sequence again, without a cache, and return the first stage that is not finite at the end."""
     broken = []
     handles = []
     for index in range(len(chain.stages)):
@@ -49,14 +40,7 @@ def find_stage(chain: Chain, batch: TokenBatch) -> int:
 
         handles += [module.register_forward_hook(check) for module in chain.stage_modules(index)]
     try:
-        mask, device = batch.mask(batch.length), chain.device
-        chain(
-            input_ids=batch.ids(0, batch.length).to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            position_ids=batch.positions(0, batch.length).to(device),
-            use_cache=False,
-            logits_to_keep=1,
-        )
+        chain(input_ids=torch.tensor([token_ids], device=chain.device), use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()

@@ -59,6 +59,11 @@ class Sampling:
         return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias)
 
     @property
+    def depends_on_tokens(self) -> bool:
+        """Whether the scores of a token depend on what the sequence consists of so far, or on where it is."""
+        return self.repetition_penalty != 1 or bool(self.rules) or self.has_adjustments
+
+    @property
     def is_greedy(self) -> bool:
         """Whether no random draw is made."""
         return self.temperature == 0

@@ -36,7 +36,7 @@ class TokenChooser:
     @property
     def is_plain_argmax(self) -> bool:
         """Whether the choice is the largest logit and nothing else."""
-        return not depends_on_tokens(self._sampling) and self._sampling.is_greedy
+        return not self._sampling.depends_on_tokens and self._sampling.is_greedy
 
     def choose(self, logits: torch.Tensor, *, token_ids: torch.Tensor) -> int:
         """Return the next token; the first time, `token_ids` is the prompt.
@@ -92,11 +92,6 @@ def adjusted(logits: torch.Tensor, sampling: Sampling, *, new_ids: torch.Tensor)
     for token_id, bias in sampling.logit_bias.items():
         logits[token_id] += bias
     return logits
-
-
-def depends_on_tokens(sampling: Sampling) -> bool:
-    """Whether the scores of a token depend on what the sequence consists of so far, or on where it is."""
-    return sampling.repetition_penalty != 1 or bool(sampling.rules) or sampling.has_adjustments
 
 
 def sequence_seed(seed: int, sequence_index: int) -> int:

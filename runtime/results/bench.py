@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from plans.run import Bench, PredictedStage, RunPrediction
+from runtime.engine.run import generate_requests
 from runtime.generate.limits import Limits
-from runtime.generate.loop import Generation, Request
+from runtime.generate.request import Generation, Request
 from runtime.generate.sampling import Sampling
 from runtime.reading.capacity import memory_faults
 from runtime.results.summary import identity, stage_documents, stage_lines
@@ -84,14 +85,8 @@ def _pipelined_rate(session: AnySession, requests: Sequence[Request], settings: 
     """Measure several batches under way at once: their tokens per second once all of them are decoding."""
     if settings.in_flight == 1 and not settings.traces:
         return None
-    runs: list[Generation] = []
-    session.generate_groups(
-        [requests] * settings.in_flight,
-        in_flight=settings.in_flight,
-        on_done=lambda _place, run: runs.append(run),
-    )
-    cycle = median(seconds for run in runs for seconds in run.step_seconds)
-    return settings.in_flight * settings.batch_size / cycle
+    run = _run(session, [*requests] * settings.in_flight, measure_stages=False)
+    return settings.in_flight * settings.batch_size / median(run.step_seconds)
 
 
 def _requests(session: AnySession, settings: BenchSettings) -> list[Request]:
@@ -114,8 +109,7 @@ def _requests(session: AnySession, settings: BenchSettings) -> list[Request]:
 
 
 def _run(session: AnySession, requests: Sequence[Request], *, measure_stages: bool) -> Generation:
-    # Without its cache: one run's at a time is what a person's run would hold.
-    return replace(session.generate_requests(requests, measure_stages=measure_stages), cache=None)
+    return generate_requests(session, requests, measure_stages=measure_stages)
 
 
 def _median_run(runs: Sequence[Generation]) -> Generation:

@@ -8,7 +8,7 @@ from typing import Any
 from plans.errors import printable
 from plans.reading.sizes import format_bytes
 from plans.run import Run, RunSequence, RunStage, TimedRun
-from runtime.generate.loop import Generation
+from runtime.generate.request import Generation
 from runtime.session import AnySession
 from runtime.stage_time import StageTime, StepTrace
 

@@ -4,7 +4,7 @@ Shapes: V vocabulary, R rows of an answer, W numbers per row.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -29,11 +29,6 @@ class Drawer:
         self._ids = torch.zeros(max(opening.num_tokens, opening.num_prompt_tokens) + 1, dtype=torch.int64)
         self._ids[: len(opening.prompt_ids)] = torch.tensor(opening.prompt_ids, dtype=torch.int64)
         self._length = opening.num_prompt_tokens
-
-    @property
-    def width(self) -> int:
-        """Numbers per row of an answer."""
-        return 1 if self.drawing.num_top is None else 2 + 2 * self.drawing.num_top
 
     def rows(self, part: Part, logits: torch.Tensor, *, width: int) -> torch.Tensor:
         """Return the rows of a part's answer: int64 [R, W].
@@ -75,9 +70,9 @@ class Drawer:
             row[2 : 2 + 2 * len(top.indices)] = torch.stack((top.indices, top.values.view(torch.int64)), dim=1).view(-1)
 
 
-def width_of(drawers: Sequence[Drawer]) -> int:
+def width_of(openings: Iterable[Opening]) -> int:
     """Return W, the numbers per row, of a step of these sequences."""
-    return max(drawer.width for drawer in drawers)
+    return max(opening.drawing.width for opening in openings if opening.drawing is not None)
 
 
 def read_answers(parts: Sequence[Part], rows: torch.Tensor, openings: Sequence[Opening]) -> list[Answer]:

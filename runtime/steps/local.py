@@ -1,20 +1,20 @@
 """Steps in this process: computed where they are sent."""
 
+import itertools
 import queue
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from plans.errors import NumericalError
 from runtime.generate.numerics import NonFiniteError, find_stage
-from runtime.generate.tokens import TokenBatch
 from runtime.reading.families import rope_switch
 from runtime.stages.chain import Chain
 from runtime.steps.choice import read_answers
 from runtime.steps.parts import Answer, Opening, Part
 from runtime.steps.runner import StageRunner
+from runtime.steps.units import ChainUnits, most_slots
 
 
 class LocalSteps:
@@ -25,10 +25,12 @@ class LocalSteps:
     def __init__(self, chain: Chain) -> None:
         """Take the chain; whoever drives these steps owns it."""
         self._chain = chain
-        self._runner = StageRunner(_Whole(chain), number=0)
+        self._runner = StageRunner(ChainUnits(chain), number=0)
         self._done: queue.SimpleQueue[list[Answer] | None] = queue.SimpleQueue()
-        self.rope_switch = rope_switch(chain.config)
-        self.can_be_cut = not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in chain.new_cache().layers)
+        self.rope_switch, self.most_slots = rope_switch(chain.config), most_slots(chain.config)
+        has_windows = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in chain.new_cache().layers)
+        self.can_be_cut = not has_windows and self.rope_switch is None
+        self.numbers = itertools.count()
 
     def open(self, opening: Opening) -> None:
         """Make room for a sequence."""
@@ -58,30 +60,6 @@ class LocalSteps:
 
     def explain(self, part: Part, token_ids: Sequence[int], *, step: int) -> NumericalError:  # noqa: ARG002
         """Return which stage's output is not finite, by computing the sequence again."""
-        batch = TokenBatch([token_ids], num_new_tokens=0, pad_token_id=0)
-        return NonFiniteError(self._chain, stage=find_stage(self._chain, batch), step=step)
-
-
-class _Whole:
-    """All units of a chain; hidden states move between its devices by themselves."""
-
-    has_head = True
-
-    def __init__(self, chain: Chain) -> None:
-        self._chain: Any = chain
-
-    def new_cache(self) -> Cache | None:
-        cache: Cache = self._chain.new_cache()
-        return cache
-
-    def extend(self, inputs: torch.Tensor, *, start: int, cache: Cache | None, keep: int) -> torch.Tensor:
-        device = self._chain.device
-        logits: torch.Tensor = self._chain(
-            input_ids=inputs.to(device),
-            position_ids=torch.arange(start, start + inputs.shape[1], device=device)[None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            return_dict=True,
-        ).logits
-        return logits
+        with torch.inference_mode():
+            stage = find_stage(self._chain, token_ids)
+        return NonFiniteError(self._chain, stage=stage, step=step)

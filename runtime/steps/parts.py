@@ -1,6 +1,6 @@
 """A step: tokens of several sequences that go through the model together, and what comes back for each of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, Self
 
@@ -8,6 +8,7 @@ from pydantic import Field
 
 from plans.errors import NumericalError
 from plans.reading.strict import StrictModel
+from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
 
 Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -64,6 +65,11 @@ class Drawing(StrictModel):
     num_top: Natural | None
     """How many likeliest tokens are told beside the chosen one's likelihood; None for neither."""
 
+    @property
+    def width(self) -> int:
+        """Numbers per row of an answer: the token, and what is told about how likely it was."""
+        return 1 if self.num_top is None else 2 + 2 * self.num_top
+
     def sampling(self) -> Sampling:
         """Return the settings."""
         others = {"sequence_index", "max_length", "eos_token_ids", "num_top"}
@@ -92,6 +98,48 @@ class Opening(StrictModel):
     def for_others(self) -> Self:
         """Return what is enough for a stage without the head."""
         return self.model_copy(update={"drawing": None, "prompt_ids": ()})
+
+
+def opening_of(
+    request: Request,
+    *,
+    sequence: int,
+    slot: int,
+    num_tokens: int,
+    num_slots: int,
+    capacity: int,
+    keeps_tokens: int = 0,
+) -> Opening:
+    """Return what the stages have to know of a request that may come to `num_tokens` tokens."""
+    sampling = request.sampling
+    needs_prompt = sampling.depends_on_tokens or request.tells_prompt
+    drawing = Drawing(
+        temperature=float(sampling.temperature),
+        top_k=sampling.top_k,
+        top_p=float(sampling.top_p),
+        min_p=None if sampling.min_p is None else float(sampling.min_p),
+        repetition_penalty=float(sampling.repetition_penalty),
+        frequency_penalty=float(sampling.frequency_penalty),
+        presence_penalty=float(sampling.presence_penalty),
+        logit_bias={token: float(bias) for token, bias in sampling.logit_bias.items()},
+        seed=sampling.seed,
+        rules=dict(sampling.rules),
+        sequence_index=request.sequence_index,
+        max_length=num_tokens,
+        eos_token_ids=tuple(sorted(request.limits.eos_token_ids)),
+        num_top=request.num_top,
+    )
+    return Opening(
+        sequence=sequence,
+        num_prompt_tokens=len(request.prompt_ids),
+        num_tokens=num_tokens,
+        slot=slot,
+        keeps_tokens=keeps_tokens,
+        num_slots=num_slots,
+        capacity=capacity,
+        drawing=drawing,
+        prompt_ids=tuple(request.prompt_ids) if needs_prompt else (),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +180,20 @@ class Steps(Protocol):
     """What computes steps: a chain in this process, or one that goes on in others."""
 
     @property
+    def numbers(self) -> Iterator[int]:
+        """Numbers for sequences; none comes twice."""
+
+    @property
     def depth(self) -> int:
         """Steps that can be under way at once."""
 
     @property
     def has_room(self) -> bool:
         """Whether one more step can be sent now."""
+
+    @property
+    def most_slots(self) -> int | None:
+        """Sequences that can have a slot at once without changing each other's numbers; None for any."""
 
     @property
     def rope_switch(self) -> int | None:

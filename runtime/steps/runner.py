@@ -3,16 +3,18 @@
 Shapes: N tokens of a step, E hidden size, V vocabulary, R rows of an answer, W numbers per row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from transformers.cache_utils import Cache
 
 from plans.errors import PeerError
+from runtime.fast.slots import SlotCache
 from runtime.steps.choice import Drawer, width_of
 from runtime.steps.parts import PROMPT, Opening, Part
+from runtime.steps.units import Caches, OwnCaches
 
 
 class Units(Protocol):
@@ -20,8 +22,11 @@ class Units(Protocol):
 
     has_head: bool
 
-    def new_cache(self) -> Cache | None:
-        """Return an empty cache; None where nothing is kept."""
+    def new_slots(self, *, num_slots: int, capacity: int) -> Caches:
+        """Return empty caches for so many sequences."""
+
+    def extend_each(self, inputs: torch.Tensor, *, slots: Sequence[int], cache: SlotCache) -> torch.Tensor:
+        """Run a token id [R] or hidden state [R, E] of each of several sequences; returns [R, E], or logits [R, V]."""
 
     def extend(self, inputs: torch.Tensor, *, start: int, cache: Cache | None, keep: int) -> torch.Tensor:
         """Run tokens [1, N] or hidden states [1, N, E] of one sequence; returns [1, N, E], or logits [1, `keep`, V]."""
@@ -42,49 +47,27 @@ class Held:
     length: int | None = None
 
 
-class OwnCaches:
-    """A cache of its own for every slot.
-
-    Args:
-        new_cache: makes an empty one.
-    """
-
-    def __init__(self, new_cache: Callable[[], Any]) -> None:
-        self._new_cache = new_cache
-        self._caches: dict[int, Any] = {}
-
-    def __getitem__(self, slot: int) -> Any:
-        """Return the cache of a slot."""
-        if slot not in self._caches:
-            self._caches[slot] = self._new_cache()
-        return self._caches[slot]
-
-    def keep(self, slot: int, *, num_tokens: int) -> None:
-        """Forget all but the first `num_tokens` tokens of a slot."""
-        if num_tokens == 0:
-            self._caches.pop(slot, None)
-        elif (cache := self[slot]) is not None and (surplus := cache.get_seq_length() - num_tokens):
-            cache.crop(-surplus)
-
-
 class StageRunner:
     """Computes steps.
 
     Args:
         units: what computes.
         number: zero-based place of the stage in the chain.
+
+    Attributes:
+        slots: the caches.
     """
 
     def __init__(self, units: Units, *, number: int) -> None:
         self._units, self._number = units, number
         self._held: dict[int, Held] = {}
-        self._slots = OwnCaches(units.new_cache)
-        self._owners: dict[int, int] = {}
+        self._sizes = (0, 0)
+        self.slots: Caches = OwnCaches(lambda: None)
 
     def clear(self) -> None:
         """Forget every sequence."""
         self._held.clear()
-        self._slots = OwnCaches(self._units.new_cache)
+        self._sizes, self.slots = (0, 0), OwnCaches(lambda: None)
 
     def open(self, opening: Opening) -> None:
         """Make room for a sequence."""
@@ -93,8 +76,14 @@ class StageRunner:
     def close(self, sequence: int, *, slot: int, keeps: bool) -> None:
         """Forget a sequence, and its slot's tokens too unless somebody may go on from there."""
         self._held.pop(sequence, None)
-        if not keeps and self._owners.get(slot) == sequence:
-            self._slots.keep(slot, num_tokens=0)
+        if not keeps and slot < self._sizes[0]:
+            self.slots.release(slot)
+
+    def make_slots(self, *, num_slots: int, capacity: int) -> None:
+        """Have caches of these sizes, unless they are there; what an earlier engine kept is lost."""
+        if self._sizes != (num_slots, capacity):
+            self._sizes, self.slots = (num_slots, capacity), OwnCaches(lambda: None)
+            self.slots = self._units.new_slots(num_slots=num_slots, capacity=capacity)
 
     def opening(self, sequence: int) -> Opening:
         """Return what was said about a sequence.
@@ -110,6 +99,10 @@ class StageRunner:
     def has(self, sequence: int) -> bool:
         """Whether a sequence is open."""
         return sequence in self._held
+
+    def is_prefill(self, parts: Sequence[Part]) -> bool:
+        """Whether a step reads a prompt."""
+        return any(part.start < self.opening(part.sequence).num_prompt_tokens for part in parts)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part], inputs: torch.Tensor) -> tuple[list[Part], torch.Tensor]:
@@ -127,29 +120,49 @@ class StageRunner:
             PeerError: a step that is stale, repeated or out of order.
         """
         pieces = torch.split(inputs, [part.count for part in parts])
-        outputs = [self._extend(part, piece) for part, piece in zip(parts, pieces, strict=True)]
+        outputs = self._extend_each(parts, inputs) or [
+            self._extend(part, piece) for part, piece in zip(parts, pieces, strict=True)
+        ]
         checked = [self._checked(part, output) for part, output in zip(parts, outputs, strict=True)]
         if not self._units.has_head:
             return checked, torch.cat(outputs)
+        width = width_of(self.opening(part.sequence) for part in parts)
         drawers = [drawer for part in parts if (drawer := self._held[part.sequence].drawer) is not None]
-        width = width_of(drawers)
         rows = [d.rows(p, logits, width=width) for d, p, logits in zip(drawers, checked, outputs, strict=True)]
         return checked, torch.cat(rows)
 
+    def _extend_each(self, parts: Sequence[Part], inputs: torch.Tensor) -> list[torch.Tensor]:
+        """Run the newest tokens of several sequences together; nothing if that is not what the parts are, or can be.
+
+        Which way a part goes does not depend on what else is in the step.
+        """
+        held = [self._ready(part) for part in parts]
+        cache, is_decoding = self.slots, not self.is_prefill(parts)
+        if not isinstance(cache, SlotCache) or not is_decoding or any(part.start == 0 for part in parts):
+            return []
+        outputs = self._units.extend_each(inputs, slots=[one.opening.slot for one in held], cache=cache)
+        for one, part in zip(held, parts, strict=True):
+            one.length = part.end
+        return list(self._moved(outputs)[:, None].unbind())
+
+    def _moved(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.to(device="cpu", dtype=torch.float32) if self._units.has_head else outputs
+
     def _extend(self, part: Part, inputs: torch.Tensor) -> torch.Tensor:
-        held = self._ready(part)
+        held = self._held[part.sequence]
         keep = part.count if part.gives & PROMPT else 1
-        cache = self._slots[held.opening.slot]
+        cache = self.slots[held.opening.slot]
         output = self._units.extend(inputs[None], start=part.start, cache=cache, keep=keep)[0]
         held.length = part.end
-        return output.to(device="cpu", dtype=torch.float32) if self._units.has_head else output
+        return self._moved(output)
 
     def _ready(self, part: Part) -> Held:
         """Return a sequence whose slot ends where the part begins."""
         opening, held = self.opening(part.sequence), self._held[part.sequence]
+        self.make_slots(num_slots=opening.num_slots, capacity=opening.capacity)
         if held.length is None:
-            held.length, self._owners[opening.slot] = opening.keeps_tokens, part.sequence
-            self._slots.keep(opening.slot, num_tokens=held.length)
+            held.length = opening.keeps_tokens
+            self.slots.keep(opening.slot, num_tokens=held.length)
         if part.start not in (0, held.length):
             raise PeerError(
                 f"a step of sequence {part.sequence} begins at token {part.start}",
@@ -157,7 +170,7 @@ class StageRunner:
                 code="E-HEADER",
             )
         if part.start < held.length:  # everything again: see `runtime.reading.families.rope_switch`
-            self._slots.keep(opening.slot, num_tokens=0)
+            self.slots.keep(opening.slot, num_tokens=0)
         return held
 
     def _checked(self, part: Part, output: torch.Tensor) -> Part:

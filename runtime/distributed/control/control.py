@@ -31,6 +31,7 @@ from runtime.distributed.control.messages import (
     ended_by,
 )
 from runtime.distributed.control.store import SharedStore
+from runtime.steps.parts import Opening
 
 LAST_WORDS_SECONDS = 2.0
 """How long a worker that cannot go on waits for the driver to end the run."""
@@ -53,7 +54,7 @@ class Control:
         self._heartbeat_seconds = heartbeat_seconds
         self._signal = 0
         self._changed = threading.Condition()
-        self._openings: dict[int, Open] = {}
+        self._openings: dict[int, Opening] = {}
         self._numbers: Callable[[int], Numbers] | None = None
         self._counts: Callable[[], LinkCounts | None] = lambda: None
         self.form: Form | None = None
@@ -84,20 +85,20 @@ class Control:
                 self._changed.wait(timeout=0.2)
             return self.form
 
-    def take_opening(self, group: int) -> Open | None:
-        """Return what the driver said about a group that was not opened here yet; waits for it to arrive."""
+    def take_opening(self, sequence: int) -> Opening | None:
+        """Return what the driver said about a sequence that was not opened here yet; waits for it to arrive."""
         epoch = self.form.epoch if self.form else 0
         with self._changed:
-            while group not in self._openings:
+            while sequence not in self._openings:
                 if self.form is not None and self.form.epoch != epoch:
                     return None
                 self._changed.wait(timeout=0.2)
-            return self._openings.pop(group)
+            return self._openings.pop(sequence)
 
-    def drop_opening(self, group: int) -> None:
-        """Forget what was said about a group that ends before its first step came here."""
+    def drop_opening(self, sequence: int) -> None:
+        """Forget what was said about a sequence that ends before its first step came here."""
         with self._changed:
-            self._openings.pop(group, None)
+            self._openings.pop(sequence, None)
 
     def interrupt(self, number: int) -> None:
         """Leave because of a signal; safe to call from a signal handler."""
@@ -138,7 +139,7 @@ class Control:
                 self._openings.clear()
                 self.form = message
             elif isinstance(message, Open):
-                self._openings[message.group] = message
+                self._openings[message.opening.sequence] = message.opening
             self._changed.notify_all()
 
     def _beat(self) -> None:

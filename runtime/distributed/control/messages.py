@@ -4,22 +4,21 @@ Hidden states and token ids never come this way; see `runtime.distributed.links`
 """
 
 import signal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
 from plans.errors import ExitCode, PeerError
 from plans.reading.strict import MAX_KEYS, StrictModel, parse_json
+from runtime.steps.parts import Natural, Opening
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of both planes; driver and workers must agree."""
 
 Text = Annotated[str, Field(max_length=4000)]
 Rank = Annotated[int, Field(ge=0, le=65535)]
 ENDED = "E-ENDED"
 """Code of a worker that was told to end: as good as lost, but it could say so."""
-
-Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
 class Identity(StrictModel):
@@ -120,36 +119,11 @@ class Formed(StrictModel):
     epoch: Natural
 
 
-class Drawing(StrictModel):
-    """How the tokens of one sequence are chosen; see `Sampling` and `Ending` in `runtime.generate`."""
-
-    temperature: float
-    top_k: Natural
-    top_p: float
-    min_p: float | None
-    repetition_penalty: float
-    seed: Annotated[int, Field(ge=0, lt=2**64)]
-    rules: dict[str, Any]
-    sequence_index: Natural
-    max_length: Natural | None
-    eos_token_ids: tuple[Natural, ...]
-
-
 class Open(StrictModel):
-    """Driver: sequences that run as one padded batch; their first step may only come after this."""
+    """Driver: a sequence; its first step may only come after this."""
 
     kind: Literal["open"] = "open"
-    group: Natural
-    lengths: tuple[Natural, ...]
-    """Prompt tokens per sequence."""
-    num_new_tokens: Natural
-    drawings: tuple[Drawing, ...]
-    prompts: tuple[tuple[Natural, ...], ...]
-    """Token ids, for the last stage if its choices depend on them; else empty."""
-    continues: Natural | None
-    """Group whose cache is taken over."""
-    keeps_tokens: Natural
-    """Tokens of that cache that stay."""
+    opening: Opening
 
 
 class LinkCounts(StrictModel):
@@ -217,7 +191,8 @@ class Ask(StrictModel):
 class StepTime(StrictModel):
     """One step of one stage, in seconds of its host's clock since 1970."""
 
-    group: Natural
+    sequence: Natural
+    """The first one in the step."""
     step: Natural
     is_prefill: bool
     start_seconds: float

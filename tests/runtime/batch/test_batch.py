@@ -138,10 +138,10 @@ def run_and_kill(command: list[str], *, moment: str, chance: random.Random) -> i
 
 def _arm(moment: str, countdown: int, chance: random.Random) -> None:
     """Make the `countdown`-th call of something the last thing this process does."""
-    from runtime.generate import loop as generate
+    from runtime.steps.local import LocalSteps
 
     module, name = {
-        "step": (generate, "decode_one_token"),
+        "step": (LocalSteps, "send"),
         "torn write": (batch_output.os, "write"),
         "fsync": (batch_output.os, "fsync"),
         "replace": (os, "replace"),

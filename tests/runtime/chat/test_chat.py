@@ -8,28 +8,31 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from parity import reference_model
-from transformers import DynamicCache, MistralConfig
+from transformers import MistralConfig
 
 from plans.errors import InputError, UsageError
 from runtime import load
-from runtime import session as session_module
 from runtime.chat.chat import Chat
 from runtime.chat.commands import ChatCommands
 from runtime.chat.conversation import Conversation, read_conversation
 from runtime.chat.template import ChatTemplate
-from runtime.generate.kept_cache import KeptCache
+from runtime.engine.engine import Engine
+from runtime.engine.heard import Heard
+from runtime.engine.run import BareChain, generate
 from runtime.generate.limits import Limits
-from runtime.generate.loop import generate
+from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
 from runtime.prepared import prepare_session
 from runtime.reading.opening import open_source
 from runtime.session import Session, load_session
+from runtime.steps.local import LocalSteps
 from tests.conftest import RunCommand
 from tests.runtime.distributed.nursery import the_nursery
 
@@ -131,20 +134,17 @@ def test_a_second_turn_reads_only_what_is_new(
     assert numbers.num_read_tokens > first
 
 
+SHORT = Limits(context_tokens=64, max_tokens=4)
+
+
 def test_a_kept_cache_keeps_the_longest_common_beginning(session: Session) -> None:
-    kept = KeptCache(session.chain)
-    limits = Limits(context_tokens=64, max_tokens=4)
-
-    def run(prompt: list[int]) -> tuple[int, tuple[int, ...]]:
-        done = generate(session.chain, [prompt], sampling=Sampling(), limits=limits, cache=kept.match(prompt))
-        kept.keep([*prompt, *done.sequences[0].token_ids], done.cache)
-        return done.num_cached_tokens, done.sequences[0].token_ids
-
+    engine = Engine(session)
+    run = partial(answered, engine)
+    fresh = generate(session.chain, [[9, 8, 7, 100, 101]], sampling=Sampling(), limits=SHORT)
     assert run([9, 8, 7, 6, 5])[0] == 0
-    assert kept.num_tokens == 8
+    assert engine.counters.kv_tokens_used == 8
     assert run([9, 8, 7, 100, 101])[0] == 3
     assert run([9, 8, 7, 100, 101])[0] == 4  # the last token is always read: it makes the first logits
-    fresh = generate(session.chain, [[9, 8, 7, 100, 101]], sampling=Sampling(), limits=limits)
     assert run([9, 8, 7, 100, 101])[1] == fresh.sequences[0].token_ids
     assert run([50, 51])[0] == 0
 
@@ -155,15 +155,24 @@ def test_a_sliding_window_that_moved_on_is_read_again(make_checkpoint: Callable[
         vocab_size=97, sliding_window=8, max_position_embeddings=256,
     )  # fmt: skip
     chain = load(make_checkpoint(config), dtype="fp32")
-    kept, limits = KeptCache(chain), Limits(context_tokens=64, max_tokens=4)
+    engine = Engine(BareChain(chain))
     long = list(range(3, 20))
-    done = generate(chain, [long], sampling=Sampling(), limits=limits, cache=kept.match(long))
-    kept.keep([*long, *done.sequences[0].token_ids], done.cache)
+    answered(engine, long)
     changed = [*long[:12], 50, 51, 52]
-    cache = kept.match(changed)
-    again = generate(chain, [changed], sampling=Sampling(), limits=limits, cache=cache)
-    fresh = generate(chain, [changed], sampling=Sampling(), limits=limits, cache=DynamicCache(config=chain.config))
-    assert again.sequences[0].token_ids == fresh.sequences[0].token_ids
+    fresh = generate(chain, [changed], sampling=Sampling(), limits=SHORT)
+    assert answered(engine, changed) == (0, fresh.sequences[0].token_ids)
+    longer = [*changed, *fresh.sequences[0].token_ids, 7]
+    again = generate(chain, [longer], sampling=Sampling(), limits=SHORT)
+    assert answered(engine, longer) == (len(longer) - 2, again.sequences[0].token_ids)
+
+
+def answered(engine: Engine, prompt: list[int]) -> tuple[int, tuple[int, ...]]:
+    """How many tokens were not read again, and the answer's."""
+    heard = Heard()
+    engine.submit(Request(prompt_ids=prompt, sampling=Sampling(), limits=SHORT), on_event=heard, reuse_key="mine")
+    engine.run_all()
+    assert heard.usage is not None
+    return heard.usage.num_cached_tokens, heard.sequence().token_ids
 
 
 # --- commands ------------------------------------------------------------------------------------------------------
@@ -378,7 +387,7 @@ def test_ctrl_c_before_the_first_token_takes_the_message_back(
     send(chat, QUESTIONS[0])
     before = list(chat.conversation.turns)
     with monkeypatch.context() as patch:
-        patch.setattr(session_module, "generate_requests", lambda *_a, **_k: signal.raise_signal(signal.SIGINT))
+        patch.setattr(LocalSteps, "send", lambda *_a, **_k: signal.raise_signal(signal.SIGINT))
         paper = run_lines(session, chat, QUESTIONS[1])
     assert chat.conversation.turns == before
     assert "taken back" in paper.notes[0]

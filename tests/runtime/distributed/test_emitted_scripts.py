@@ -67,12 +67,13 @@ def test_two_hosts_with_only_their_own_bundles_write_the_text_of_one_process(shi
 
 
 def in_one_process(folder: Path) -> str:
+    from runtime.engine.run import generate_requests
     from runtime.generate.limits import Limits
-    from runtime.generate.loop import Request
+    from runtime.generate.request import Request
     from runtime.generate.sampling import Sampling
 
     session = load_session(prepare_session(open_source(folder, model=None), device_map={0: "cpu", 1: "cpu", 2: "cpu"}))
     prepared = session.prepared
     limits = Limits(context_tokens=64, max_tokens=12, eos_token_ids=prepared.eos_token_ids)
     request = Request(prompt_ids=prepared.tokenizer(PROMPT).input_ids, sampling=Sampling(), limits=limits)
-    return session.generate_requests([request], decode=prepared.decode).sequences[0].text + "\n"
+    return generate_requests(session, [request], decode=prepared.decode).sequences[0].text + "\n"

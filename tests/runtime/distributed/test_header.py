@@ -14,19 +14,38 @@ from hypothesis import strategies as st
 from plans.errors import PeerError
 from runtime.distributed.control.messages import Beat, Open, decode, encode
 from runtime.distributed.control.store import SharedStore
-from runtime.distributed.header import NUM_WORDS, STEP, TOKENS, Header, Stamp, check_against, pack, unpack
+from runtime.distributed.header import (
+    NUM_WORDS,
+    STEP,
+    TOKENS,
+    Header,
+    Stamp,
+    check_against,
+    check_parts,
+    checksum,
+    pack,
+    read_table,
+    unpack,
+    write_table,
+)
 from runtime.distributed.links import Links, Place, _connect
+from runtime.generate.limits import Limits
+from runtime.generate.request import Request
+from runtime.generate.sampling import Sampling
+from runtime.steps.parts import TOKEN, Part, opening_of
 
 pytestmark = pytest.mark.row("N10")
 
 STAMP = Stamp.of("ab" * 32, epoch=3)
-HEADER = Header(STEP, 0, 5, 2, 7, 2, 3, 8, 1, 1)
+PARTS = [Part(4, 7, 1, TOKEN), Part(9, 0, 5, 0)]
+TABLE = write_table(PARTS)
+HEADER = Header(STEP, 0, 2, 2, 6, 8, 1, checksum([word for row in TABLE for word in row]))
 WORDS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 
 
 def test_a_header_says_what_was_packed() -> None:
     assert unpack(pack(HEADER, STAMP), STAMP) == HEADER
-    assert HEADER.payload_bytes == 2 * 3 * 8 * 4
+    assert HEADER.payload_bytes == 6 * 8 * 4
 
 
 @given(place=st.integers(min_value=0, max_value=NUM_WORDS - 1), word=WORDS)
@@ -51,7 +70,7 @@ def test_a_header_of_another_epoch_or_export_is_refused(stamp: Stamp) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("step", 1), ("step", 3), ("start", 6), ("rows", 1), ("width", 4), ("dtype", 2), ("sender", 2)]
+    ("name", "value"), [("step", 1), ("step", 3), ("parts", 1), ("rows", 1), ("width", 4), ("dtype", 2), ("sender", 2)]
 )
 def test_a_stale_repeated_or_foreign_step_is_refused(name: str, value: int) -> None:
     with pytest.raises(PeerError, match=name):
@@ -59,9 +78,32 @@ def test_a_stale_repeated_or_foreign_step_is_refused(name: str, value: int) -> N
 
 
 def test_a_huge_or_empty_payload_is_refused() -> None:
-    for shape in ({"rows": 0}, {"columns": -1}, {"rows": 1 << 20, "columns": 1 << 20}):
+    for shape in ({"parts": 0}, {"rows": -1}, {"width": 0}, {"parts": 1 << 30}, {"rows": 1 << 20, "width": 1 << 20}):
         with pytest.raises(PeerError):
             unpack(pack(replace(HEADER, **shape), STAMP), STAMP)
+
+
+def test_a_table_says_what_was_written() -> None:
+    assert read_table(HEADER, TABLE) == PARTS
+
+
+@pytest.mark.parametrize(("row", "word", "value"), [(0, 1, 8), (0, 2, 0), (1, 2, -5), (1, 3, 4), (1, 0, 4), (1, 2, 6)])
+def test_a_table_with_any_other_word_is_refused(row: int, word: int, value: int) -> None:
+    """Also where its checksum says otherwise: a count below 1, an unknown wish, a sequence twice, too many tokens."""
+    table = [list(numbers) for numbers in TABLE]
+    table[row][word] = value
+    with pytest.raises(PeerError):
+        read_table(HEADER, table)
+    if (row, word) != (0, 1):
+        with pytest.raises(PeerError):
+            read_table(replace(HEADER, table=checksum([number for numbers in table for number in numbers])), table)
+
+
+def test_an_answer_to_another_step_is_refused() -> None:
+    check_parts([replace(PARTS[0], fault=2), PARTS[1]], PARTS)
+    for other in ([PARTS[0]], [replace(PARTS[0], start=8), PARTS[1]], [replace(PARTS[0], sequence=5), PARTS[1]]):
+        with pytest.raises(PeerError, match="parts"):
+            check_parts(other, PARTS)
 
 
 @given(data=st.binary(max_size=300))
@@ -79,9 +121,13 @@ def test_a_message_that_is_not_quite_one_of_ours_is_refused(data: bytes) -> None
 
 
 def test_a_message_survives_the_way() -> None:
-    opening = Open(
-        group=1, lengths=(3,), num_new_tokens=2, drawings=(), prompts=((1, 2, 3),), continues=None, keeps_tokens=0
+    request = Request(
+        prompt_ids=[1, 2, 3],
+        sampling=Sampling(temperature=0.5, logit_bias={7: -1.5}, rules={"no_repeat_ngram_size": 2}),
+        limits=Limits(context_tokens=9),
+        num_top=3,
     )
+    opening = Open(opening=opening_of(request, sequence=1, slot=0, num_tokens=5, num_slots=2, capacity=9))
     assert decode(encode(opening)) == opening
     assert decode(encode(Beat())) == Beat()
 
@@ -108,7 +154,7 @@ class Pair:
             stores[1],
             stamp=STAMP,
             on_linked=linked.append,
-            expect=lambda header: check_against(header, kind=STEP, rows=2, width=8),
+            expect=lambda header, _parts: check_against(header, kind=STEP, parts=2, width=8),
             inbox=self.inbox,
             report=lambda _peer, error: self.reports.put(error),
             is_over=lambda: False,
@@ -119,18 +165,21 @@ class Pair:
 
     def send(self, words: list[int], payload: torch.Tensor | None = None) -> None:
         self.evil.send([torch.tensor(words)], 1, 0).wait()
+        self.evil.send([torch.tensor(TABLE)], 1, 2).wait()
         if payload is not None:
             self.evil.send([payload], 1, 1).wait()
 
 
 def test_real_links_take_what_is_announced_and_refuse_the_rest() -> None:
     pair = Pair()
-    payload = torch.arange(48.0).reshape(2, 3, 8)
+    payload = torch.arange(48.0).reshape(6, 8)
     pair.send(pack(HEADER, STAMP), payload)
-    assert torch.equal(pair.inbox.get(timeout=20).payload, payload)
+    arrived = pair.inbox.get(timeout=20)
+    assert torch.equal(arrived.payload, payload)
+    assert arrived.parts == PARTS
     assert pair.links.counts().received == 1
     assert pair.links.counts().received_bytes > 8 * NUM_WORDS + payload.nbytes
-    pair.send(pack(replace(HEADER, kind=TOKENS), STAMP))
+    pair.send(pack(replace(HEADER, kind=TOKENS, rows=1), STAMP))
     assert "kind" in str(pair.reports.get(timeout=20))
     assert pair.inbox.empty()
     pair.links.close()

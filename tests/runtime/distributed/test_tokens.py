@@ -11,9 +11,13 @@ from transformers import PreTrainedConfig
 from exporter import export
 from plans.errors import UsageError
 from runtime.distributed.session import ProcessSession
+from runtime.engine.engine import Engine
+from runtime.engine.heard import Heard
+from runtime.engine.run import generate_requests
 from runtime.generate.limits import Limits
-from runtime.generate.loop import Generation, Request
+from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
+from runtime.generate.writer import GeneratedSequence
 from runtime.prepared import prepare_session
 from runtime.reading.opening import open_source
 from runtime.session import Session, load_session
@@ -42,12 +46,12 @@ def requests_of(session: Session, *, sampling: Sampling, limits: Limits = LIMITS
 
 
 def tokens_of(session: Session | ProcessSession, requests: Sequence[Request]) -> list[tuple[int, ...]]:
-    return [sequence.token_ids for sequence in session.generate_requests(requests).sequences]
+    return [sequence.token_ids for sequence in generate_requests(session, requests).sequences]
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_padded_batch_gives_the_tokens_of_one_process(
+def test_several_sequences_give_the_tokens_of_one_process(
     in_one_process: Start, in_processes: Start, num_stages: int, sampling: Sampling
 ) -> None:
     requests = requests_of(in_one_process(num_stages), sampling=sampling)
@@ -77,22 +81,51 @@ def test_what_the_checkpoint_asks_of_scores_reaches_the_process_that_chooses(
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])
-@pytest.mark.parametrize(("in_flight", "rows"), [(1, 1), (2, 2), (3, 1), (5, 1), (8, 1)])
+@pytest.mark.parametrize("num_slots", [1, 2, 5, 8])
 def test_tokens_do_not_depend_on_what_else_is_in_flight(
-    in_one_process: Start, in_processes: Start, num_stages: int, in_flight: int, rows: int
+    in_one_process: Start, in_processes: Start, num_stages: int, num_slots: int
 ) -> None:
     whole = in_one_process(num_stages)
     limits = replace(LIMITS, prefill_chunk_tokens=4, eos_token_ids=whole.prepared.eos_token_ids)
     once = requests_of(whole, sampling=SAMPLED, limits=limits)
     requests = [replace(request, sequence_index=index) for index, request in enumerate(once * 2)]
-    groups = [requests[first : first + rows] for first in range(0, len(requests), rows)]
-    found: dict[int, list[tuple[int, ...]]] = {}
+    engine, heard = Engine(in_processes(num_stages), num_slots=num_slots), [Heard() for _ in requests]
+    for request, one in zip(requests, heard, strict=True):
+        engine.submit(request, on_event=one)
+    engine.run_all()
+    assert [one.sequence() for one in heard] == [alone(whole, request) for request in requests]
 
-    def keep(place: int, done: Generation) -> None:
-        found[groups[place][0].sequence_index] = [sequence.token_ids for sequence in done.sequences]
 
-    in_processes(num_stages).generate_groups(groups, in_flight=in_flight, on_done=keep)
-    assert found == {group[0].sequence_index: tokens_of(whole, group) for group in groups}
+def alone(session: Session, request: Request) -> GeneratedSequence:
+    """What a request gives that has the model to itself."""
+    return generate_requests(session, [request], decode=session.prepared.decode).sequences[0]
+
+
+def test_a_kept_beginning_stays_on_every_stage(in_one_process: Start, in_processes: Start) -> None:
+    engine = Engine(in_processes(3), num_slots=2)
+    first = requests_of(in_one_process(3), sampling=SAMPLED)[1]
+    for request, cached in ((first, 0), (replace(first, prompt_ids=[*first.prompt_ids, 9]), len(first.prompt_ids))):
+        heard = Heard()
+        engine.submit(request, on_event=heard, reuse_key="mine")
+        engine.run_all()
+        assert heard.sequence() == alone(in_one_process(3), request)
+        assert heard.usage is not None
+        assert heard.usage.num_cached_tokens == cached
+    engine.abandon()
+
+
+def test_a_cancelled_request_leaves_the_others_alone(in_one_process: Start, in_processes: Start) -> None:
+    requests = requests_of(in_one_process(3), sampling=SAMPLED)
+    engine, heard = Engine(in_processes(3), num_slots=2), [Heard() for _ in requests]
+    tickets = [engine.submit(request, on_event=one) for request, one in zip(requests, heard, strict=True)]
+    while len(heard[0].token_ids) < 3:
+        engine.step()
+    tickets[0].cancel()
+    engine.run_all()
+    assert heard[0].sequence().finish_reason == "interrupted"
+    expected = [alone(in_one_process(3), request) for request in requests]
+    assert [one.sequence() for one in heard[1:]] == expected[1:]
+    assert tuple(heard[0].token_ids) == expected[0].token_ids[: len(heard[0].token_ids)]
 
 
 def test_each_process_holds_only_its_own_stage(in_processes: Start) -> None:
@@ -103,7 +136,7 @@ def test_each_process_holds_only_its_own_stage(in_processes: Start) -> None:
 
 def test_stage_times_come_from_every_process(in_one_process: Start, in_processes: Start) -> None:
     requests = requests_of(in_one_process(3), sampling=GREEDY)[:1]
-    generation = in_processes(3).generate_requests(requests, measure_stages=True)
+    generation = generate_requests(in_processes(3), requests, measure_stages=True)
     assert len(generation.prefill_stages) == len(generation.decode_stages) == 3
     assert all(time.compute_seconds > 0 for time in (*generation.prefill_stages, *generation.decode_stages))
     assert len(generation.step_seconds) == 13
@@ -113,7 +146,7 @@ def test_stage_times_come_from_every_process(in_one_process: Start, in_processes
 def test_a_prompt_that_is_too_long_leaves_the_session_usable(in_one_process: Start, in_processes: Start) -> None:
     requests = requests_of(in_one_process(2), sampling=GREEDY)
     with pytest.raises(UsageError, match="more than the context holds"):
-        in_processes(2).generate_requests([replace(requests[0], prompt_ids=[5] * 250)])
+        generate_requests(in_processes(2), [replace(requests[0], prompt_ids=[5] * 250)])
     assert tokens_of(in_processes(2), requests) == tokens_of(in_one_process(2), requests)
 
 
@@ -126,7 +159,7 @@ def test_a_generation_that_is_given_up_leaves_the_session_usable(in_one_process:
     session = in_processes(3)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            session.generate_requests(requests, decode=session.prepared.decode, on_text=give_up)
+            generate_requests(session, requests, decode=session.prepared.decode, on_text=give_up)
     assert tokens_of(session, requests) == tokens_of(in_one_process(3), requests)
 
 

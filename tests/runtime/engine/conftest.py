@@ -11,9 +11,13 @@ from runtime.reading.opening import open_source
 from runtime.session import Session, load_session
 
 
-@pytest.fixture(scope="session")
-def tiny_session(tiny: Path) -> Session:
-    return load_session(prepare_session(open_source(tiny, model=None), device_map={}, needs_text=False))
+@pytest.fixture(scope="session", params=["reference", "max"])
+def tiny_session(tiny: Path, request: pytest.FixtureRequest) -> Session:
+    """On both paths: each sequence alone, and steps of many sequences on the kernels."""
+    prepared = prepare_session(open_source(tiny, model=None), device_map={}, needs_text=False)
+    session = load_session(prepared, speed=request.param)
+    assert session.chain.reason is None
+    return session
 
 
 @pytest.fixture(scope="session")

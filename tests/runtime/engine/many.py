@@ -7,7 +7,7 @@ from typing import Any
 from runtime.engine.engine import Engine
 from runtime.engine.events import Done, Event, Failed, PromptRead, Token, Usage
 from runtime.generate.limits import Limits
-from runtime.generate.loop import Request
+from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
 
 

@@ -14,22 +14,12 @@ from plans.errors import LlamaplanError, MachineError, UsageError
 from runtime.engine.budget import Budget
 from runtime.engine.engine import Engine, Ticket
 from runtime.engine.events import Event, Token
-from runtime.generate.loop import Request, generate
 from runtime.generate.numerics import NonFiniteError
+from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
 from runtime.session import Session
 
 PROMPT = [7, 8, 9, 10, 11, 7, 8, 9, 10]
-DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=5)
-
-
-def test_alone_the_tokens_are_those_of_the_loop(tiny_session: Session, alone: Alone) -> None:
-    for sampling in (Sampling(), DRAWN):
-        request = ask(PROMPT, sampling=sampling)
-        expected = generate(tiny_session.chain, [PROMPT], sampling=sampling, limits=request.limits, decode=letters)
-        heard = alone(request)
-        assert heard.tokens == list(expected.sequences[0].token_ids)
-        assert (heard.text, heard.reason) == (expected.sequences[0].text, expected.sequences[0].finish_reason)
 
 
 REQUESTS = st.builds(

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from parity import reference_model, some_cut
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer
 
 from plans.errors import UsageError
 from runtime import load
+from runtime.engine.run import generate
 from runtime.generate.limits import Limits
-from runtime.generate.loop import Generation, generate
 from runtime.generate.numerics import NonFiniteError
+from runtime.generate.request import Generation
 from runtime.generate.sampling import Sampling
 from runtime.stages.chain import Chain
 
@@ -177,22 +178,6 @@ def test_no_prompts_and_stop_strings_without_text_are_refused(chain: Chain) -> N
         run(chain)
     with pytest.raises(UsageError, match="stop strings need a tokenizer"):
         run(chain, PROMPT, limits={"stop_strings": ("x",)})
-
-
-def test_a_kept_cache_continues_where_it_ended(chain: Chain) -> None:
-    cache = DynamicCache(config=chain.config)
-    first = run(chain, PROMPT, cache=cache, limits={"max_tokens": 5}).sequences[0].token_ids
-    assert cache.get_seq_length() == len(PROMPT) + 4
-    longer = [*PROMPT, *first, 20, 21]
-    kept = run(chain, longer, cache=cache, limits={"max_tokens": 5}).sequences[0]
-    assert kept == run(chain, longer, limits={"max_tokens": 5}).sequences[0]
-
-
-def test_a_cache_that_holds_the_whole_prompt_is_refused(chain: Chain) -> None:
-    cache = DynamicCache(config=chain.config)
-    run(chain, PROMPT, cache=cache, limits={"max_tokens": 2})
-    with pytest.raises(UsageError, match="the cache holds 10 tokens, the prompt has 9"):
-        run(chain, PROMPT, cache=cache)
 
 
 def test_stages_are_measured_when_asked_and_hooks_are_gone_afterwards(chain: Chain) -> None:

@@ -27,7 +27,10 @@ from transformers.generation.streamers import BaseStreamer
 from plans.errors import InputError, NumericalError, UsageError
 from runtime import load
 from runtime.cli.opening import merge_sampling
-from runtime.generate.loop import Generation, Request
+from runtime.engine.engine import Engine
+from runtime.engine.heard import Heard
+from runtime.engine.run import generate_requests
+from runtime.generate.request import Generation, Request
 from runtime.generate.rules import check_rules
 from runtime.generate.stop_tokens import TokenStops
 from runtime.prepared import Prepared, prepare_session
@@ -315,7 +318,7 @@ def answer(
     sampling = merge_sampling(prepared, {"seed": 11} | (choices or {}))
     limits = prepared.limits(max_tokens=max_tokens)
     requests = [Request(prompt_ids=p, sampling=sampling, limits=limits) for p in prompts]
-    return session.generate_requests(requests, **options)
+    return generate_requests(session, requests, **options)
 
 
 def promised(unsplit: Any, settings: dict[str, Any], prompt: list[int], **options: Any) -> list[int]:
@@ -445,13 +448,18 @@ def test_an_end_beyond_the_vocabulary_ends_nothing(session: Session, unsplit: An
 
 def test_a_turn_that_goes_on_from_a_cache_follows_the_rules_of_the_whole(session: Session, unsplit: Any) -> None:
     wishes = {"no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 3, "max_new_tokens": 4}
-    kept = session.new_kept_cache()
-    ids = list(PROMPT)
+    prepared, engine, ids = asked(session, wishes), Engine(session), list(PROMPT)
     for turn in ([20, 21], [30], [40, 41, 42]):
-        generation = answer(session, wishes, ids, cache=kept.match(ids))
-        assert tokens_of(generation) == promised(unsplit, wishes, ids)
-        kept.keep([*ids, *tokens_of(generation)], generation.cache)
-        ids += [*tokens_of(generation), *turn]
+        heard = Heard()
+        request = Request(
+            prompt_ids=ids, sampling=merge_sampling(prepared, {}), limits=prepared.limits(max_tokens=None)
+        )
+        engine.submit(request, on_event=heard, reuse_key="mine")
+        engine.run_all()
+        assert heard.token_ids == promised(unsplit, wishes, ids)
+        ids = [*ids, *heard.token_ids, *turn]
+    assert heard.usage is not None
+    assert heard.usage.num_cached_tokens > len(PROMPT)
 
 
 IMPOSSIBLE: dict[str, dict[str, Any]] = {

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from plans.checkpoint.folder import open_checkpoint
 from plans.config.config import SUPPORTED_FAMILIES
 from plans.errors import InputError
 from runtime import load
+from runtime.engine.engine import Engine
+from runtime.engine.heard import Heard
+from runtime.engine.run import BareChain, generate
 from runtime.generate.limits import Limits
-from runtime.generate.loop import generate
+from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
 from runtime.reading.families import CAUSAL_LM_CLASSES, build_skeleton, check_family, family_class, parse_model_config
 from runtime.reading.tensors import FolderTensors
@@ -131,11 +135,17 @@ def test_long_rope_gives_the_same_tokens_in_chunks_and_from_a_kept_cache(
         limits = Limits(context_tokens=96, max_tokens=20, prefill_chunk_tokens=chunk_tokens)
         found = generate(chain, [prompt], sampling=sampling, limits=limits)
         assert [*prompt, *found.sequences[0].token_ids] == whole[0].tolist(), chunk_tokens
-    begun = generate(chain, [prompt[:20]], sampling=sampling, limits=Limits(context_tokens=96, max_tokens=1))
-    limits = Limits(context_tokens=96, max_tokens=20)
-    found = generate(chain, [prompt], sampling=sampling, limits=limits, cache=begun.cache)
-    assert found.num_cached_tokens == 20
-    assert [*prompt, *found.sequences[0].token_ids] == whole[0].tolist()
+    engine, limits = Engine(BareChain(chain)), Limits(context_tokens=96, max_tokens=20)
+    for length, cached in ((20, 0), (40, 20)):
+        heard = Heard()
+        asked = replace(limits, max_tokens=60 - length if cached else 1)
+        engine.submit(
+            Request(prompt_ids=prompt[:length], sampling=sampling, limits=asked), on_event=heard, reuse_key="mine"
+        )
+        engine.run_all()
+        assert heard.usage is not None
+        assert heard.usage.num_cached_tokens == cached
+    assert [*prompt, *heard.token_ids] == whole[0].tolist()
 
 
 def test_an_untested_family_is_refused_with_the_list_of_tested_ones() -> None:

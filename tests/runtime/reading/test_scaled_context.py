@@ -12,8 +12,8 @@ from parity import reference_model, some_cut
 from transformers import LlamaConfig, PreTrainedConfig
 
 from runtime import load
+from runtime.engine.run import generate
 from runtime.generate.limits import Limits
-from runtime.generate.loop import generate
 from runtime.generate.sampling import Sampling
 from tests.conftest import RunCommand
 
