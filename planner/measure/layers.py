@@ -173,7 +173,7 @@ def _visit_steps(chain: Chain, context: int, batch: int, _known: Samples, found:
 
 def _visit_decode(chain: Chain, context: int, batch: int, _known: Samples, found: Samples) -> None:
     past = max(context - 1 - STEPS_PER_ROUND // 2, 0)
-    runner = _filled_runner(chain, past=past, batch=batch, tokens=STEPS_PER_ROUND + 1)
+    runner = _filled_runner(chain, past=past, batch=batch, prompt_tokens=past, tokens=STEPS_PER_ROUND + 1)
     with stage_clock(chain) as totals:
         for step in range(STEPS_PER_ROUND + 1):
             before = [total.copy() for total in totals]
@@ -186,7 +186,7 @@ def _visit_prefill(chain: Chain, point: tuple[int, int, int], known: Samples, fo
     if _is_settled(known.prefill.get(point, ())):
         return
     tokens, past, batch = point
-    runner = _filled_runner(chain, past=past, batch=batch, tokens=tokens)
+    runner = _filled_runner(chain, past=past, batch=batch, prompt_tokens=past + tokens, tokens=tokens)
     device = chain.stage_devices[0]
     with stage_clock(chain) as totals:
         synchronize(device)
@@ -212,9 +212,9 @@ def _layer_seconds(chain: Chain, stages: Sequence[StageTime]) -> float:
     return stages[LAYERS].compute_seconds / chain.stages[LAYERS].num_layers
 
 
-def _filled_runner(chain: Chain, *, past: int, batch: int, tokens: int) -> StageRunner:
+def _filled_runner(chain: Chain, *, past: int, batch: int, prompt_tokens: int, tokens: int) -> StageRunner:
     """Return what runs steps of `batch` sequences with `past` tokens in their caches; the values do not matter."""
-    runner, request = StageRunner(ChainUnits(chain), number=0), _request(past + tokens, new_tokens=1)
+    runner, request = StageRunner(ChainUnits(chain), number=0), _request(prompt_tokens, new_tokens=tokens)
     config, device = chain.config, chain.stage_devices[LAYERS]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = (1, config.num_key_value_heads, past, head_dim)

@@ -105,7 +105,12 @@ class Pipeline:
             self.links.send(closing(sequence, slot=slot, keeps=keeps, sender=0), [], torch.empty(0))
 
     def send(self, parts: Sequence[Part], token_ids: Sequence[int]) -> None:
-        """Compute the first stage of a step, and send it on."""
+        """Compute the first stage of a step, and send it on.
+
+        Raises:
+            LlamaplanError: the run cannot go on.
+        """
+        self._team.faults.check()
         sent = Sent(self._num_sent, parts, [self._openings[part.sequence] for part in parts])
         is_prefill = self._runner.is_prefill(parts)
         with self._clock.step(sequence=parts[0].sequence, step=self._num_sent, is_prefill=is_prefill, hop_seconds=0.0):

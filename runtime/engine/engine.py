@@ -156,7 +156,8 @@ class Engine:
             assert sequence.slot is not None
             self._slots.give_back(sequence.slot)
         for slot in self._slots:
-            self._empty(slot)
+            if slot.sequence is not None:
+                self._empty(slot)
 
     @property
     def counters(self) -> Counters:
@@ -281,6 +282,7 @@ class Engine:
         self._steps.open(sequence.opening(num_slots=self._num_slots, capacity=self._capacity))
 
     def _empty(self, slot: Slot) -> None:
+        assert slot.sequence is not None
         self._steps.close(slot.sequence, slot=slot.number, keeps=False)
         slot.token_ids = []
 

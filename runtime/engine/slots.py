@@ -10,13 +10,13 @@ class Slot:
 
     Attributes:
         number: which one.
-        sequence: whose cache lies there, or lay there last.
+        sequence: whose cache lies there, or lay there last; None while nothing ever did.
         token_ids: what it holds while it is idle.
         reuse_key: of whom that is; None if nobody may go on from there.
     """
 
     number: int
-    sequence: int = -1
+    sequence: int | None = None
     token_ids: list[int] = field(default_factory=list)
     reuse_key: str | None = None
 
