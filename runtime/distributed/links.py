@@ -197,10 +197,12 @@ class Links:
             group.recv([words], SENDER, 0).wait()
             self._is_waiting = False
             header = unpack(words.tolist(), self._stamp)
-            started = time.perf_counter()
             self._is_waiting = True
             parts = self._receive_table(header, group)
+            self._is_waiting = False
             self._expect(header, parts)
+            started = time.perf_counter()
+            self._is_waiting = True
             payload = self._receive_payload(header, group)
             self._is_waiting = False
             self._num_received += 1
