@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -61,6 +61,11 @@ typedef float quad __attribute__((vector_size(16)));
 enum { F32, F16, BF16 };
 enum { BLOCK = 2 * LANES, PANEL = 32, SLOTS = 512, MAX_ROWS = 16, MAX_HEAD = 256, CHUNK_FLOATS = 4096,
        STRIP = 4, STREAM_ROWS = 2, AHEAD_BYTES = 1024 };
+#if defined(__AVX512F__) || defined(__aarch64__)
+enum { TILE_ROWS = 8 }; /* activation rows whose sums with two weight rows fit the processor's registers */
+#else
+enum { TILE_ROWS = 5 };
+#endif
 
 /* ---- What Python hands over: 8-byte fields only, mirrored in native.py. ---- */
 
@@ -291,7 +296,7 @@ INLINE floats read_half_block(int dtype, const char *row, size_t k, int half) {
  * further on are fetched meanwhile: the processor's own prefetchers stop at every page. */
 INLINE void tile(int dtype, int M, int N, const char *w, size_t pitch, int is_fetching, ptrdiff_t ahead, const float *x,
                  size_t chunk, size_t width, floats *sums, int is_first) {
-    floats sum[5][2], weights[2];
+    floats sum[TILE_ROWS][2], weights[2];
     UNROLL for (int n = 0; n < N; n++)
         UNROLL for (int m = 0; m < M; m++) sum[n][m] = is_first ? (floats){0} : sums[n * STRIP + m];
     for (size_t k = 0; k < width; k += BLOCK)
@@ -314,13 +319,16 @@ INLINE void tile(int dtype, int M, int N, const char *w, size_t pitch, int is_fe
 /* One or two weight rows with all activation rows, in groups that just fit the processor's registers. */
 INLINE void multiply(int dtype, int M, const char *w, size_t pitch, ptrdiff_t ahead, const float *x, size_t chunk,
                      size_t width, int rows, floats *sums, int is_first) {
-    int groups = (rows + 4) / 5, is_fetching = 1;
+    int groups = (rows + TILE_ROWS - 1) / TILE_ROWS, is_fetching = 1;
     for (; groups > 0; groups--, is_fetching = 0) {
         int N = (rows + groups - 1) / groups;
 #define CASE(n, fetches) \
-    case n + 8 * fetches: tile(dtype, M, n, w, pitch, fetches, ahead, x, chunk, width, sums, is_first); break
-        switch (N + 8 * is_fetching) {
+    case n + 16 * fetches: tile(dtype, M, n, w, pitch, fetches, ahead, x, chunk, width, sums, is_first); break
+        switch (N + 16 * is_fetching) {
             CASE(1, 1); CASE(2, 1); CASE(3, 1); CASE(4, 1); CASE(5, 1); CASE(3, 0); CASE(4, 0); CASE(5, 0);
+#if defined(__AVX512F__) || defined(__aarch64__)
+            CASE(6, 1); CASE(7, 1); CASE(8, 1); CASE(6, 0); CASE(7, 0); CASE(8, 0);
+#endif
         }
 #undef CASE
         rows -= N, x += N * chunk, sums += N * STRIP;
