@@ -46,7 +46,7 @@ RestartOption = Annotated[
 ]
 InFlightOption = Annotated[
     str | None,
-    typer.Option("--in-flight", metavar="N|auto", help="Times --batch-size under way at once with --processes; unset: auto."),
+    typer.Option("--in-flight", metavar="N|auto", help="Times --batch-size at once with --processes; unset: auto."),
 ]
 WorldOption = Annotated[int | None, typer.Option("--world-size", hidden=True)]
 
