@@ -1,6 +1,7 @@
 """The text that weights are calibrated on, as token ids in windows of one length."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ WINDOW_TOKENS = 512
 MAX_TOKENS = 16384
 """More than these change the result little and take proportionally longer."""
 FEW_TOKENS = 4096
-MAX_BYTES_PER_TOKEN = 32
+MAX_CHARACTERS = 32
+"""No tokens are longer than this on average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Text:
 
 
 def read_text(path: Path, *, folder: Path, vocab_size: int, context_tokens: int) -> Text:
-    """Read a text and make tokens of its beginning.
+    """Read a text and make tokens of windows from all over it; of a short one, of its beginning.
 
     Args:
         path: UTF-8 text, like what the model will be used for.
@@ -40,20 +42,45 @@ def read_text(path: Path, *, folder: Path, vocab_size: int, context_tokens: int)
     from runtime.reading.tokenizer import encode_prompt, load_tokenizer, read_prompt
 
     data = read_limited(path, max_bytes=MAX_TEXT_BYTES)
-    text = read_prompt(data, where=path)[: MAX_TOKENS * MAX_BYTES_PER_TOKEN]
+    text = read_prompt(data, where=path)
     if not text.strip():
         raise InputError("holds no text", where=path, code="E-TEXT")
     tokenizer = load_tokenizer(folder, vocab_size=vocab_size)
     tokenizer.model_max_length = len(data) + 1  # windows are short, whatever the text is
-    ids = encode_prompt(tokenizer, text, parses_special=False)[:MAX_TOKENS]
-    # What a tokenizer puts in front of every text belongs in front of every window.
-    head = ids[:1] if ids[0] == getattr(tokenizer, "bos_token_id", None) else []
-    windows = _windows(ids[len(head) :], head, size=min(WINDOW_TOKENS, context_tokens))
+
+    def encode(piece: str) -> list[int]:
+        return encode_prompt(tokenizer, piece, parses_special=False) if piece else []
+
+    size = min(WINDOW_TOKENS, context_tokens)
+    windows = _spread(text, encode, size=size) or _beginning(text, encode, size=size, bos=tokenizer.bos_token_id)
     record = CalibrationText(size=len(data), sha256=hashlib.sha256(data).hexdigest(), num_tokens=sum(map(len, windows)))
     return Text(windows, record)
 
 
-def _windows(ids: list[int], head: list[int], *, size: int) -> tuple[tuple[int, ...], ...]:
-    """Cut into windows of one size, the rest left out; one shorter window where the text is shorter than that."""
-    step = min(size - len(head), len(ids))
-    return tuple((*head, *ids[start : start + step]) for start in range(0, len(ids) - step + 1, max(step, 1)))
+Windows = tuple[tuple[int, ...], ...]
+Encode = Callable[[str], list[int]]
+
+
+def _spread(text: str, encode: Encode, *, size: int) -> Windows:
+    """Return the beginnings of equal parts of a text, of one size; none where it is too short for that."""
+    num_windows = MAX_TOKENS // size
+    step = len(text) // num_windows
+    parts = (
+        text[start : start + min(step, size * MAX_CHARACTERS)] for start in range(0, step * num_windows, step or 1)
+    )
+    windows = []
+    for part in parts:
+        windows.append(tuple(encode(part)[:size]))
+        if len(windows[-1]) < size:
+            return ()
+    return tuple(windows)
+
+
+def _beginning(text: str, encode: Encode, *, size: int, bos: object) -> Windows:
+    """Cut a text into windows of one size, the rest left out; one shorter window where it is shorter than that."""
+    ids = encode(text[: MAX_TOKENS * MAX_CHARACTERS])[:MAX_TOKENS]
+    # What a tokenizer puts in front of every text belongs in front of every window.
+    head = ids[:1] if ids[0] == bos else []
+    own = ids[len(head) :]
+    step = min(size - len(head), len(own))
+    return tuple((*head, *own[start : start + step]) for start in range(0, len(own) - step + 1, max(step, 1)))

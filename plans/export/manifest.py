@@ -71,7 +71,7 @@ class CalibrationText(StrictModel):
     """In bytes."""
     sha256: Sha256
     num_tokens: Count
-    """So many of its first tokens were used."""
+    """So many of its tokens were used, from all over it."""
 
 
 class PackingRecord(StrictModel):

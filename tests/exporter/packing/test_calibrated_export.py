@@ -125,3 +125,24 @@ def test_the_commands_calibrate_and_verify_and_say_how(
     checked = run_command("llamaplan", "verify", tmp_path / "out", "--model", model)
     assert checked.code == 0, checked.err
     assert "the packed ones as far from the model's as the manifest says" in checked.out
+
+
+def test_windows_come_from_all_over_a_long_text_and_from_the_beginning_of_a_short_one(
+    model: Path, tmp_path: Path
+) -> None:
+    from exporter.calibrate.text import MAX_TOKENS, read_text
+
+    def windows(text: str) -> Any:
+        path = tmp_path / "text.txt"
+        path.write_text(text)
+        return read_text(path, folder=model, vocab_size=4096, context_tokens=128)
+
+    line = "value = [1, 2, 3]\n"
+    short = windows(line * 40)
+    assert len({len(window) for window in short.windows}) == 1
+    long = windows(line * 6000 + "import os\n" * 12000)
+    assert long.record.num_tokens == MAX_TOKENS
+    assert long.windows[0] == short.windows[0]
+    assert long.windows[0] != long.windows[-1]
+    assert {window[0] for window in long.windows} == {1}, "each begins as the tokenizer begins a text"
+    assert windows("x").windows[0][:-1] == (1,)
