@@ -1,5 +1,6 @@
 """`llamaplan solve`, `show` and `check`: they parse, call the planner, and print."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from plans.commands.option_groups import ScreenOptions, with_option_groups
 
 if TYPE_CHECKING:
     from planner.answers.capacity import Capacity
+    from planner.answers.ladder import LadderAnswer
     from planner.measure.calibrate import Calibration
     from plans.cluster import Cluster
     from plans.plan import Plan
@@ -56,8 +58,6 @@ def solve_command(
     from planner.answers.solve import solve
     from planner.devices.clusters import for_speed
     from planner.problem.question import Question
-    from planner.show import ladder as show_ladder
-    from planner.show import plan as show
 
     screen = printed.output()
     effort = search.effort()
@@ -86,24 +86,44 @@ def solve_command(
     plan, ladder = weights.solve_widths(question, asked, widths, effort, solve_one=solve_one, screen=screen)
     with screen.spinner("looking for the largest workload"):
         capacities = capacities_of(plan, max_ctx=max_ctx, max_in_flight=max_in_flight, time_limit=search.time_limit)
-    seconds = time.monotonic() - started
+    learnt = None if calibration is None else calibration_answer(calibration, plan)
     if output is not None:
         from plans.reading.files import write_text
 
         write_text(output, plan.to_json())
-    learnt = None if calibration is None else calibration_answer(calibration, plan)
-    extra: dict[str, Any] = {"origins": list(asked.origins)} if asked.origins else {}
-    extra |= {} if learnt is None else {"calibration": learnt[0]}
-    extra |= {} if ladder is None else {"ladder": show_ladder.as_json(ladder)}
-    screen.data(show.as_json(plan, solve_seconds=seconds, capacities=capacities) | extra)
-    print_plan(plan, screen)
-    if ladder is not None:
-        show_ladder.print_on(screen, ladder)
-    for line in [*(() if learnt is None else learnt[1]), *map(show.capacity_line, capacities)]:
-        screen.show(line)
-    screen.note(f"solved in {seconds:.2f} s" + (f", wrote {output}" if output is not None else ""))
+    found = Found(plan, time.monotonic() - started, asked.origins, tuple(capacities), learnt, ladder)
+    found.print_on(screen)
+    screen.note(f"solved in {found.seconds:.2f} s" + (f", wrote {output}" if output is not None else ""))
     kept = "the same command with -o plan.json, to keep the plan"
     screen.next_step(kept if output is None else after_solve(plan, output, model=model))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a run of `llamaplan solve` has to say."""
+
+    plan: "Plan"
+    seconds: float
+    origins: tuple[str, ...]
+    capacities: "tuple[Capacity, ...]"
+    learnt: tuple[dict[str, Any], list[str]] | None
+    """What a calibration says, as data and as lines."""
+    ladder: "LadderAnswer | None"
+
+    def print_on(self, screen: Output) -> None:
+        """Print all of it on stdout."""
+        from planner.show import ladder as show_ladder
+        from planner.show import plan as show
+
+        extra: dict[str, Any] = {"origins": list(self.origins)} if self.origins else {}
+        extra |= {} if self.learnt is None else {"calibration": self.learnt[0]}
+        extra |= {} if self.ladder is None else {"ladder": show_ladder.as_json(self.ladder)}
+        screen.data(show.as_json(self.plan, solve_seconds=self.seconds, capacities=self.capacities) | extra)
+        print_plan(self.plan, screen)
+        if self.ladder is not None:
+            show_ladder.print_on(screen, self.ladder)
+        for line in [*(() if self.learnt is None else self.learnt[1]), *map(show.capacity_line, self.capacities)]:
+            screen.show(line)
 
 
 def calibration_of(path: Path, cluster: "Cluster", profile: "ModelProfile") -> "Calibration":
