@@ -17,10 +17,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.hostile import fuzz_files, fuzz_runtime, fuzz_spellings
+from tests.hostile import fuzz_files, fuzz_gguf, fuzz_runtime, fuzz_spellings
 from tests.hostile.fuzz_reader import READERS, Reader, judge, made
 
-WINGS = (fuzz_files, fuzz_runtime, fuzz_spellings)
+WINGS = (fuzz_files, fuzz_gguf, fuzz_runtime, fuzz_spellings)
 MAX_SECONDS, MAX_BYTES = 60, 8 << 30
 """What ends the process that reads: an input that hangs or eats, and is no longer waited for."""
 MAX_FAULTS = 20
