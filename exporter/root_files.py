@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.foreign.origin import Origin
 from exporter.layout import Layout
 from plans.checkpoint.folder import link_home
 from plans.checkpoint.names import EMBEDDING
@@ -64,16 +65,33 @@ class RootFiles:
         return sum(map(len, self.contents.values()))
 
 
-def collect(checkpoint: Checkpoint, *, directory: Path, layout: Layout, plan: Plan) -> RootFiles:
+def collect(origin: Origin, *, layout: Layout, plan: Plan) -> RootFiles:
     """Read the root files of a checkpoint and derive those that the export has of its own.
+
+    A single file has none: those that it becomes are written.
 
     Raises:
         InputError: one of them is not a regular file or too large.
         IntegrityError: `config.json` was changed since the checkpoint was opened.
         MachineError: not readable.
     """
-    read = {name: _read(directory, name) for name in COPIED_NAMES if os.path.lexists(directory / name)}
-    found = sha256_hex(read[CONFIG_NAME])
+    checkpoint, directory = origin.checkpoint, origin.directory
+    names = () if origin.is_single_file else [name for name in COPIED_NAMES if name not in origin.left_out]
+    read = _read_all(checkpoint, directory, names)
+    source = tuple(SourceFile(name=name, size=len(data), sha256=sha256_hex(data)) for name, data in read.items())
+    warnings = _warnings(origin, layout)
+    contents = read | dict(origin.small_files(warnings.append))
+    stated, packing = _dtype_to_state(checkpoint, layout, plan), _packing_to_state(layout)
+    if stated is not None or packing or origin.stored is not None or checkpoint.config.part_of is not None:
+        contents[CONFIG_NAME] = _derived_config(checkpoint, stated, packing)
+    contents[INDEX_NAME] = index_json(layout).encode()
+    contents[PLAN_NAME] = plan.to_json().encode()
+    return RootFiles(contents, source, tuple(warnings))
+
+
+def _read_all(checkpoint: Checkpoint, directory: Path, names: Iterable[str]) -> dict[str, bytes]:
+    read = {name: _read(directory, name) for name in names if os.path.lexists(directory / name)}
+    found = sha256_hex(read[CONFIG_NAME]) if CONFIG_NAME in read else checkpoint.config.sha256
     if found != checkpoint.config.sha256:
         raise IntegrityError(
             f"was changed during the export: sha256 {checkpoint.config.sha256} before, {found} now",
@@ -81,15 +99,7 @@ def collect(checkpoint: Checkpoint, *, directory: Path, layout: Layout, plan: Pl
             hint="export again",
             code="E-CHANGED",
         )
-    source = tuple(SourceFile(name=name, size=len(data), sha256=sha256_hex(data)) for name, data in read.items())
-    contents = dict(read)
-    stated = _dtype_to_state(checkpoint, layout, plan)
-    packing = _packing_to_state(layout)
-    if stated is not None or packing or checkpoint.config.part_of is not None:
-        contents[CONFIG_NAME] = _derived_config(checkpoint, stated, packing)
-    contents[INDEX_NAME] = index_json(layout).encode()
-    contents[PLAN_NAME] = plan.to_json().encode()
-    return RootFiles(contents, source, _warnings(checkpoint, directory, layout))
+    return read
 
 
 def _read(directory: Path, name: str) -> bytes:
@@ -144,11 +154,11 @@ def index_json(layout: Layout) -> str:
     return dump_json({"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _warnings(checkpoint: Checkpoint, directory: Path, layout: Layout) -> tuple[str, ...]:
-    warnings = list(checkpoint.warnings)
+def _warnings(origin: Origin, layout: Layout) -> list[str]:
+    warnings = list(origin.checkpoint.warnings)
     if layout.left_out:
         shown = ", ".join(layout.left_out[:5]) + (", ..." if len(layout.left_out) > 5 else "")
         warnings.append(f"{len(layout.left_out)} tensors belong to no unit of the model and are left out: {shown}")
-    if (directory / TEMPLATE_FOLDER).is_dir():
+    if not origin.is_single_file and (origin.directory / TEMPLATE_FOLDER).is_dir():
         warnings.append(f"the templates in {TEMPLATE_FOLDER}/ are left out; chat_template.jinja is kept")
-    return tuple(warnings)
+    return warnings

@@ -9,9 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from exporter.foreign.made import MADE_BEGIN, MadeTensors
+from exporter.foreign.origin import Origin
+from plans.checkpoint.gguf import SUFFIX
 from plans.checkpoint.header import read_header
 from plans.checkpoint.units import Shard
 from plans.errors import IntegrityError, LlamaplanError
+from plans.gguf.header import read_gguf_header
 from plans.reading.digest import FileState, read_into, scan
 from plans.reading.files import explain_os_error
 
@@ -28,19 +32,26 @@ class Sources:
 
     directory: Path
     states: Mapping[str, FileState]
+    made: MadeTensors | None = None
+    """What lies in no file and is made when it is read."""
     _open: "OrderedDict[str, int]" = field(default_factory=OrderedDict)
 
     @classmethod
-    def of(cls, directory: Path, *, shards: Iterable[Shard]) -> Self:
+    def of(cls, directory: Path, *, shards: Iterable[Shard], made: MadeTensors | None = None) -> Self:
         """Remember the state of every shard; errors as `check_unchanged`.
 
         The header is read again after the state was taken, so that layout and state belong to the same file.
         """
         shards = tuple(shards)
-        sources = cls(directory, {shard.name: FileState.of(directory / shard.name) for shard in shards})
+        sources = cls(directory, {shard.name: FileState.of(directory / shard.name) for shard in shards}, made)
         for shard in shards:
             sources._check_header(shard)
         return sources
+
+    @classmethod
+    def of_origin(cls, origin: Origin) -> Self:
+        """Remember the files of what is exported; errors as `check_unchanged`."""
+        return cls.of(origin.directory, shards=origin.checkpoint.shards, made=origin.made)
 
     def __enter__(self) -> Self:
         return self
@@ -56,9 +67,10 @@ class Sources:
             IntegrityError: the file was replaced, deleted or cut since the export began.
             MachineError: the device failed to read; names file and offset.
         """
-        count = read_into(self._descriptor(name), buffer, offset=offset, where=self.directory / name)
-        if count != len(buffer):
-            raise self._changed(name, f"ends at byte {offset + count}")
+        if offset >= MADE_BEGIN and self.made is not None:
+            self.made.fill(self._read_stored, buffer=buffer, offset=offset)
+        else:
+            self._read_stored(name, buffer, offset)
 
     def check_unchanged(self, *, shards: Iterable[Shard]) -> None:
         """Compare every shard with its state at the beginning.
@@ -97,6 +109,11 @@ class Sources:
             raise self._changed(name, f"ends at byte {size}")
         return digest.hexdigest()
 
+    def _read_stored(self, name: str, buffer: memoryview, offset: int) -> None:
+        count = read_into(self._descriptor(name), buffer, offset=offset, where=self.directory / name)
+        if count != len(buffer):
+            raise self._changed(name, f"ends at byte {offset + count}")
+
     def _descriptor(self, name: str) -> int:
         if name in self._open:
             self._open.move_to_end(name)
@@ -126,7 +143,7 @@ class Sources:
 
     def _check_header(self, shard: Shard) -> None:
         try:
-            found = read_header(self.directory / shard.name).header_sha256
+            found = _header_sha256(self.directory / shard.name)
         except LlamaplanError as error:
             raise self._changed(shard.name, error.what) from None
         if found != shard.header.header_sha256:
@@ -139,3 +156,7 @@ class Sources:
             hint="leave the checkpoint alone and export again",
             code="E-CHANGED",
         )
+
+
+def _header_sha256(path: Path) -> str:
+    return read_gguf_header(path).header_sha256 if path.suffix == SUFFIX else read_header(path).header_sha256

@@ -1,11 +1,10 @@
 """Looks for weights that cannot be right: NaN, infinity, or a tensor of nothing but zeros. On request only."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from exporter.foreign.origin import Origin
 from exporter.sources import Sources
-from plans.checkpoint.folder import open_checkpoint
-from plans.checkpoint.units import StoredTensor, require_full
+from plans.checkpoint.units import StoredTensor
 from plans.dtypes import STORED_DTYPES
 from plans.reading.digest import BUFFER_BYTES
 
@@ -13,19 +12,18 @@ _EXPONENTS: Mapping[str, int] = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_000
 """Bits of the exponent; NaN and infinity are the values that have all of them set."""
 
 
-def find_bad_values(model: Path) -> dict[str, str]:
+def find_bad_values(origin: Origin) -> dict[str, str]:
     """Return tensor name -> what is wrong with it, in the order of the files.
 
     Args:
-        model: a checkpoint folder; its floating-point weights are read once, in bounded buffers.
+        origin: what is exported; its floating-point weights are read once, in bounded buffers.
 
     Raises:
-        InputError, IntegrityError, MachineError: as `plans.checkpoint.folder.open_checkpoint`.
+        IntegrityError, MachineError: a file changed meanwhile, or cannot be read.
     """
-    checkpoint = open_checkpoint(model)
     found = {}
-    with Sources.of(require_full(checkpoint), shards=checkpoint.shards) as sources:
-        for name, stored in checkpoint.tensors.items():
+    with Sources.of_origin(origin) as sources:
+        for name, stored in origin.checkpoint.tensors.items():
             problem = _check(stored, sources) if stored.entry.dtype in _EXPONENTS else None
             if problem is not None:
                 found[name] = problem

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from exporter.foreign.opening import find_origin
+from exporter.foreign.origin import Origin
 from exporter.packing.compare import Module, PackedComparison
 from exporter.sources import Sources
-from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.header import TensorEntry
-from plans.checkpoint.names import head_name, unit_of
+from plans.checkpoint.names import UnitKey, head_name, unit_of
 from plans.checkpoint.packed import check_packed
 from plans.checkpoint.scales import unscaled
-from plans.checkpoint.units import Checkpoint, StoredTensor, check_same_shapes, require_full
+from plans.checkpoint.units import StoredTensor
 from plans.dtypes import STORED_DTYPES
 from plans.errors import IntegrityError
 from plans.export.manifest import ExportedFile
@@ -68,21 +69,18 @@ def verify(
         InputError, MachineError, UsageError: as `plans.export.opening.open_export`.
     """
     export = open_export(directory, stage=stage, expect_id=expect_id)
-    checkpoint = open_checkpoint(model) if model is not None else None
-    if checkpoint is not None:
-        check_same_shapes(
-            {(unit.kind, unit.index): unit.shapes_sha256 for unit in export.plan.profile.units}, checkpoint
-        )
+    recorded: dict[UnitKey, str] = {(unit.kind, unit.index): unit.shapes_sha256 for unit in export.plan.profile.units}
+    origin = find_origin(model, shapes=recorded) if model is not None else None
     sizes = [bundle.info.weights.size for bundle in export.bundles.values()]
-    meter = _Meter(progress, sum(sizes) * (2 if checkpoint else 1))
+    meter = _Meter(progress, sum(sizes) * (2 if origin else 1))
     for bundle in export.bundles.values():
         _check_scales(bundle, export)
         _check_digest(bundle, meter)
     warnings = list(export.warnings)
     num_tensors = 0
-    if checkpoint is not None:
-        warnings += _compare_small_files(export, checkpoint)
-        num_tensors = _compare_tensors(export, checkpoint, meter)
+    if origin is not None:
+        warnings += _compare_small_files(export, origin)
+        num_tensors = _compare_tensors(export, origin, meter)
     for index in export.bundles:
         check_unchanged(export, stage=index)
     small = [file for file in export.manifest.files if not file.path.endswith(".safetensors")]
@@ -124,10 +122,10 @@ def _check_digest(bundle: Bundle, meter: _Meter) -> None:
             )
 
 
-def _compare_small_files(export: Export, checkpoint: Checkpoint) -> list[str]:
+def _compare_small_files(export: Export, origin: Origin) -> list[str]:
     """Small files of the model that are no longer what the export was made from; only worth a warning."""
-    directory = require_full(checkpoint)
-    shards = {shard.name for shard in checkpoint.shards}
+    directory = origin.directory
+    shards = {shard.name for shard in origin.checkpoint.shards}
     changed = []
     for source in export.manifest.source:
         path = directory / source.name
@@ -138,9 +136,9 @@ def _compare_small_files(export: Export, checkpoint: Checkpoint) -> list[str]:
     return changed
 
 
-def _compare_tensors(export: Export, checkpoint: Checkpoint, meter: _Meter) -> int:
-    count = 0
-    with Sources.of(require_full(checkpoint), shards=checkpoint.shards) as sources:
+def _compare_tensors(export: Export, origin: Origin, meter: _Meter) -> int:
+    count, checkpoint = 0, origin.checkpoint
+    with Sources.of_origin(origin) as sources:
         packed = PackedComparison(export.manifest.packing, sources, meter.take) if export.manifest.packing else None
         for bundle in export.bundles.values():
             with open_regular(bundle.path) as fd:

@@ -7,6 +7,8 @@ from pathlib import Path
 from exporter.binding import Say, bind, choose_dtype
 from exporter.disk.staging import Staging
 from exporter.disk.target import Target
+from exporter.foreign.opening import open_origin
+from exporter.foreign.origin import Origin
 from exporter.job import Job, Progress, start_workers
 from exporter.layout import Layout, lay_out, scale_dtype
 from exporter.packers import Packing, calibration_text
@@ -14,9 +16,8 @@ from exporter.packing.nearest import MAX_THREADS
 from exporter.packing.packable import check_packable, unpacked_lines
 from exporter.root_files import RootFiles, collect
 from exporter.sources import Sources
-from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.scales import unscaled
-from plans.checkpoint.units import Checkpoint, require_full
+from plans.checkpoint.units import Checkpoint
 from plans.errors import InputError, UsageError
 from plans.export.manifest import CalibrationText, Manifest
 from plans.plan import Plan
@@ -31,7 +32,7 @@ def _ignore(*_: object) -> None:
 def export(
     plan: Plan,
     *,
-    model: Path,
+    model: Path | Origin,
     output: Path,
     dtype: str | None = None,
     stages: Collection[int] | None = None,
@@ -47,7 +48,8 @@ def export(
 
     Args:
         plan: a plan made for this model.
-        model: the checkpoint folder.
+        model: the checkpoint folder, or what `open_origin` made of it. A plan of a GGUF file's own bytes has to be cut
+            again for what the file becomes (`planner.answers.recut`).
         output: the folder to write; it appears when everything is in it, or not at all.
         dtype: bf16, fp16 or fp32 to convert floating-point weights; None keeps the plan's dtype.
         stages: zero-based stages to write (what one host needs); None for all. The export id is the same.
@@ -72,8 +74,8 @@ def export(
         >>> from plans import read_plan
         >>> export(read_plan(Path("plan.json")), model=Path("my-model"), output=Path("shards"))  # doctest: +SKIP
     """
-    checkpoint = open_checkpoint(model)
-    directory = require_full(checkpoint)
+    origin = open_origin(model) if isinstance(model, Path) else model
+    checkpoint = origin.checkpoint
     _refuse_lost_scales(checkpoint)
     bound = bind(plan, checkpoint=checkpoint, warn=warn)
     target_dtype = choose_dtype(dtype, plan=bound, checkpoint=checkpoint, warn=warn)
@@ -83,7 +85,7 @@ def export(
     for line in unpacked_lines(bound.weights, layout=layout) if bound.weights is not None else ():
         note(line)
     chosen = _chosen(stages, layout)
-    root = collect(checkpoint, directory=directory, layout=layout, plan=bound)
+    root = collect(origin, layout=layout, plan=bound)
     for line in root.warnings:
         warn(line)
     packing = Packing(
@@ -94,8 +96,7 @@ def export(
         num_threads=min(threads or len(os.sched_getaffinity(0)), MAX_THREADS),
         progress=calibrating,
     )
-    files = [directory, *(directory / shard.name for shard in checkpoint.shards)]
-    with Target.open(output, sources=files) as target, Sources.of(directory, shards=checkpoint.shards) as sources:
+    with Target.open(output, sources=origin.paths) as target, Sources.of_origin(origin) as sources:
         key = job_key(bound, layout=layout, root=root, sources=sources, text=packing.record)
         with (
             Staging.begin(target, key=key, force=force, warn=warn) as staging,
@@ -107,6 +108,8 @@ def export(
             staging.publish(force=force)
     if layout.has_copied_head:
         note("the tied embedding table is in the first file and, as lm_head.weight, in the last")
+    if origin.errors.words:
+        note(origin.errors.words)
     return manifest
 
 

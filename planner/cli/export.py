@@ -13,6 +13,8 @@ from plans.commands.console import Output
 from plans.commands.option_groups import ScreenOptions, with_option_groups
 
 if TYPE_CHECKING:
+    from exporter.foreign.opening import Form
+    from exporter.foreign.origin import Origin
     from exporter.verify import Verified
     from plans.export.manifest import Manifest
     from plans.plan import Plan
@@ -47,6 +49,17 @@ def export_command(
         str | None, typer.Option("--host", metavar="NAME", help="Only what this host of the plan needs.")
     ] = None,
     stage: StageOption = None,
+    requantise: Annotated[
+        str | None,
+        typer.Option(
+            "--requantise",
+            metavar="FORM",
+            help="Of a GGUF file: bf16 (everything) or int8 (what has no packed form, such as Q4_K).",
+        ),
+    ] = None,
+    as_stored: Annotated[
+        bool, typer.Option("--as-stored", help="Leave weights of GPTQ, AWQ or W8A8 in their own format.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
     calibration_text: Annotated[
         Path | None,
@@ -65,6 +78,7 @@ def export_command(
 
     Example: llamaplan export plan.json --model my-model/ -o shards/
     """
+    from exporter.foreign.opening import open_origin
     from exporter.write import export
     from planner.model.find import find_model
     from plans.check import read_plan
@@ -73,12 +87,14 @@ def export_command(
     checked = read_plan(plan)
     stages = choose_stages(checked, host=host, stage=stage)
     source = find_model(model)
+    origin = open_origin(source, form=chosen_form(requantise, as_stored=as_stored))
+    checked = cut_again(checked, origin, screen)
     if check_values:
-        warn_about_values(source, screen)
+        warn_about_values(origin, screen)
     with screen.progress("export", unit="bytes") as progress:
         manifest = export(
             checked,
-            model=source,
+            model=origin,
             output=output,
             dtype=dtype,
             stages=stages,
@@ -271,9 +287,53 @@ def choose_stages(plan: "Plan", *, host: str | None, stage: list[int] | None) ->
     return chosen
 
 
-def warn_about_values(source: Path, screen: Output) -> None:
+def chosen_form(text: str | None, *, as_stored: bool) -> "Form | None":
+    """Return what --requantise and --as-stored say of quantised weights; None for the usual way.
+
+    Raises:
+        UsageError: something that is not known, or both.
+    """
+    from exporter.foreign.opening import FORMS
+    from plans.errors import UsageError, printable
+
+    if text is None:
+        return "as stored" if as_stored else None
+    found = next((form for form in FORMS if form == text and form != "as stored"), None)
+    if found is None or as_stored:
+        both = "--requantise and --as-stored exclude each other"
+        unknown = f"--requantise {printable(text, limit=40)} is not known; bf16 and int8 are"
+        raise UsageError(both if found else unknown)
+    return found
+
+
+def cut_again(plan: "Plan", origin: "Origin", screen: Output) -> "Plan":
+    """Return the plan for what the weights become, where it was made for another form of them.
+
+    Raises:
+        IntegrityError: the plan was made for another model.
+        InfeasibleError: what they become does not fit.
+    """
+    from planner.answers.recut import recut
+    from planner.model.profile import build_profile
+    from plans.checkpoint.names import UnitKey
+    from plans.checkpoint.units import check_same_shapes, unit_tables
+    from plans.reading.sizes import format_bytes
+
+    recorded: dict[UnitKey, str] = {(unit.kind, unit.index): unit.shapes_sha256 for unit in plan.profile.units}
+    if origin.stored is None or recorded == {t.key: t.shapes_sha256 for t in unit_tables(origin.checkpoint)}:
+        return plan
+    check_same_shapes(recorded, origin.stored)
+    found = recut(plan, build_profile(origin.checkpoint))
+    before, now = plan.profile.total_weight_bytes, found.profile.total_weight_bytes
+    screen.note(
+        f"{format_bytes(before)} of weights become {format_bytes(now)}: the plan is costed anew, cut the same way"
+    )
+    return found
+
+
+def warn_about_values(origin: "Origin", screen: Output) -> None:
     """Warn about every tensor of a checkpoint that holds NaN or infinity, or nothing but zeros."""
     from exporter.values import find_bad_values
 
-    for name, what in find_bad_values(source).items():
+    for name, what in find_bad_values(origin).items():
         screen.warn(f"{name} {what}")

@@ -118,15 +118,15 @@ def require_full(checkpoint: Checkpoint) -> Path:
     """Return the folder, or raise when only a configuration or a GGUF file was given.
 
     Raises:
-        InputError: the checkpoint is a bare configuration, or of a format that is planned and not read any further.
+        InputError: the checkpoint is a bare configuration, or of a format that is planned and exported, not run.
     """
     if checkpoint.format == "gguf":
         raise InputError(
-            "is a GGUF file; it can be planned, but not exported or run by llamarun yet",
+            "is a GGUF file; it can be planned and exported, and llamarun runs the export",
             where=checkpoint.path,
             expected="a folder of safetensors",
-            hint="llama.cpp runs it: 'llamaplan emit PLAN --for llama.cpp'; or convert it: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(TARGET)",
+            hint="write one: 'llamaplan export PLAN --model FILE.gguf -o DIR'; llama.cpp runs the file as it is: "
+            "'llamaplan emit PLAN --for llama.cpp'",
             code="E-FORMAT",
         )
     if checkpoint.directory is None:

@@ -141,19 +141,19 @@ class _Reader:
         return self._number(_SCALARS[kind])
 
     def _tensor(self, name: str) -> tuple[TensorType, tuple[int, ...], int]:
-        where = f"tensor '{printable(name, limit=80)}'"
         num_dimensions = self._number("I")
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-            raise self._refuse(f"{where} has {num_dimensions} dimensions", f"1 to {MAX_DIMENSIONS}")
+            raise self._refuse(f"{_shown(name)} has {num_dimensions} dimensions", f"1 to {MAX_DIMENSIONS}")
         shape = tuple(reversed([self._number("Q") for _ in range(num_dimensions)]))
         number, offset = self._number("I"), self._number("Q")
         if number not in TENSOR_TYPES:
             known = ", ".join(known.name for known in TENSOR_TYPES.values())
-            raise self._refuse(f"{where} is of type {number}, which is not known", f"one of {known}")
+            raise self._refuse(f"{_shown(name)} is of type {number}, which is not known", f"one of {known}")
         found = TENSOR_TYPES[number]
         if shape[-1] % found.block_weights or not all(0 < size < 1 << 40 for size in shape):
             raise self._refuse(
-                f"{where} of {found.name} has shape {list(shape)}", f"rows of whole blocks of {found.block_weights}"
+                f"{_shown(name)} of {found.name} has shape {list(shape)}",
+                f"rows of whole blocks of {found.block_weights}",
             )
         return found, shape, offset
 
@@ -166,9 +166,7 @@ class _Reader:
         for name, (kind, shape, offset) in table.items():
             size = kind.bytes_of(prod(shape))
             if offset != position:
-                raise self._refuse(
-                    f"tensor '{printable(name, limit=80)}' lies at {offset}", f"{position}, after the one before it"
-                )
+                raise self._refuse(f"{_shown(name)} lies at {offset}", f"{position}, after the one before it")
             tensors[name] = GgufTensor(kind, shape, start + offset, start + offset + size)
             position = _aligned(offset + size, alignment)
         end = max((tensor.end for tensor in tensors.values()), default=0)
@@ -216,6 +214,10 @@ class _Reader:
             hint="the file is truncated; fetch it again",
             code="E-TRUNCATED",
         )
+
+
+def _shown(tensor: str) -> str:
+    return f"tensor '{printable(tensor, limit=80)}'"
 
 
 def _aligned(position: int, alignment: int) -> int:

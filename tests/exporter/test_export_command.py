@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from export_helpers import ROOT, edit_json, make_plan, names, tensor_bytes
 
+from exporter.foreign.opening import open_origin
 from exporter.values import find_bad_values
 
 Run = Callable[..., Any]
@@ -202,7 +203,7 @@ def test_bad_values_are_named_on_request(run_command: Run, models: Callable[...,
     tensors["model.layers.1.mlp.up_proj.weight"][1, 3] = float("-inf")
     tensors["model.layers.2.mlp.down_proj.weight"].zero_()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert find_bad_values(model) == {
+    assert find_bad_values(open_origin(model)) == {
         "model.layers.1.mlp.up_proj.weight": "holds 2 NaN or infinite values of 1536",
         "model.layers.2.mlp.down_proj.weight": "holds nothing but zeros",
     }
@@ -228,7 +229,7 @@ def test_the_largest_finite_value_is_not_called_infinite(
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"].fill_(torch.finfo(getattr(torch, dtype)).max)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert find_bad_values(model) == {}
+    assert find_bad_values(open_origin(model)) == {}
 
 
 def test_emit_writes_to_stdout_or_a_file(run_command: Run, plan_file: Path, tmp_path: Path) -> None:

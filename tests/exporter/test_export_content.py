@@ -10,6 +10,7 @@ import pytest
 from export_helpers import make_plan, tensor_bytes, tree
 
 from exporter import export, verify
+from exporter.foreign.opening import open_origin
 from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.header import read_header
 from plans.checkpoint.names import unit_of
@@ -331,12 +332,12 @@ def test_quantised_weights_keep_their_bytes_and_are_never_converted(
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     edit_json(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     plan = make_plan(model, [2, 3])
-    manifest = export(plan, model=model, output=tmp_path / "out")
+    manifest = export(plan, model=open_origin(model, form="as stored"), output=tmp_path / "out")
     assert manifest.dtype == "fp16"
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(model)
     assert verify(tmp_path / "out", model=model).num_tensors_compared == len(tensors)
     with pytest.raises(UsageError, match="quantised \\(gptq\\)"):
-        export(plan, model=model, output=tmp_path / "no", dtype="bf16")
+        export(plan, model=open_origin(model, form="as stored"), output=tmp_path / "no", dtype="bf16")
     with pytest.raises(UsageError, match="does not run gptq"):
         emit(plan, engine="torchrun")
     assert not any("gptq" in text for text in emit(plan, engine="vllm").not_expressed)

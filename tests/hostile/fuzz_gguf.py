@@ -23,7 +23,14 @@ NUMBERS = (
     *((1 << 20) + 1, 8 << 20, 128 << 20, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1),
 )
 NAMES = (
-    *(b"general.architecture", b"general.alignment", b"llama.block_count", b"llama.attention.head_count", b"llama", b""),
+    *(
+        b"general.architecture",
+        b"general.alignment",
+        b"llama.block_count",
+        b"llama.attention.head_count",
+        b"llama",
+        b"",
+    ),
     *(b"token_embd.weight", b"output.weight", b"rope_freqs.weight", b"blk.0.attn_q.weight", b"blk.1.attn_q.bias"),
     *(b"blk.99999.attn_q.weight", b"../x", b"\0", b"\xff\xfe", b"\x1b[2J", b"\xed\xa0\x80", b"a" * 300, b"qwen3"),
     *(b"llama.rope.scaling.type", b"yarn", b"split.count", b"split.no", b"llama.vocab_size", b"llama.expert_count"),

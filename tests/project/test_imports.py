@@ -49,6 +49,7 @@ FLOORS = {
     "exporter": (
         *(
             "convert",
+            "foreign",
             "layout",
             "sources",
             "root_files",

@@ -115,12 +115,11 @@ def test_every_command_that_plans_takes_a_file(tmp_path: Path, run_command: RunC
     assert f"gguf={model}" in script.read_text()
 
 
-def test_a_file_is_refused_by_name_where_weights_are_read(tmp_path: Path, run_command: RunCommand) -> None:
+def test_a_file_is_refused_by_name_where_weights_are_run(tmp_path: Path, run_command: RunCommand) -> None:
     model = write_gguf(tmp_path / "tiny.gguf", config_for("llama"))
     plan = tmp_path / "plan.json"
     assert run_command("llamaplan", "solve", model, "--device", "cpu=2GiB", "-o", plan).code == 0
     for command, *arguments in (
-        ["llamaplan", "export", plan, "--model", model, "-o", tmp_path / "out"],
         ["llamaplan", "devices", model, "--measure"],
         ["llamarun", "generate", model, "-p", "a"],
         ["llamarun", "generate", plan, "--model", model, "-p", "a"],
@@ -128,7 +127,7 @@ def test_a_file_is_refused_by_name_where_weights_are_read(tmp_path: Path, run_co
     ):
         done = run_command(command, *arguments)
         assert done.code == 3, done.err
-        assert "is a GGUF file; it can be planned" in done.err
+        assert "is a GGUF file; it can be planned and exported" in done.err
         assert "emit PLAN --for llama.cpp" in done.err
 
 

@@ -105,8 +105,8 @@ def test_parts_that_do_not_belong_together_are_refused(case: str, tmp_path: Path
     assert caught.value.exit_code in (ExitCode.BAD_INPUT, ExitCode.INTEGRITY)
 
 
-def test_a_file_is_no_folder_to_export_from(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is a GGUF file; .*emit PLAN --for llama\.cpp.*gguf_file=NAME"):
+def test_a_file_is_no_folder_to_run_from(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is a GGUF file; .*llamaplan export PLAN .*emit PLAN --for llama\.cpp"):
         require_full(open_checkpoint(write_gguf(tmp_path / "a.gguf", config_for("llama"))))
 
 

@@ -1,0 +1,1 @@
+"""What does a checkpoint in another format become?"""
