@@ -27,9 +27,9 @@ from runtime.fast.cache import FastLayer
 from runtime.fast.graphs import GraphStage, Recorder
 from runtime.fast.kernels import FastStage
 from runtime.fast.native import Library, Unavailable
+from runtime.fast.products import packed_layers
 from runtime.fast.speed import Choice
 from runtime.reading.devices import synchronize
-from runtime.reading.packed import PackedLinear
 
 STEP_ROWS = (1, 2, 4, 8, 16, 32)
 PROMPT_ROWS = (128, 512)
@@ -293,8 +293,7 @@ def _subject(model: PreTrainedModel, stage: StageRange, library: Library) -> Sub
 
 def _schemes(model: Any, stage: StageRange) -> Iterator[Scheme]:
     measured = model.base_model.layers[stage.start_layer : stage.end_layer] if stage.num_layers else [model.lm_head]
-    for module in measured:
-        yield from (part.scheme for part in module.modules() if isinstance(part, PackedLinear))
+    return (layer.scheme for layer in packed_layers(measured))
 
 
 def _path(subject: Subject) -> Path | None:

@@ -79,10 +79,10 @@ typedef struct {
     double norm_eps, attention_scale, residual_multiplier;
 } Shape;
 
-/* A linear layer [out, in]. bits 0: in the model's dtype; else packed in 4 or 8 bits, with `group` columns to a scale. */
+/* A linear layer [out, in] in the model's dtype; with bits 4 or 8 packed, and `group` columns to a scale in that dtype. */
 typedef struct {
     const void *weight, *scale, *bias;
-    int64_t bits, group, scale_dtype;
+    int64_t bits, group;
 } Linear;
 
 /* Pointers may be NULL where a family has no such tensor. */
@@ -947,6 +947,8 @@ void compute_logits(const Head *head) {
         head->workspace[i] = read_at((int)head->dtype, head->inputs, i);
     head->openmp->parallel(head_body, (void *)head, (unsigned)head->threads, 0);
 }
+
+#include "products.h"
 
 /* ---- The machine's limit: read memory and do nothing else. ---- */
 

@@ -30,11 +30,9 @@ from runtime.fast.native import (
     Shape,
     Step,
 )
+from runtime.fast.products import PACKED_COLUMNS, packed_addresses, packed_layers, takes_groups
 from runtime.fast.slots import Buffers, Places
 from runtime.reading.packed import PackedLinear
-
-PACKED_COLUMNS = 32
-"""Packed weights are multiplied by so many columns at a time, which must share a scale."""
 
 FAMILIES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """`model_type`s whose layers the kernels compute."""
@@ -56,7 +54,7 @@ def supports(config: PreTrainedConfig) -> str | None:
 
 def supports_weights(modules: Sequence[nn.Module]) -> str | None:
     """Return why the kernels cannot read the weights of these modules, or None if they can."""
-    packed = [layer for module in modules for layer in module.modules() if isinstance(layer, PackedLinear)]
+    packed = list(packed_layers(modules))
     inside = {id(weight) for layer in packed for weight in layer.parameters() if weight is not layer.bias}
     weights = [weight for module in modules for weight in module.parameters()]
     kinds = {(weight.device.type, weight.dtype) for weight in weights if id(weight) not in inside}
@@ -70,9 +68,9 @@ def supports_weights(modules: Sequence[nn.Module]) -> str | None:
 
 
 def _supports_packed(layer: PackedLinear) -> str | None:
-    group_size = layer.scheme.group_size or layer.in_features
-    if group_size % PACKED_COLUMNS:
-        return f"the native kernels take a multiple of {PACKED_COLUMNS} columns to a scale; here are {group_size}"
+    if not takes_groups(layer):
+        size = layer.scheme.group_size or layer.in_features
+        return f"the native kernels take a multiple of {PACKED_COLUMNS} columns to a scale; here are {size}"
     return None
 
 
@@ -388,17 +386,9 @@ def _fused(linear: Any, rows: dict[str, int]) -> Iterator[tuple[str, Linear]]:
 
 def _linear(linear: Any, *, first: int = 0) -> Linear:
     """A linear layer from row `first` on."""
-    bias = linear.bias.data_ptr() if linear.bias is not None else 0
-    if not isinstance(linear, PackedLinear):
-        return Linear(weight=linear.weight[first].data_ptr(), bias=bias)
-    return Linear(
-        weight=linear.weight_packed[first].data_ptr(),
-        scale=linear.weight_scale[first].data_ptr(),
-        bias=bias,
-        bits=linear.scheme.bits,
-        group=linear.scheme.group_size or linear.in_features,
-        scale_dtype=DTYPES[linear.weight_scale.dtype],
-    )
+    if isinstance(linear, PackedLinear):
+        return packed_addresses(linear, first=first)
+    return Linear(weight=linear.weight[first].data_ptr(), bias=linear.bias.data_ptr() if linear.bias is not None else 0)
 
 
 def layer_window(layer: Any, config: PreTrainedConfig) -> int:

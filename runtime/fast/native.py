@@ -30,7 +30,7 @@ MAX_ROWS = 16
 MAX_HEAD_DIM = 256
 
 _SOURCE = Path(__file__).with_name("kernels.c")
-_SOURCES = (_SOURCE, _SOURCE.with_name("packed.h"))
+_SOURCES = (_SOURCE, _SOURCE.with_name("packed.h"), _SOURCE.with_name("products.h"))
 _COMPILERS = ("cc", "gcc", "clang")
 _OPTIONS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _MACHINE_OPTIONS = ("-march=native", "-mcpu=native", "")  # the spelling depends on compiler and processor
@@ -69,7 +69,7 @@ class Linear(ctypes.Structure):
 
     _fields_ = (
         *((name, _Pointer) for name in ("weight", "scale", "bias")),
-        *((name, _Int) for name in ("bits", "group", "scale_dtype")),
+        *((name, _Int) for name in ("bits", "group")),
     )
 
 
@@ -115,6 +115,18 @@ class Head(ctypes.Structure):
     )
 
 
+class Product(ctypes.Structure):
+    """One packed layer and its activations; `result` [R, O], or [O, I] to unpack the weights."""
+
+    _fields_ = (
+        ("openmp", _Pointer),
+        *((name, _Int) for name in ("threads", "dtype", "rows", "columns", "outputs")),
+        ("inputs", _Pointer),
+        ("weight", Linear),
+        *((name, _Pointer) for name in ("result", "workspace", "counters")),
+    )
+
+
 class _Scan(ctypes.Structure):
     _fields_ = (
         ("openmp", _Pointer),
@@ -130,6 +142,7 @@ class Library:
     Attributes:
         path: the file they were loaded from.
         openmp_address: what every call's `openmp` field takes.
+        has_tiles: whether this processor has matrix tiles for more than MAX_ROWS rows of bf16 and packed weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -144,8 +157,11 @@ class Library:
         self._functions.workspace_floats.argtypes = (ctypes.POINTER(Shape), _Int, _Int)
         self._functions.num_counters.restype = _Int
         self._functions.num_counters.argtypes = (ctypes.POINTER(Shape), _Int, _Int)
+        self._functions.product_floats.restype = _Int
+        self._functions.allow_tiles.restype = _Int
         self._openmp = _torch_openmp()
         self.openmp_address = ctypes.addressof(self._openmp)
+        self.has_tiles = bool(self._functions.allow_tiles())
 
     def workspace_floats(self, shape: Shape, *, rows: int, threads: int) -> int:
         """Return how many fp32 numbers a call needs as scratch space."""
@@ -162,6 +178,19 @@ class Library:
     def compute_logits(self, head: Head) -> None:
         """Run the final norm and the output projection."""
         self._functions.compute_logits(ctypes.byref(head))
+
+    def multiply_packed(self, product: Product) -> None:
+        """Multiply activations with a packed layer: up to MAX_ROWS rows, and more in bf16 where there are tiles."""
+        floats = self._functions.product_floats(ctypes.byref(product))
+        workspace, counters = torch.empty(floats, dtype=torch.float32), torch.empty(2, dtype=torch.int64)
+        product.workspace, product.counters = workspace.data_ptr(), counters.data_ptr()
+        self._functions.multiply_packed(ctypes.byref(product))
+
+    def unpack_weights(self, product: Product) -> None:
+        """Write the weights of a packed layer as numbers of its dtype."""
+        counters = torch.empty(2, dtype=torch.int64)
+        product.counters = counters.data_ptr()
+        self._functions.unpack_weights(ctypes.byref(product))
 
     def read_memory(self, tensors: Sequence[torch.Tensor], *, threads: int) -> int:
         """Read every byte of contiguous `tensors` once and return how many there were: the machine's limit to time."""

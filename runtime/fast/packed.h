@@ -74,23 +74,14 @@ INLINE floats read_scales(int dtype, const char *at) {
         return (floats)PICK(wide, wide, LANE_GROUPS);
 #endif
     }
+    floats wide;
+    if (dtype == F32) wide = *(const floats_at *)at;
 #if defined(__F16C__)
-    floats wide = widen_half(at);
+    else wide = widen_half(at);
 #else
-    floats wide = half_to_floats(__builtin_convertvector(*(const few_halves_at *)at, words));
+    else wide = half_to_floats(__builtin_convertvector(*(const few_halves_at *)at, words));
 #endif
     return PICK(wide, wide, LANE_GROUPS);
-}
-
-/* Any other scales, one by one, rounded to the model's dtype: unit `unit` of the row whose scales start at `scales`. */
-static floats look_up_scales(int dtype, const Linear *linear, const char *scales, size_t columns, size_t unit) {
-    floats found = {0};
-    for (int g = 0; g < LANES; g++) {
-        size_t column = unit * UNIT + g * GROUP;
-        if (column >= columns) break;
-        found[lane_of(g)] = rounded(dtype, read_at((int)linear->scale_dtype, scales, column / linear->group));
-    }
-    return found;
 }
 
 /* Some weight rows and all activation rows. */
@@ -98,13 +89,12 @@ typedef struct {
     const Linear *linear;
     size_t rows, columns, row_bytes, row_scale_bytes;
     const char *weights, *weights_end, *scales, *scales_end;
-    size_t chunk;        /* units whose activations stay in the L1 cache while several weight rows pass */
-    int dtype, is_plain; /* 32 columns to a scale of two bytes that the model's dtype holds */
+    size_t chunk; /* units whose activations stay in the L1 cache while several weight rows pass */
+    int dtype;
 } Packed;
 
 INLINE Packed packed_of(int dtype, const Linear *linear, size_t rows, size_t columns, size_t first, int count) {
-    const int scale_dtype = (int)linear->scale_dtype;
-    size_t row_bytes = columns * linear->bits / 8, row_scale_bytes = columns / linear->group * size_of(scale_dtype);
+    size_t row_bytes = columns * linear->bits / 8, row_scale_bytes = columns / linear->group * size_of(dtype);
     size_t chunk = rows == 1 ? units_in(columns) : NEAR_FLOATS / (rows * unit_floats(dtype));
     Packed packed = {.linear = linear, .rows = rows, .columns = columns, .dtype = dtype};
     packed.row_bytes = row_bytes, packed.row_scale_bytes = row_scale_bytes;
@@ -113,7 +103,6 @@ INLINE Packed packed_of(int dtype, const Linear *linear, size_t rows, size_t col
     packed.scales = (const char *)linear->scale + first * row_scale_bytes;
     packed.scales_end = packed.scales + count * row_scale_bytes;
     packed.chunk = chunk ? chunk : 1;
-    packed.is_plain = linear->group == GROUP && scale_dtype != F32 && (dtype == scale_dtype || dtype == F32);
     return packed;
 }
 
@@ -125,11 +114,16 @@ INLINE const char *readable(const char *at, size_t size, const char *end, char *
     return memcpy(copy, at, end - at);
 }
 
-/* Scales of unit `unit` of the row whose scales start at `scales`. */
+/* Scales of unit `unit` of the row whose scales start at `scales`, each in its group's lane. */
 INLINE floats unit_scales(const Packed *p, const char *scales, size_t unit) {
-    char copy[LANES * 2];
-    if (!p->is_plain) return look_up_scales(p->dtype, p->linear, scales, p->columns, unit);
-    return read_scales((int)p->linear->scale_dtype, readable(scales + unit * sizeof copy, sizeof copy, p->scales_end, copy));
+    const size_t bytes = LANES * size_of(p->dtype);
+    floats found = {0};
+    char copy[LANES * 4];
+    if (p->linear->group == GROUP)
+        return read_scales(p->dtype, readable(scales + unit * bytes, bytes, p->scales_end, copy));
+    for (size_t g = 0, column = unit * UNIT; g < LANES && column < p->columns; g++, column += GROUP)
+        found[lane_of(g)] = read_at(p->dtype, scales, column / p->linear->group);
+    return found;
 }
 
 /* ---- Activations as whole numbers. ---- */
@@ -283,7 +277,7 @@ INLINE void multiply_units(int parts, int bits, int N, const Packed *p, const ch
     for (; first < end && first < whole; first++, x += pitch) {
         const char *at = w + first * bytes;
         UNROLL for (int i = 0; i < UNIT * bits / 8; i += 64) __builtin_prefetch(at + i + AHEAD_BYTES);
-        __builtin_prefetch(scales + first * LANES * 2 + AHEAD_BYTES / 4);
+        __builtin_prefetch(scales + first * LANES * size_of(p->dtype) + AHEAD_BYTES / 4);
         multiply_rows(parts, bits, N, 4, p, at, scales, first, x, sums);
     }
     if (first < end) {

@@ -13,6 +13,7 @@ from runtime.fast.graphs import CudaRecorder, GraphStage, Recorder, supports_gra
 from runtime.fast.kernels import FastStage, supports, supports_weights
 from runtime.fast.model import FastModel, Part
 from runtime.fast.native import Library, Unavailable
+from runtime.fast.products import attach, has_packed
 from runtime.fast.speed import Choice, Speed
 
 Progress = Callable[[str], None]
@@ -82,12 +83,16 @@ def _maker(
 def _kernels(
     model: PreTrainedModel, stages: Sequence[StageRange], *, speed: Speed, progress: Progress | None
 ) -> MakePart | Unavailable | None:
-    reasons = (supports(model.config), *(supports_weights(_modules(model, stage)) for stage in stages))
-    if reason := next(filter(None, reasons), None):
+    modules = [_modules(model, stage) for stage in stages]
+    reason = next(filter(None, (supports(model.config), *map(supports_weights, modules))), None)
+    if reason is not None and not any(map(has_packed, modules)):
         return Unavailable(reason)
     library = native.load(on_build=progress)
     if isinstance(library, Unavailable):
         return library
+    attach([module for those in modules for module in those], library)
+    if reason is not None:
+        return Unavailable(reason)
     choice = _always() if speed is Speed.MAX else choose(model, stages[0], library, progress=progress)
     return (lambda stage: Part(stage, _native(model, stage, library), choice)) if choice.is_ever_fast else None
 

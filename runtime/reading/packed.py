@@ -7,6 +7,8 @@ that are stored in the dtype of the model.
 Shapes: O rows, I columns, G groups of columns per row.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -31,7 +33,10 @@ class PackedLinear(nn.Module):
         weight_scale: [O, G] in the dtype of the model.
         weight_shape: int64 [2], O and I as the file says them.
         bias: [O] in the dtype of the model, or None.
+        product: native code that multiplies, where it returns something; None on the reference path.
     """
+
+    product: "Callable[[PackedLinear, torch.Tensor], torch.Tensor | None] | None" = None
 
     def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
         """Make an empty layer (on the meta device) of the shape of `linear`, whose bias it takes over."""
@@ -46,7 +51,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return inputs [..., I] times the weights, [..., O]."""
-        return functional.linear(inputs, self.unpack(inputs.dtype), self.bias)
+        found = self.product(self, inputs) if self.product is not None else None
+        return functional.linear(inputs, self.unpack(inputs.dtype), self.bias) if found is None else found
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weights [O, I] as numbers of `dtype`."""

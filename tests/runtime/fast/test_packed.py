@@ -8,15 +8,28 @@ import pytest
 import torch
 from test_fast import MAX_ROWS, Run, compare, distance, fast_model, make_model
 from torch import nn
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM as Auto
+from transformers import DynamicCache, GemmaConfig
 
 from plans.packed.scheme import INT4, INT8, Scheme
+from plans.stages import StageRange
 from runtime.fast.kernels import supports_weights
-from runtime.fast.native import Library
+from runtime.fast.native import Library, Unavailable
+from runtime.fast.products import Products, attach, packed_layers
+from runtime.fast.setup import set_up
+from runtime.fast.speed import Speed
 from runtime.reading.packed import PackedLinear
 
 BOTH = pytest.mark.parametrize("scheme", [INT4, INT8], ids=lambda scheme: scheme.words)
 OTHERS = [Scheme(4, 64), Scheme(8, 128), Scheme(4, None), Scheme(8, None)]
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+}
 SIZES = {"hidden_size": 576, "intermediate_size": 1056, "num_attention_heads": 9, "num_key_value_heads": 3}
 
 
@@ -41,16 +54,14 @@ def packed_model(
     *,
     scheme_of: Callable[[str], Scheme | None],
     dtype: torch.dtype = torch.float32,
-    scale_dtype: torch.dtype | None = None,
     **sizes: Any,
 ) -> Any:
     """A random model of which some linear layers are packed."""
     model = make_model(name, dtype=dtype, **sizes)
-    half = torch.bfloat16 if dtype == torch.float32 else dtype
     for module_name, module in list(model.named_modules()):
         scheme = scheme_of(module_name) if isinstance(module, nn.Linear) else None
         if scheme is not None and scheme.can_pack(*module.weight.shape):
-            model.set_submodule(module_name, pack(module, scheme, scale_dtype=scale_dtype or half))
+            model.set_submodule(module_name, pack(module, scheme, scale_dtype=dtype))
     return model
 
 
@@ -133,3 +144,55 @@ def test_groups_that_are_no_multiple_of_32_are_left_to_the_reference_path() -> N
     model = packed_model(scheme_of=lambda _: Scheme(4, 16))
     reason = supports_weights([*model.model.layers])
     assert reason == "the native kernels take a multiple of 32 columns to a scale; here are 16"
+
+
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS, MAX_ROWS + 1, 70])
+@pytest.mark.parametrize("scheme", [INT4, INT8, *OTHERS], ids=lambda scheme: scheme.words)
+def test_a_layer_alone_gives_what_its_unpacked_weights_give(scheme: Scheme, rows: int, kernels: Library) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        layer, inputs = _layer(scheme, dtype=dtype), torch.randn(2, rows, 640).to(dtype)[:1]
+        with torch.no_grad():
+            truth = nn.functional.linear(inputs.double(), layer.unpack(torch.float64), layer.bias.double())
+            expected = layer(inputs)
+            attach([layer], kernels)
+            found = layer(inputs)
+        assert found.shape == expected.shape
+        if dtype != torch.float32:
+            assert float((found - truth).norm()) < 1.2 * float((expected - truth).norm())
+        assert distance(found.double(), truth) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("scheme", [INT4, INT8, *OTHERS], ids=lambda scheme: scheme.words)
+def test_natively_unpacked_weights_are_those_of_the_reference_path(scheme: Scheme, kernels: Library) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        layer = _layer(scheme, dtype=dtype)
+        assert torch.equal(Products(kernels).unpack(layer), layer.unpack(dtype))
+
+
+def test_a_row_of_a_prompt_does_not_depend_on_the_rows_beside_it(kernels: Library) -> None:
+    layer, inputs = _layer(INT4, dtype=torch.bfloat16), torch.randn(70, 640).bfloat16()
+    attach([layer], kernels)
+    with torch.no_grad():
+        assert torch.equal(layer(inputs)[40:60], layer(inputs[40:60])) or not kernels.has_tiles
+
+
+def test_layers_of_a_family_without_kernels_are_native(kernels: Library) -> None:
+    torch.manual_seed(0)
+    config = GemmaConfig(**SMALL, head_dim=16)
+    model: Any = Auto.from_config(config).eval()
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.model.layers.set_submodule(name, pack(module, INT8, scale_dtype=torch.float32))
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        found = set_up(model, [StageRange.whole(2)], [torch.device("cpu")], speed=Speed.MAX)
+        assert isinstance(found, Unavailable)
+        assert all(layer.product is not None for layer in packed_layers([model]))
+        assert distance(model(ids).logits, expected) < 1e-5
+        assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+
+
+def _layer(scheme: Scheme, *, dtype: torch.dtype) -> PackedLinear:
+    torch.manual_seed(0)
+    return pack(nn.Linear(640, 83).to(dtype), scheme, scale_dtype=dtype)

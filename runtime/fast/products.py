@@ -1,0 +1,99 @@
+"""Packed layers inside transformers' modules, multiplied natively: prompts, and families that have no kernels.
+
+Up to MAX_ROWS rows are computed as the kernels' steps are. More rows meet weights that are unpacked to the numbers of
+the reference path: in bf16 on matrix tiles where the processor has them, else by torch on weights that exist for a
+moment.
+
+Shapes: R rows, O outputs, I inputs.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from runtime.fast.native import DTYPES, MAX_ROWS, Library, Linear, Product
+from runtime.reading.packed import PackedLinear
+
+PACKED_COLUMNS = 32
+"""Packed weights are multiplied by so many columns at a time, which must share a scale."""
+
+
+class Products:
+    """What `PackedLinear.product` calls.
+
+    Example:
+        >>> attach([model], kernels)  # doctest: +SKIP
+    """
+
+    def __init__(self, library: Library) -> None:
+        """Multiply with this library."""
+        self._library = library
+
+    def __call__(self, layer: PackedLinear, inputs: torch.Tensor) -> torch.Tensor | None:
+        """Return inputs [..., I] times the weights, [..., O], or None where this is nothing for native code."""
+        if inputs.device.type != "cpu" or inputs.dtype != layer.weight_scale.dtype or torch.is_grad_enabled():
+            return None
+        rows = inputs.reshape(-1, layer.in_features).contiguous()
+        if len(rows) > MAX_ROWS and not (self._library.has_tiles and rows.dtype == torch.bfloat16):
+            return functional.linear(inputs, self.unpack(layer), layer.bias)
+        found = rows.new_empty(len(rows), layer.out_features)
+        if len(rows):
+            product = self._product(layer, found)
+            product.rows, product.inputs = len(rows), rows.data_ptr()
+            self._library.multiply_packed(product)
+        return found.view(*inputs.shape[:-1], layer.out_features)
+
+    def __deepcopy__(self, _memo: object) -> "Products":
+        return self
+
+    def unpack(self, layer: PackedLinear) -> torch.Tensor:
+        """Return the weights [O, I], as `PackedLinear.unpack` does."""
+        weight = torch.empty(layer.out_features, layer.in_features, dtype=layer.weight_scale.dtype)
+        self._library.unpack_weights(self._product(layer, weight))
+        return weight
+
+    def _product(self, layer: PackedLinear, result: torch.Tensor) -> Product:
+        return Product(
+            openmp=self._library.openmp_address,
+            threads=torch.get_num_threads(),
+            dtype=DTYPES[result.dtype],
+            columns=layer.in_features,
+            outputs=layer.out_features,
+            weight=packed_addresses(layer),
+            result=result.data_ptr(),
+        )
+
+
+def attach(modules: Iterable[nn.Module], library: Library) -> None:
+    """Let the packed layers of some modules be multiplied natively, wherever transformers' code calls them."""
+    products = Products(library)
+    for layer in filter(takes_groups, packed_layers(modules)):
+        layer.product = products
+
+
+def has_packed(modules: Iterable[nn.Module]) -> bool:
+    """Return whether any layer of some modules is packed."""
+    return any(True for _ in packed_layers(modules))
+
+
+def packed_layers(modules: Iterable[nn.Module]) -> Iterator[PackedLinear]:
+    """Yield the packed layers of some modules."""
+    return (layer for module in modules for layer in module.modules() if isinstance(layer, PackedLinear))
+
+
+def takes_groups(layer: PackedLinear) -> bool:
+    """Return whether native code can read the scales of a layer."""
+    return (layer.scheme.group_size or layer.in_features) % PACKED_COLUMNS == 0
+
+
+def packed_addresses(layer: PackedLinear, *, first: int = 0) -> Linear:
+    """Return where a packed layer is, from row `first` on."""
+    return Linear(
+        weight=layer.weight_packed[first].data_ptr(),
+        scale=layer.weight_scale[first].data_ptr(),
+        bias=layer.bias.data_ptr() if layer.bias is not None else 0,
+        bits=layer.scheme.bits,
+        group=layer.scheme.group_size or layer.in_features,
+    )
