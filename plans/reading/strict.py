@@ -37,7 +37,7 @@ _NEEDS_CARE = re.compile(rb"[0-9]{19}|[0-9][eE]|\\u")
 def _stop_at_first(schema: Any) -> None:
     """Mark every list of a validation schema."""
     parts = schema.values() if isinstance(schema, dict) else schema
-    if isinstance(schema, dict) and schema.get("type") in {"list", "tuple"}:
+    if isinstance(schema, dict) and schema.get("type") in ("list", "tuple"):  # a model may have a field of that name
         schema["fail_fast"] = True
     for part in parts:
         if isinstance(part, dict | list):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plans.commands.children import die_with
-from plans.errors import InputError, printable
+from plans.errors import InputError, LlamaplanError, UsageError, printable
 from runtime.chat.template import MAX_BYTES, MAX_OUTPUT_CHARACTERS, broken, special_tokens_in
 from runtime.distributed.control.channel import receive_frame, send_frame
 
@@ -49,10 +49,15 @@ def _bound_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _answer(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> dict[str, Any]:
+def _answer(tokenizer: "PreTrainedTokenizerBase", asked: list[dict[str, str]] | str) -> dict[str, Any]:
+    from runtime.reading.tokenizer import encode_prompt
+
+    fault: LlamaplanError
     try:
-        return {"ids": _encode(tokenizer, messages)}
-    except InputError as error:
+        if isinstance(asked, str):
+            return {"ids": encode_prompt(tokenizer, asked, parses_special=False)}
+        return {"ids": _encode(tokenizer, asked)}
+    except (InputError, UsageError) as error:
         fault = error
     except (MemoryError, OverflowError):
         fault = broken(f"needs more than {MAX_BYTES >> 20} MiB")

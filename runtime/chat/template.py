@@ -67,19 +67,26 @@ class ChatTemplate:
             InputError: the template fails, takes too long, needs too much memory, or writes too much.
             MachineError: its process does not start.
         """
+        return self._encode([dict(message) for message in messages])
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text, as `encode_prompt` does; errors as `encode`."""
+        return self._encode(text)
+
+    def _encode(self, asked: list[dict[str, str]] | str) -> list[int]:
         try:
             _, connection = self._child = self._child or self._start()
-            return self._ask(connection, [dict(message) for message in messages])
+            return self._ask(connection, asked)
         except InputError:
             raise
         except BaseException:  # Ctrl-C, too: whatever the process is doing, nobody waits for it any longer
             self._end()
             raise
 
-    def _ask(self, connection: socket.socket, messages: list[dict[str, str]]) -> list[int]:
+    def _ask(self, connection: socket.socket, asked: list[dict[str, str]] | str) -> list[int]:
         connection.settimeout(MAX_SECONDS)
         try:
-            send_frame(connection, json.dumps(messages).encode())
+            send_frame(connection, json.dumps(asked).encode())
             data = receive_frame(connection, max_bytes=MAX_REPLY_BYTES)
         except TimeoutError:
             self._end()

@@ -9,6 +9,7 @@ from runtime.cli import bench as cli_bench
 from runtime.cli import chat as cli_chat
 from runtime.cli import check as cli_check
 from runtime.cli import generate as cli_generate
+from runtime.cli import serve as cli_serve
 
 app = new_app(
     "llamarun", summary="Run an exported, partitioned model: cached, chained generation equal to the unsplit model's."
@@ -28,5 +29,6 @@ def run() -> int:
 app.command()(cli_generate.generate)
 app.command()(cli_chat.chat)
 app.command()(cli_batch.batch)
+app.command()(cli_serve.serve)
 app.command()(cli_bench.bench)
 app.command()(cli_check.check)

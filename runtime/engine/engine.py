@@ -160,6 +160,11 @@ class Engine:
                 self._empty(slot)
 
     @property
+    def is_ending(self) -> bool:
+        """Whether nothing new is taken."""
+        return self._is_draining
+
+    @property
     def counters(self) -> Counters:
         """What it does now and has done; from any thread."""
         with self._changed:

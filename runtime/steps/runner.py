@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from plans.errors import PeerError
 from runtime.fast.slots import SlotCache
+from runtime.reading.devices import one_thread
 from runtime.steps.choice import Drawer, width_of
 from runtime.steps.parts import PROMPT, Opening, Part
 from runtime.steps.units import Caches, OwnCaches
@@ -123,9 +124,14 @@ class StageRunner:
         outputs = self._extend_each(parts, inputs) or [
             self._extend(part, piece) for part, piece in zip(parts, pieces, strict=True)
         ]
+        with one_thread():
+            return self._answers(parts, outputs)
+
+    def _answers(self, parts: Sequence[Part], outputs: Sequence[torch.Tensor]) -> tuple[list[Part], torch.Tensor]:
+        """Look at what was computed, and choose tokens."""
         checked = [self._checked(part, output) for part, output in zip(parts, outputs, strict=True)]
         if not self._units.has_head:
-            return checked, torch.cat(outputs)
+            return checked, torch.cat(tuple(outputs))
         width = width_of(self.opening(part.sequence) for part in parts)
         drawers = [drawer for part in parts if (drawer := self._held[part.sequence].drawer) is not None]
         rows = [d.rows(p, logits, width=width) for d, p, logits in zip(drawers, checked, outputs, strict=True)]
@@ -146,7 +152,8 @@ class StageRunner:
         return list(self._moved(outputs)[:, None].unbind())
 
     def _moved(self, outputs: torch.Tensor) -> torch.Tensor:
-        return outputs.to(device="cpu", dtype=torch.float32) if self._units.has_head else outputs
+        with one_thread():
+            return outputs.to(device="cpu", dtype=torch.float32) if self._units.has_head else outputs
 
     def _extend(self, part: Part, inputs: torch.Tensor) -> torch.Tensor:
         held = self._held[part.sequence]

@@ -80,7 +80,7 @@ FLOORS = {
             "distributed",
             "engine",
         ),
-        *("results", "chat", "batch", "cli", "worker"),
+        *("results", "chat", "batch", "serve", "cli", "worker"),
     ),
 }
 """The wings of each package from the ground up: one imports only those before it, also late, inside a function."""

@@ -1,0 +1,1 @@
+"""How does a client somewhere else ask the model?"""

@@ -1,0 +1,16 @@
+"""One server for most tests of serving."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers import Server, copy_with_template, serving
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, shipped: Path) -> Iterator[Server]:
+    """The shipped checkpoint on four slots, with a queue of 30."""
+    folder = tmp_path_factory.mktemp("served")
+    model = copy_with_template(shipped, folder / "python-llama")
+    with serving(model, folder / "out", "--slots", 4, "--queue", 30) as found:
+        yield found
