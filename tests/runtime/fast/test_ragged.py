@@ -1,5 +1,6 @@
 """Steps of several sequences of different lengths, against each sequence by transformers alone."""
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,10 @@ def tokens(slot: int, count: int) -> torch.Tensor:
 
 def new_slots(model: Any, *, num_slots: int = len(PROMPTS), capacity: int = 40) -> SlotCache:
     devices = [torch.device("cpu")] * len(model.model.layers)
-    return SlotCache(model.config, num_slots=num_slots, capacity=capacity, dtype=model.dtype, devices=devices)
+    cache = SlotCache(model.config, num_slots=num_slots, capacity=capacity, dtype=model.dtype, devices=devices)
+    for buffer in itertools.chain.from_iterable(cache.buffers):
+        buffer.zero_()  # as on a device: a graph reads spare room too
+    return cache
 
 
 @torch.no_grad()
