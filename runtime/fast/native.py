@@ -29,6 +29,8 @@ MAX_ROWS = 16
 
 MAX_HEAD_DIM = 256
 
+_COUNTERS = 24  # of a product
+
 _SOURCE = Path(__file__).with_name("kernels.c")
 _SOURCES = (_SOURCE, _SOURCE.with_name("packed.h"), _SOURCE.with_name("products.h"))
 _COMPILERS = ("cc", "gcc", "clang")
@@ -182,13 +184,13 @@ class Library:
     def multiply_packed(self, product: Product) -> None:
         """Multiply activations with a packed layer: up to MAX_ROWS rows, and more in bf16 where there are tiles."""
         floats = self._functions.product_floats(ctypes.byref(product))
-        workspace, counters = torch.empty(floats, dtype=torch.float32), torch.empty(2, dtype=torch.int64)
+        workspace, counters = torch.empty(floats, dtype=torch.float32), torch.empty(_COUNTERS, dtype=torch.int64)
         product.workspace, product.counters = workspace.data_ptr(), counters.data_ptr()
         self._functions.multiply_packed(ctypes.byref(product))
 
     def unpack_weights(self, product: Product) -> None:
         """Write the weights of a packed layer as numbers of its dtype."""
-        counters = torch.empty(2, dtype=torch.int64)
+        counters = torch.empty(_COUNTERS, dtype=torch.int64)
         product.counters = counters.data_ptr()
         self._functions.unpack_weights(ctypes.byref(product))
 

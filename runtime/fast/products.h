@@ -16,8 +16,18 @@ typedef struct {
     Linear weight;          /* [O, I] */
     void *result;           /* [R, O]; of `unpack` [O, I] */
     float *workspace;       /* product_floats() */
-    int64_t *counters;      /* 2 */
+    int64_t *counters;      /* [3 FIELDS] */
 } Product;
+
+/* Phase `number` of two, with `rows` in tasks of `size`. */
+static Phase product_phase(const Product *p, int64_t number, int64_t rows, int64_t size) {
+    return phase_of(p->counters, 2, number, (rows + size - 1) / size, 0);
+}
+
+static void run(const Product *p, void (*body)(void *)) {
+    memset(p->counters, 0, 3 * FIELDS * sizeof *p->counters);
+    p->openmp->parallel(body, (void *)p, (unsigned)p->threads, 0);
+}
 
 /* ---- Unpacking. ---- */
 
@@ -74,15 +84,16 @@ static void unpack_row(const Product *p, size_t row, char *to) {
 static void unpack_body(void *data) {
     const Product *p = data;
     size_t row_bytes = p->columns * size_of((int)p->dtype);
-    for (int64_t first; (first = take(p->counters) * PANEL) < p->outputs;)
-        for (int64_t row = first; row < first + count_from(first, p->outputs); row++)
+    Phase phase = product_phase(p, 1, p->outputs, PANEL);
+    for (int64_t task; (task = next_task(&phase)) >= 0; finish(&phase))
+        for (int64_t row = task * PANEL; row < p->outputs && row < (task + 1) * PANEL; row++)
             unpack_row(p, row, (char *)p->result + row * row_bytes);
+    leave(p->openmp, p->counters);
 }
 
 /* Write all weights. */
 void unpack_weights(const Product *product) {
-    product->counters[0] = 0;
-    product->openmp->parallel(unpack_body, (void *)product, (unsigned)product->threads, 0);
+    run(product, unpack_body);
 }
 
 /* ---- Up to MAX_ROWS rows: as in a step. ---- */
@@ -103,11 +114,14 @@ static void few_rows_body(void *data) {
         for (int64_t i = 0; i < p->columns; i++) row[i] = read_at(dtype, p->inputs, n * p->columns + i);
         pack_row(dtype, (int)p->weight.bits, p->rows, p->columns, n, row, packed);
     }
-    for (int64_t first; (first = take(p->counters) * PANEL) < p->outputs;) {
+    Phase phase = product_phase(p, 1, p->outputs, PANEL);
+    for (int64_t task; (task = next_task(&phase)) >= 0; finish(&phase)) {
+        int64_t first = task * PANEL;
         int count = count_from(first, p->outputs);
         linear(dtype, &p->weight, &order, first, count, &x, out);
         for (int64_t n = 0; n < p->rows; n++) BY_DTYPE(dtype, write_panel, p, first, count, out + n * PANEL, n);
     }
+    leave(p->openmp, p->counters);
 }
 
 /* ---- Any number of rows, on tiles. ---- */
@@ -218,10 +232,13 @@ static void tiled_body(void *data) {
     char *stage = (char *)(p->workspace + ALIGNED(rows * columns / 2));
     float sums[4 * TILE_WORDS] __attribute__((aligned(64)));
     stage += p->openmp->thread_number() * 4 * ALIGNED(PANEL * pitch / 4);
-    for (size_t n; (n = (size_t)take(p->counters) * TILE) < rows;) arrange_tiles(p, n, x + n * columns / 2);
-    p->openmp->barrier();
+    Phase arranged = product_phase(p, 1, rows, TILE);
+    for (int64_t task; (task = next_task(&arranged)) >= 0; finish(&arranged))
+        arrange_tiles(p, task * TILE, x + task * TILE * columns / 2);
     configure_tiles();
-    for (int64_t first; (first = take(p->counters + 1) * PANEL) < p->outputs;) {
+    Phase multiplied = product_phase(p, 2, p->outputs, PANEL);
+    for (int64_t task; (task = next_task(&multiplied)) >= 0; finish(&multiplied)) {
+        int64_t first = task * PANEL;
         int count = count_from(first, p->outputs);
         for (int m = 0; m < count; m++) unpack_row(p, first + m, stage + m * pitch);
         for (size_t n = 0; n < rows; n += 2 * TILE) {
@@ -233,6 +250,7 @@ static void tiled_body(void *data) {
         }
     }
     __asm__ volatile("tilerelease" ::: "memory");
+    leave(p->openmp, p->counters);
 }
 #else
 int64_t allow_tiles(void) { return 0; }
@@ -251,6 +269,5 @@ void multiply_packed(const Product *product) {
 #ifdef HAS_TILES
     if (product->rows > MAX_ROWS) body = tiled_body;
 #endif
-    product->counters[0] = product->counters[1] = 0;
-    product->openmp->parallel(body, (void *)product, (unsigned)product->threads, 0);
+    run(product, body);
 }
