@@ -15,13 +15,14 @@ from runtime.chat.conversation import read_conversation
 from runtime.chat.rendering import _answer
 from runtime.cli.opening import merge_sampling
 from runtime.distributed.control import messages as control
-from runtime.distributed.header import STEP, Header, Stamp, pack, unpack
+from runtime.distributed.header import NUM_WORDS, STEP, Header, Stamp, pack, unpack
 from runtime.generate.limits import Limits
 from runtime.generate.sampling import Sampling
 from runtime.prepared import Prepared, prepare_session
 from runtime.reading.families import parse_model_config
 from runtime.reading.opening import open_source
 from runtime.reading.tokenizer import encode_prompt, load_tokenizer, read_prompt
+from runtime.steps.parts import Drawing, Opening
 from tests.hostile.fuzz_files import CONFIGS, KNOWN_KEYS, SHIPPED
 from tests.hostile.fuzz_reader import Reader, reader
 from tests.hostile.mutations import (
@@ -207,21 +208,18 @@ def control_messages(folder: Path) -> Reader:
     identity = control.Identity(
         protocol=1, version="0", torch="2", byte_order="little", model_id="ab", plan_sha256="c", num_stages=2
     )
-    drawing = control.Drawing(
-        temperature=0.5, top_k=1, top_p=1.0, min_p=None, repetition_penalty=1.0, seed=2, sequence_index=0,
-        rules={"typical_p": 0.5}, max_length=9, eos_token_ids=(0, 5),
+    drawing = Drawing(
+        temperature=0.5, top_k=1, top_p=1.0, min_p=None, repetition_penalty=1.0, frequency_penalty=0.5,
+        presence_penalty=0.0, logit_bias={7: -1.0}, seed=2, sequence_index=0, rules={"typical_p": 0.5}, max_length=9,
+        eos_token_ids=(0, 5), num_top=2,
+    )  # fmt: skip
+    opening = Opening(
+        sequence=1, num_prompt_tokens=3, num_tokens=5, slot=0, num_slots=2, capacity=9, drawing=drawing,
+        prompt_ids=(1, 2, 3),
     )  # fmt: skip
     good = (
         control.Join(rank=1, host="box", pid=7, identity=identity),
-        control.Open(
-            group=1,
-            lengths=(3,),
-            num_new_tokens=2,
-            drawings=(drawing,),
-            prompts=((1, 2),),
-            continues=None,
-            keeps_tokens=0,
-        ),
+        control.Open(opening=opening),
         control.Put(key="k", value="dg=="),
         control.Failed(exit_code=7, code="E-PEER", line="x"),
         control.Form(epoch=1, uses_nccl=False),
@@ -240,7 +238,7 @@ def control_messages(folder: Path) -> Reader:
 def frames(folder: Path) -> Reader:
     """The words before a payload between workers."""
     stamp = Stamp(7, 0)
-    good = pack(Header(STEP, 0, 1, 0, 0, 1, 5, 64, 2, 0), stamp)
+    good = pack(Header(STEP, 0, 1, 1, 5, 64, 2), stamp)
 
     def make(rng: Random) -> bytes:
         words = list(good)
@@ -251,7 +249,7 @@ def frames(folder: Path) -> Reader:
         fields = Header(*words[4:-2])
         if rng.random() < 0.7 and fields.dtype in (1, 2, 3, 4):
             words = pack(fields, Stamp(*words[2:4]))  # with the checksum that belongs to it
-        return json.dumps(words if rng.random() < 0.95 else words[: rng.randrange(16)]).encode()
+        return json.dumps(words if rng.random() < 0.95 else words[: rng.randrange(NUM_WORDS)]).encode()
 
     def read(data: bytes) -> None:
         assert 0 <= unpack(json.loads(data), stamp).payload_bytes <= 1 << 36

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from exporter import export
 from plans.run import Run
 from runtime import session
-from runtime.generate import loop
 from runtime.reading import capacity
+from runtime.steps.runner import StageRunner
 from tests.conftest import RunCommand
 from tests.exporter.export_helpers import make_plan
 from tests.runtime.distributed.jobs import started
@@ -210,32 +210,35 @@ def own_signals() -> Iterator[None]:
 
 @pytest.mark.row("R13")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize(("module", "name"), [(session, "_load"), (loop, "prefill"), (loop, "decode_one_token")])
+@pytest.mark.parametrize(
+    ("place", "name", "call"), [(session, "_load", 1), (StageRunner, "run", 1), (StageRunner, "run", 6)]
+)
 def test_a_signal_in_any_phase_ends_the_run_and_keeps_the_text_so_far(
     shards: dict[str, Path],
     run_command: RunCommand,
     monkeypatch: pytest.MonkeyPatch,
     own_signals: None,
-    module: Any,
+    place: Any,
     name: str,
+    call: int,
     number: signal.Signals,
 ) -> None:
     options = ["-p", PROMPT, "-n", 20, "--temp", 0, "--device-map", "cpu"]
     whole = run_command("llamarun", "generate", shards["2-4-1"], *options, "-q").out
-    real, calls = getattr(module, name), []
+    real, calls = getattr(place, name), []
 
     def signalled(*arguments: Any, **settings: Any) -> Any:
         calls.append(1)
-        if name != "decode_one_token" or len(calls) == 6:
+        if len(calls) == call:
             signal.raise_signal(number)
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(module, name, signalled)
+    monkeypatch.setattr(place, name, signalled)
     done = run_command("llamarun", "generate", shards["2-4-1"], *options)
     assert done.code == 128 + number
     assert "Traceback" not in done.err
     assert whole.startswith(done.out)
-    assert bool(done.out) == (name == "decode_one_token")
+    assert bool(done.out) == (call > 1)
 
 
 def test_token_ids_are_a_prompt_too(shipped: Path, run_command: RunCommand) -> None:
@@ -282,9 +285,9 @@ def test_memory_that_runs_out_while_loading_or_generating_is_said(
     def fails(*_arguments: Any, **_settings: Any) -> Any:
         return torch.empty(1 << 60)
 
-    for module, name, doing in ((session, "_load", "loading"), (loop, "decode_one_token", "generating")):
+    for place, name, doing in ((session, "_load", "loading"), (StageRunner, "run", "computing a step")):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, fails)
+            patch.setattr(place, name, fails)
             done = run_command("llamarun", "generate", shipped, "-p", "x", "-n", 4, "--ignore-eos")
         assert done.code == 6
         assert f"memory ran out while {doing}" in done.err
