@@ -121,7 +121,7 @@ def lay_out(plan: Plan, *, checkpoint: Checkpoint, dtype: str | None) -> Layout:
         stages=tuple(stages),
         dtype=dtype_of(piece.dtype for stage in stages for piece in stage.pieces),
         left_out=unexpected_tensors(checkpoint),
-        has_copied_head=any(_is_copy(piece.name, checkpoint) for piece in stages[-1].pieces),
+        has_copied_head=any(p.scheme is None and _is_copy(p.name, checkpoint) for p in stages[-1].pieces),
     )
 
 

@@ -14,9 +14,7 @@ from runtime.generate.clock import ChainWatch, watch_chain
 from runtime.prepared import Prepared, choose_dtype
 from runtime.reading.capacity import check_room, memory_faults, peak_memory_bytes, stage_need
 from runtime.reading.families import parse_model_config
-from runtime.reading.generation_config import (
-    read_generation_config,
-)
+from runtime.reading.generation_config import read_generation_config
 from runtime.reading.opening import Source, open_source
 from runtime.reading.tensors import FolderTensors, place_stages, torch_dtype
 from runtime.reading.verification import Verification

@@ -14,8 +14,6 @@ WINDOW_TOKENS = 512
 MAX_TOKENS = 16384
 """More than these change the result little and take proportionally longer."""
 FEW_TOKENS = 4096
-MAX_CHARACTERS = 32
-"""No tokens are longer than this on average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +37,16 @@ def read_text(path: Path, *, folder: Path, vocab_size: int, context_tokens: int)
         InputError: no such text, no text, or no tokenizer.
         MachineError: not readable.
     """
-    from runtime.reading.tokenizer import encode_prompt, load_tokenizer, read_prompt
+    from runtime.reading.tokenizer import first_tokens, load_tokenizer, read_prompt
 
     data = read_limited(path, max_bytes=MAX_TEXT_BYTES)
     text = read_prompt(data, where=path)
     if not text.strip():
         raise InputError("holds no text", where=path, code="E-TEXT")
     tokenizer = load_tokenizer(folder, vocab_size=vocab_size)
-    tokenizer.model_max_length = len(data) + 1  # windows are short, whatever the text is
 
-    def encode(piece: str) -> list[int]:
-        return encode_prompt(tokenizer, piece, parses_special=False) if piece else []
+    def encode(piece: str, num_tokens: int) -> list[int]:
+        return first_tokens(tokenizer, piece, num_tokens=num_tokens)
 
     size = min(WINDOW_TOKENS, context_tokens)
     windows = _spread(text, encode, size=size) or _beginning(text, encode, size=size, bos=tokenizer.bos_token_id)
@@ -58,19 +55,16 @@ def read_text(path: Path, *, folder: Path, vocab_size: int, context_tokens: int)
 
 
 Windows = tuple[tuple[int, ...], ...]
-Encode = Callable[[str], list[int]]
+Encode = Callable[[str, int], list[int]]
 
 
 def _spread(text: str, encode: Encode, *, size: int) -> Windows:
     """Return the beginnings of equal parts of a text, of one size; none where it is too short for that."""
     num_windows = MAX_TOKENS // size
     step = len(text) // num_windows
-    parts = (
-        text[start : start + min(step, size * MAX_CHARACTERS)] for start in range(0, step * num_windows, step or 1)
-    )
     windows = []
-    for part in parts:
-        windows.append(tuple(encode(part)[:size]))
+    for start in range(0, step * num_windows, step or 1):
+        windows.append(tuple(encode(text[start : start + step], size)))
         if len(windows[-1]) < size:
             return ()
     return tuple(windows)
@@ -78,7 +72,7 @@ def _spread(text: str, encode: Encode, *, size: int) -> Windows:
 
 def _beginning(text: str, encode: Encode, *, size: int, bos: object) -> Windows:
     """Cut a text into windows of one size, the rest left out; one shorter window where it is shorter than that."""
-    ids = encode(text[: MAX_TOKENS * MAX_CHARACTERS])[:MAX_TOKENS]
+    ids = encode(text, MAX_TOKENS)
     # What a tokenizer puts in front of every text belongs in front of every window.
     head = ids[:1] if ids[0] == bos else []
     own = ids[len(head) :]

@@ -28,13 +28,11 @@ from plans.stages import StageRange
 from runtime.reading.capacity import memory_faults
 from runtime.reading.families import parse_model_config
 from runtime.reading.tensors import FolderTensors, torch_dtype
-from runtime.reading.tokenizer import encode_prompt, load_tokenizer, read_prompt
+from runtime.reading.tokenizer import CHARACTERS_PER_TOKEN, first_tokens, load_tokenizer, read_prompt
 from runtime.stages.loading import load_chain
 
 WINDOW_TOKENS = 512
 LEAST_TOKENS = 32
-CHARACTERS_PER_TOKEN = 32
-"""No tokens are longer than this on average: a text that is longer than all windows has room between them."""
 FLOAT_BYTES = 4
 MATRIX = 2
 
@@ -51,19 +49,14 @@ def windows_of(checkpoint: Checkpoint, text: bytes, *, num_tokens: int, where: o
     """
     assert checkpoint.directory is not None
     tokenizer = load_tokenizer(checkpoint.directory, vocab_size=checkpoint.config.vocab_size)
-    tokenizer.model_max_length = len(text) + 1  # windows are short, whatever the text is
     words = read_prompt(text, where=where)
-
-    def encoded(start: int, most: int) -> list[int]:
-        piece = words[start : start + most * CHARACTERS_PER_TOKEN]
-        return encode_prompt(tokenizer, piece, parses_special=False)[:most]
-
     longest = min(WINDOW_TOKENS, checkpoint.config.max_position_embeddings)
     parts = max(1, num_tokens // longest)
-    spread = [encoded(len(words) * part // parts, longest) for part in range(parts)]
+    spread = [first_tokens(tokenizer, words[len(words) * part // parts :], num_tokens=longest) for part in range(parts)]
+    # A text longer than all windows has room between them.
     if len(words) > parts * longest * CHARACTERS_PER_TOKEN and all(len(window) == longest for window in spread):
         return torch.tensor(spread)
-    ids = encoded(0, num_tokens)
+    ids = first_tokens(tokenizer, words, num_tokens=num_tokens)
     if len(ids) < LEAST_TOKENS:
         raise InputError(
             f"holds {len(ids)} tokens", where=where, expected=f"at least {LEAST_TOKENS}, better 2,000", code="E-TEXT"

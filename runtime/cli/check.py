@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from plans.commands.option_groups import ScreenOptions, with_option_groups
-from plans.errors import IntegrityError, UsageError
+from plans.errors import InputError, IntegrityError, UsageError
 from runtime.cli import options
 from runtime.cli.opening import load, prepare
 
@@ -26,8 +26,6 @@ EXACT_DTYPE = "fp32"
 """Rounding of activations to bf16 would hide what rounding of weights does."""
 TEXT_TOKENS = 8192
 WINDOW_TOKENS = 512
-CHARACTERS_PER_TOKEN = 32
-"""More of a text is not looked at."""
 
 
 def _prompts(prepared: "Prepared") -> list[list[int]]:
@@ -117,14 +115,15 @@ def _report_distance(
 def _windows(prepared: "Prepared", path: Path) -> list[list[int]]:
     """Return the beginning of a text in windows of token ids."""
     from plans.reading.files import read_limited
-    from runtime.reading.tokenizer import MAX_PROMPT_BYTES, encode_prompt, missing_tokenizer, read_prompt
+    from runtime.reading.tokenizer import MAX_PROMPT_BYTES, first_tokens, missing_tokenizer, read_prompt
 
     tokenizer = prepared.own_tokenizer
     if tokenizer is None:
         raise missing_tokenizer(prepared.source.folder)
     words = read_prompt(read_limited(path, max_bytes=MAX_PROMPT_BYTES), where=path)
-    tokenizer.model_max_length = len(words) + 1  # windows are short, whatever the text is
-    ids = encode_prompt(tokenizer, words[: TEXT_TOKENS * CHARACTERS_PER_TOKEN], parses_special=False)[:TEXT_TOKENS]
+    ids = first_tokens(tokenizer, words, num_tokens=TEXT_TOKENS)
+    if not ids:
+        raise InputError("holds no text", where=path, code="E-TEXT")
     size = min(WINDOW_TOKENS, prepared.context_tokens, len(ids))
     return [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
 

@@ -2,7 +2,6 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -61,8 +60,3 @@ class Counters:
     kv_tokens_used: int
     kv_tokens_reserved: int
     totals: Totals
-
-    @property
-    def endings(self) -> Mapping[str, int]:
-        """Requests by how they ended."""
-        return self.totals.endings

@@ -49,23 +49,6 @@ def check_prompts(
     ]
 
 
-def check_cached(prompts: Sequence[Sequence[int]], *, num_cached_tokens: int) -> None:
-    """Require that a cache holds the beginning of a single prompt, and not all of it.
-
-    Raises:
-        UsageError: there is nothing left to read, or there are several prompts.
-    """
-    if num_cached_tokens and len(prompts) > 1:
-        raise UsageError("a kept cache belongs to one prompt", expected="one prompt", code="E-CACHE")
-    if num_cached_tokens >= len(prompts[0]):
-        raise UsageError(
-            f"the cache holds {num_cached_tokens} tokens, the prompt has {len(prompts[0])}",
-            expected="at least one token that is not in the cache",
-            hint="crop the cache first",
-            code="E-CACHE",
-        )
-
-
 def check_prompt(prompt: Sequence[int], limits: Limits, *, vocab_size: int, where: object) -> int:
     """Return how many new tokens a prompt may get; errors as `check_prompts`, naming `where`."""
     if not prompt:

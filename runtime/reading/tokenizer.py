@@ -15,6 +15,8 @@ TOKENIZER_NAME = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 128 << 20
 MAX_TOKENIZER_VALUES = 16_000_000
 MAX_PROMPT_BYTES = 64 << 20
+CHARACTERS_PER_TOKEN = 32
+"""No tokens are longer than this on average."""
 
 
 def load_tokenizer(folder: Path, *, vocab_size: int) -> "PreTrainedTokenizerBase":
@@ -101,6 +103,14 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, parses_spe
             code="E-PROMPT",
         )
     return ids
+
+
+def first_tokens(tokenizer: "PreTrainedTokenizerBase", text: str, *, num_tokens: int) -> list[int]:
+    """Return at most so many first tokens of a text, of which no more is read than they need; none of an empty one."""
+    piece = text[: num_tokens * CHARACTERS_PER_TOKEN]
+    # What is longer than the model reads is cut into windows: no reason to warn.
+    tokenizer.model_max_length = max(tokenizer.model_max_length, len(piece) + 1)
+    return encode_prompt(tokenizer, piece, parses_special=False)[:num_tokens] if piece else []
 
 
 def read_prompt(data: bytes, *, where: object) -> str:

@@ -40,7 +40,7 @@ class EngineMetrics(Collector):
         ):
             yield CounterMetricFamily(f"llamarun_{name}", what, value=value)
         ended = CounterMetricFamily("llamarun_requests_finished", "Requests by how they ended.", labels=["reason"])
-        for reason, count in sorted(seen.endings.items()):
+        for reason, count in sorted(seen.totals.endings.items()):
             ended.add_metric([reason], count)
         yield ended
         yield _histogram("time_to_first_token_seconds", "From asking to the first token.", seen.totals.first_token)

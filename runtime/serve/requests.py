@@ -168,7 +168,6 @@ class DetokenizeRequest(StrictModel):
     tokens: TokenIds
 
 
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 RequestT = TypeVar("RequestT", bound=StrictModel)
 
 
@@ -181,10 +180,9 @@ def read_request(kind: type[RequestT], body: bytes) -> RequestT:
     try:
         document = parse_json(body, where="body", max_values=MAX_VALUES)
     except InputError as error:
-        raise Refused(400, "the body is not valid JSON in UTF-8", code="invalid_json") from error
+        raise Refused(400, "the body is not JSON of Unicode text", code="invalid_json") from error
     if not isinstance(document, dict):
         raise Refused(400, "the body is not a JSON object", code="invalid_json")
-    _check_text(document)
     for name in document.keys() & _NEUTRAL.keys():
         value = document.pop(name)
         if value is not None and value not in _NEUTRAL[name]:
@@ -193,19 +191,6 @@ def read_request(kind: type[RequestT], body: bytes) -> RequestT:
         return kind.model_validate_json(json.dumps(document))
     except ValidationError as error:
         raise _malformed(error) from None
-
-
-def _check_text(document: object) -> None:
-    """Require characters that a model can have read, names of fields included."""
-    left = [document]
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            left += [*value.keys(), *value.values()]
-        elif isinstance(value, list):
-            left += value
-        elif isinstance(value, str) and _NO_TEXT.search(value):
-            raise Refused(400, "a text holds NUL or half of a surrogate pair", code="invalid_text")
 
 
 def _malformed(error: ValidationError) -> Refused:

@@ -94,7 +94,7 @@ def test_a_cancelled_request_gives_its_slot_to_who_waits_within_one_step(tiny_se
     assert (len(first.tokens), first.reason) == (2, "interrupted")
     assert (len(second.tokens), second.reason) == (12, "length")
     assert (third.tokens, third.reason) == ([], "interrupted")
-    assert engine.counters.endings == {"interrupted": 2, "length": 1}
+    assert engine.counters.totals.endings == {"interrupted": 2, "length": 1}
 
 
 def test_a_kept_beginning_is_not_read_again_and_only_by_the_same_key(tiny_session: Session, alone: Alone) -> None:
@@ -121,7 +121,7 @@ def test_what_may_not_fit_waits_and_what_can_never_fit_is_refused_with_both_numb
     for _ in range(5):
         engine.submit(ask(PROMPT), on_event=watch, reuse_key="same")
     engine.run_all()
-    assert (most, engine.counters.endings) == (2, {"length": 5})
+    assert (most, engine.counters.totals.endings) == (2, {"length": 5})
     with pytest.raises(UsageError, match=r"43 tokens need .*\(27520 bytes\) .* has .*\(26880 bytes\)"):
         engine.submit(ask(PROMPT, max_tokens=34), on_event=watch)
     with pytest.raises(

@@ -9,8 +9,8 @@ from servers import Server, copy_with_template, serving
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, shipped: Path) -> Iterator[Server]:
-    """The shipped checkpoint on four slots, with a queue of 30."""
+    """The shipped checkpoint on four slots."""
     folder = tmp_path_factory.mktemp("served")
     model = copy_with_template(shipped, folder / "python-llama")
-    with serving(model, folder / "out", "--slots", 4, "--queue", 30) as found:
+    with serving(model, folder / "out", "--slots", 4) as found:
         yield found

@@ -86,6 +86,11 @@ class Server:
         return self.metric("requests_running") == 0 == self.metric("requests_waiting")
 
 
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the other end closes."""
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
 @contextmanager
 def serving(folder: Path, output: Path, *options: object) -> Iterator[Server]:
     """Start a server on a free port; it is gone afterwards."""
