@@ -59,8 +59,8 @@ typedef words words_at __attribute__((aligned(1), may_alias));
 typedef float quad __attribute__((vector_size(16)));
 
 enum { F32, F16, BF16 };
-enum { BLOCK = 2 * LANES, PANEL = 32, SLOTS = 512, MAX_ROWS = 16, MAX_HEAD = 256, CHUNK_FLOATS = 4096,
-       STRIP = 4, STREAM_ROWS = 2, AHEAD_BYTES = 1024 };
+enum { BLOCK = 2 * LANES, PANEL = 32, SLOTS = 512, MAX_ROWS = 16, MAX_HEAD = 256, CHUNK_FLOATS = 6144,
+       STRIP = 4, STREAM_ROWS = 2, AHEAD_BYTES = 4096 };
 #if defined(__AVX512F__) || defined(__aarch64__)
 enum { TILE_ROWS = 8 }; /* activation rows whose sums with two weight rows fit the processor's registers */
 #else
@@ -362,12 +362,13 @@ INLINE void multiply_strip(int dtype, const char *w, const Order *order, size_t 
                            floats *sums) {
     size_t size = size_of(dtype), pitch = order->columns * size, chunk = order->chunk;
     size_t whole = order->columns / BLOCK * BLOCK, width = whole - k < chunk ? whole - k : chunk;
-    int rows_ahead = dtype == F32 ? 2 : 4, is_last = k + chunk >= whole, m = 0;
-    for (w += k * size; m < count; m += 2, w += 2 * pitch) {
-        /* What comes `rows_ahead` rows later: of this strip, of its next chunk, or of the next strip. */
-        ptrdiff_t ahead = rows_ahead * pitch;
-        if (chunk >= whole) ahead = ahead < AHEAD_BYTES ? AHEAD_BYTES : ahead;
-        else if (m + rows_ahead >= STRIP) ahead -= is_last ? k * size : STRIP * pitch - chunk * size;
+    size_t num_chunks = (whole + chunk - 1) / chunk, further = num_chunks > 2 ? 2 : 1, left = num_chunks - k / chunk;
+    /* Fetched is what comes two chunks of a strip later, in this strip or the next; where they are rows, some rows on. */
+    ptrdiff_t ahead = further < left ? further * chunk * size : STRIP * pitch - (num_chunks - further) * chunk * size;
+    if (num_chunks == 1) ahead = (dtype == F32 ? 2 : 4) * pitch;
+    if (num_chunks == 1 && ahead < AHEAD_BYTES) ahead = AHEAD_BYTES;
+    w += k * size;
+    for (int m = 0; m < count; m += 2, w += 2 * pitch) {
         if (m + 2 <= count) multiply(dtype, 2, w, pitch, ahead, x, chunk, width, (int)order->rows, sums + m, k == 0);
         else multiply(dtype, 1, w, pitch, ahead, x, chunk, width, (int)order->rows, sums + m, k == 0);
     }
@@ -537,7 +538,8 @@ typedef struct {
     uint32_t number;     /* of the phase in the call, from 1 */
     int64_t count;       /* tasks */
     int64_t start, idle, own, redo;
-    int is_shared;       /* tasks may be done twice */
+    int64_t next, end;   /* of the run of tasks that this thread took last */
+    int64_t runs;        /* what is left is taken as so many runs; 0: as single tasks, each done once */
 } Phase;
 
 static int64_t now(void) {
@@ -547,7 +549,7 @@ static int64_t now(void) {
 }
 
 INLINE int64_t load(const int64_t *counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
-INLINE int64_t take(int64_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+INLINE int64_t take(int64_t *counter, int64_t count) { return __atomic_fetch_add(counter, count, __ATOMIC_RELAXED); }
 
 INLINE void pause_briefly(void) {
 #if defined(__x86_64__)
@@ -563,11 +565,11 @@ static void wait_a_little(int64_t idle_since) {
     else nanosleep(&(struct timespec){0, REST_NS}, NULL);
 }
 
-/* The counters of all phases and of who has left come first, then `published`. */
-static Phase phase_of(int64_t *counters, int64_t num_phases, int64_t number, int64_t count, int is_shared) {
+/* The counters of all phases and of who has left come first, then `published`. Without `threads` no task is done twice. */
+static Phase phase_of(int64_t *counters, int64_t num_phases, int64_t number, int64_t count, int64_t threads) {
     uint32_t *published = (uint32_t *)(counters + (num_phases + 1) * FIELDS);
     return (Phase){.counters = counters + number * FIELDS, .published = published, .number = (uint32_t)number,
-                   .count = count, .start = now(), .redo = -1, .is_shared = is_shared};
+                   .count = count, .start = now(), .redo = -1, .runs = 2 * threads};
 }
 
 static size_t counters_of(int64_t num_phases, int64_t most_weight_rows) {
@@ -595,21 +597,33 @@ INLINE int has_tasks(const Phase *p) { return load(p->counters + TAKEN) < p->cou
 /* Whether this thread may do a task again that another one holds: once per phase, and not before it has waited as long
  * as tasks of its own took several times over. */
 static int may_redo(const Phase *p) {
-    if (!p->is_shared || p->own == 0 || p->redo >= 0) return 0;
+    if (!p->runs || p->own == 0 || p->redo >= 0) return 0;
     if (now() - p->idle < PATIENCE_NS + 4 * (p->idle - p->start) / p->own) return 0;
     return __atomic_exchange_n(p->counters + IS_REDONE, 1, __ATOMIC_RELAXED) == 0;
 }
 
+INLINE int is_published(const Phase *p, int64_t task) {
+    return __atomic_load_n(p->published + task, __ATOMIC_RELAXED) >= p->number;
+}
+
+/* Take tasks that follow each other, fewer the fewer are left: memory is read fastest in long runs. */
+static int take_run(Phase *p) {
+    int64_t left = p->count - load(p->counters + TAKEN), size = p->runs && left > p->runs ? left / p->runs : 1;
+    if (left > 0) p->next = take(p->counters + TAKEN, size), p->end = p->next + size;
+    if (p->end > p->count) p->end = p->count;
+    return p->next < p->end;
+}
+
 /* The next task; -1 when all are done. */
 static int64_t next_task(Phase *p) {
-    if (p->idle == 0) {
-        int64_t task = take(p->counters + TAKEN);
-        if (task < p->count) return p->own++, task;
-        p->idle = load(p->counters + DONE) < p->count ? now() : 1;
+    while (p->next < p->end || (p->idle == 0 && take_run(p))) {
+        int64_t task = p->next++;
+        if (!p->runs || !is_published(p, task)) return p->own++, task;
     }
+    if (p->idle == 0) p->idle = load(p->counters + DONE) < p->count ? now() : 1;
     while (load(p->counters + DONE) < p->count) {
         for (; p->redo >= 0 && p->redo < p->count; p->redo++)
-            if (__atomic_load_n(p->published + p->redo, __ATOMIC_RELAXED) < p->number) return p->redo;
+            if (!is_published(p, p->redo)) return p->redo;
         if (may_redo(p)) p->redo = 0;
         else wait_a_little(p->idle);
     }
@@ -859,8 +873,8 @@ static void gate_and_up(const Decode *d, const Layer *layer, const Inputs *x, Ph
 
 /* ---- Entry points. ---- */
 
-static Phase phase_of_layer(const Decode *d, int64_t layer, int64_t phase, int64_t count, int is_shared) {
-    return phase_of(d->step->counters, PHASES * d->step->num_layers, PHASES * layer + phase, count, is_shared);
+static Phase phase_of_layer(const Decode *d, int64_t layer, int64_t phase, int64_t count, int64_t threads) {
+    return phase_of(d->step->counters, PHASES * d->step->num_layers, PHASES * layer + phase, count, threads);
 }
 
 /* Norm what a phase's linear layers read, unless other threads have taken all of it. */
@@ -875,17 +889,17 @@ static void decode_layer(const Decode *d, int64_t index, float *row, const Input
     const Layer *layer = d->layers + index;
     const Linear *const projections[] = {&layer->q, &layer->k, &layer->v}, *const gates[] = {&layer->gate, &layer->up};
     int64_t q_panels = panels_of(s->num_heads * s->head_dim), k_panels = panels_of(s->num_kv_heads * s->head_dim);
-    Phase projected = phase_of_layer(d, index, 1, q_panels + 2 * k_panels, 1);
+    Phase projected = phase_of_layer(d, index, 1, q_panels + 2 * k_panels, d->step->threads);
     prepare(d, &projected, layer->input_norm, projections, 3, row, x);
     project(d, layer, x, &projected);
     Phase attended = phase_of_layer(d, index, 2, d->step->num_pieces * s->num_kv_heads, 0);
     attend(d, layer, &attended);
-    Phase mixed = phase_of_layer(d, index, 3, panels_of(s->hidden_size), 1);
+    Phase mixed = phase_of_layer(d, index, 3, panels_of(s->hidden_size), d->step->threads);
     add_linear(d, &layer->o, &d->by_heads, d->attended, x, &mixed);
-    Phase activated = phase_of_layer(d, index, 4, panels_of(s->intermediate_size), 1);
+    Phase activated = phase_of_layer(d, index, 4, panels_of(s->intermediate_size), d->step->threads);
     prepare(d, &activated, layer->post_norm, gates, 2, row, x);
     gate_and_up(d, layer, x, &activated);
-    Phase lowered = phase_of_layer(d, index, 5, panels_of(s->hidden_size), 1);
+    Phase lowered = phase_of_layer(d, index, 5, panels_of(s->hidden_size), d->step->threads);
     add_linear(d, &layer->down, &d->by_ffn, d->activated, x, &lowered);
 }
 
@@ -927,7 +941,7 @@ static void head_body(void *data) {
     row += h->openmp->thread_number() * own_floats(order, packed);
     Inputs x = own_inputs(row, order, packed);
     const Linear *const readers[] = {&h->weight};
-    Phase phase = phase_of(h->counters, 1, 1, panels_of(h->vocab_size), 1);
+    Phase phase = phase_of(h->counters, 1, 1, panels_of(h->vocab_size), h->threads);
     if (has_tasks(&phase)) norm_rows(dtype, h->norm, h->norm_eps, &order, hidden, readers, 1, row, &x);
     for (int64_t task; (task = next_task(&phase)) >= 0;) {
         int64_t first = task * PANEL;
@@ -964,9 +978,9 @@ typedef struct {
 
 static void scan_body(void *data) {
     Scan *scan = data;
-    const int64_t piece = 1 << 17;
+    const int64_t piece = 1 << 20;
     words sum = {0};
-    for (int64_t number, base = 0, span = 0; number = take(scan->counter), 1;) {
+    for (int64_t number, base = 0, span = 0; number = take(scan->counter, 1), 1;) {
         while (span < scan->num_spans && number - base >= (scan->sizes[span] + piece - 1) / piece)
             base += (scan->sizes[span] + piece - 1) / piece, span++;
         if (span == scan->num_spans) break;
