@@ -4,7 +4,9 @@ A stand-in is a packed checkpoint of a few layers, written where it is read from
 that a run has. Its layers are all of one kind, so that a model of unlike layers has one for each kind.
 """
 
+import errno
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -63,12 +65,16 @@ class Subject:
         """Yield a checkpoint of at least so many of its layers; a stand-in is there inside the block only.
 
         Raises:
-            MachineError: no room for a stand-in.
+            MachineError: a stand-in cannot be written.
         """
         if self.scheme_of is None:
             yield self.source
             return
-        with tempfile.TemporaryDirectory(prefix="llamaplan-measure-") as folder:
+        try:
+            place = tempfile.TemporaryDirectory(prefix="llamaplan-measure-")
+        except OSError as error:
+            raise _cannot_write(num_layers, os.environ.get("TMPDIR", "temporary folder"), error) from error
+        with place as folder:
             yield write_stand_in(
                 Path(folder), self.source, scheme_of=self.scheme_of, num_layers=num_layers, dtype=self.profile.dtype
             )
@@ -127,7 +133,7 @@ def write_stand_in(
         dtype: of everything that is not packed, and of scales.
 
     Raises:
-        MachineError: no room.
+        MachineError: it cannot be written.
     """
     raw = first_layers_config(source.config, num_layers) | {"dtype": DTYPES[dtype].torch}
     raw.pop("torch_dtype", None)
@@ -145,13 +151,17 @@ def write_stand_in(
         with (folder / SINGLE_NAME).open("wb") as file:
             _write_tensors(file, _stored(config, shapes), shapes, packed)
     except OSError as error:
-        raise MachineError(
-            f"no room for {num_layers} packed layers to time: {error.strerror}",
-            where=folder,
-            hint="point TMPDIR to a folder with more room",
-            code="E-DISK",
-        ) from error
+        raise _cannot_write(num_layers, folder, error) from error
     return open_checkpoint(folder)
+
+
+def _cannot_write(num_layers: int, where: object, error: OSError) -> MachineError:
+    return MachineError(
+        f"cannot write {num_layers} packed layers to time: {error.strerror}",
+        where=where,
+        hint="point TMPDIR to a folder with more room",
+        code="E-SPACE" if error.errno == errno.ENOSPC else "E-WRITE",
+    )
 
 
 def _shapes(config: ModelConfig) -> dict[str, formula.Shape]:
