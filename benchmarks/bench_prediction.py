@@ -1,13 +1,15 @@
 """Prediction against reality: `devices --measure`, then what `solve` predicts beside what `llamarun bench` measures.
 
-Shapes x dtypes x cuts x contexts, every command a process of its own as a person would type it. A run during which
-other programs took more than a tenth of a core is repeated, at most three times, and marked with * if none was calm.
+Shapes x dtypes x cuts x contexts, every command a process of its own as a person would type it. Of int8 and int4 the
+devices are measured, and plans made, with --weights, and an export of each plan is run. A run during which other
+programs took more than a tenth of a core is repeated, at most three times, and marked with * if none was calm.
 
-Run: python -m benchmarks prediction      half an hour on two cores; MODELS="55M:bfloat16 ..." chooses
+Run: python -m benchmarks prediction      most of an hour on two cores; MODELS="55M:bfloat16 135M:int4 ..." chooses
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,11 @@ from typing import Any
 from benchmarks.measure import SHAPES, make_checkpoint
 from planner.measure.calm import MOST_OTHER_CORES, CalmMeter
 
-MODELS = ("55M:bfloat16", "100M:float32", "135M:bfloat16", "360M:float32", "1.1B:bfloat16")
+MODELS = (
+    *("55M:bfloat16", "100M:float32", "135M:bfloat16", "360M:float32", "1.1B:bfloat16"),
+    *("135M:int8", "135M:int4", "1.1B:int8", "1.1B:int4"),
+)
+PACKED = ("int8", "int4")
 CASES = ((1, 112), (2, 496), (3, 1008), (4, 2032))
 """(stages, prompt tokens): with the new tokens, contexts of 128 to 2048."""
 NEW_TOKENS = 16
@@ -50,8 +56,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-prediction-") as temp:
         for name in os.environ.get("MODELS", "").split() or MODELS:
             shape, dtype = name.split(":")
-            model = make_checkpoint(SHAPES[shape], Path(temp), dtype=dtype)
-            for stages, prompt, comparison in _compare(model, Path(temp)):
+            weights = dtype if dtype in PACKED else None
+            model = _checkpoint(shape, Path(temp), dtype="bfloat16" if weights is not None else dtype)
+            for stages, prompt, comparison in _compare(model, Path(temp), weights):
                 found.append(comparison)
                 print(f"{shape:8} {dtype:9} {_line(stages, prompt, comparison)}", flush=True)
     for number, what in enumerate(("decode", "prefill", "memory")):
@@ -59,17 +66,29 @@ def main() -> None:
         print(f"{what}: median error {median(errors):.1%}, largest {max(errors):.1%}")
 
 
-def _compare(model: Path, folder: Path) -> Iterator[tuple[int, int, Comparison]]:
-    cluster, plan = folder / "cluster.json", folder / "plan.json"
+def _checkpoint(shape: str, folder: Path, *, dtype: str) -> Path:
+    """Return a random checkpoint, made if it is not there."""
+    target = folder / f"{shape}-{dtype}"
+    return target if target.is_dir() else make_checkpoint(SHAPES[shape], folder, dtype=dtype)
+
+
+def _compare(model: Path, folder: Path, weights: str | None) -> Iterator[tuple[int, int, Comparison]]:
+    cluster, plan, shards = folder / "cluster.json", folder / "plan.json", folder / "shards"
     devices = ["--device", "cpu=4GiB"] * max(stages for stages, _prompt in CASES)
-    _calm("planner.cli", "devices", "--measure", model, *devices, "-o", cluster, "-q")
+    packed = ["--weights", weights] if weights is not None else []
+    _calm("planner.cli", "devices", "--measure", model, *packed, *devices, "-o", cluster, "-q")
     for stages, prompt in CASES:
         cut = _cut(_num_layers(model), stages)
         sizes = ["--prompt-tokens", prompt, "-n", NEW_TOKENS]
-        options = ["--cluster", cluster, "--layers", cut, *sizes, "-c", prompt + NEW_TOKENS, "-o", plan]
+        options = ["--cluster", cluster, *packed, "--layers", cut, *sizes, "-c", prompt + NEW_TOKENS, "-o", plan]
         planned = json.loads(_run("planner.cli", "solve", model, *options, "--json"))
-        ran, is_calm = _calm("runtime.cli", "bench", plan, "--model", model, *sizes, "--repeats", 2, "--json", "-q")
-        mapped_bytes = (model / "model.safetensors").stat().st_size
+        target: list[object] = [plan, "--model", model]
+        if packed:
+            shutil.rmtree(shards, ignore_errors=True)
+            _run("planner.cli", "export", plan, "--model", model, "-o", shards, "-q")
+            target = [shards]
+        ran, is_calm = _calm("runtime.cli", "bench", *target, *sizes, "--repeats", 2, "--json", "-q")
+        mapped_bytes = sum(file.stat().st_size for file in (shards if packed else model).glob("*.safetensors"))
         yield stages, prompt, _comparison(planned, json.loads(ran), mapped_bytes=mapped_bytes, is_calm=is_calm)
 
 

@@ -1,5 +1,6 @@
 """What several commands check before they ask the planner."""
 
+import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from plans.commands.console import Output
 from plans.errors import UsageError, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
     from _typeshed import DataclassInstance
 
     from planner.measure.known import Known
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from plans.cluster import Cluster
     from plans.dtypes import DtypeName
     from plans.packed.choice import WeightChoice
-    from plans.profile import ModelProfile
+    from plans.profile import ModelProfile, PackedName
     from plans.workload import Workload
 
 AUTO = "auto"
@@ -110,12 +113,35 @@ def read_asked(
     for warning in oversized_budgets(offer.device or ()):
         screen.warn(warning)
     asked = Asked(checkpoint, profile, load, offered, weights=sized.choice, narrower=sized.narrower)
+    narrower = sized.narrower if weights is not None and weights.weights == "auto" else ()
+    profiles = (profile, *(found.profile for found in narrower))
     if not offer.probe or offer.cluster is not None:
+        note_unmeasured(offered, profiles, model, screen)
         return asked
-    known = known_of(offered, profile, speed=speed, screen=screen)
+    widths = {layer.weights for found in narrower for layer in found.profile.layers}
+    known = known_of(offered, profile, widths=widths, speed=speed, screen=screen)
     for origin in known.origins:
         screen.note(origin)
+    note_unmeasured(known.cluster, profiles, model, screen)
     return replace(asked, cluster=known.cluster, origins=known.origins)
+
+
+def note_unmeasured(cluster: "Cluster", profiles: "Sequence[ModelProfile]", model: str, screen: Output) -> None:
+    """Say which widths are estimated on devices that were measured in others: the two are not known alike."""
+    from planner.timing.unit_times import unmeasured_widths
+
+    found = {device.name: unmeasured_widths(device, profiles) for device in cluster.devices}
+    names = [name for name, (timed, missing) in found.items() if timed and missing]
+    if not names:
+        return
+    timed, missing = (sorted(set().union(*(found[name][part] for name in names))) for part in (0, 1))
+    width = missing[0] if missing in (["int4"], ["int8"]) else "auto"
+    more = ["--weights", width] if {"int4", "int8"} & set(missing) else []
+    again = shlex.join(["llamaplan", "devices", model, "--measure", *more])
+    screen.note(
+        f"{', '.join(names)}: times of layers in {' and '.join(missing)} are estimates, those in {' and '.join(timed)} "
+        f"were measured; {again} measures them"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +185,19 @@ def warn_of_unpacked(checkpoint: "Checkpoint", choice: "WeightChoice | None", sc
         screen.warn(line)
 
 
-def known_of(cluster: "Cluster", profile: "ModelProfile | None", *, speed: str, screen: Output) -> "Known":
+def known_of(
+    cluster: "Cluster",
+    profile: "ModelProfile | None",
+    *,
+    widths: "Collection[PackedName | None]" = (),
+    speed: str,
+    screen: Output,
+) -> "Known":
     """Return the cluster with what is known of this machine, and warn where that may be wrong."""
     from planner.measure.known import with_known
 
     with screen.spinner("looking at this machine"):
-        known = with_known(cluster, profile=profile, speed=speed)
+        known = with_known(cluster, profile=profile, widths=widths, speed=speed)
     for warning in known.warnings:
         screen.warn(warning)
     return known

@@ -1,7 +1,8 @@
 """`llamaplan devices`: what is there, and with --measure how fast it is."""
 
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +12,8 @@ from plans.commands.option_groups import ScreenOptions, with_option_groups
 from plans.errors import UsageError
 
 if TYPE_CHECKING:
+    from planner.model.widths import Asked as AnyWidth
+    from planner.model.widths import Packed
     from plans.cluster import Cluster
 
 ModelArgument = Annotated[
@@ -23,6 +26,15 @@ ModelArgument = Annotated[
 ]
 MeasureOption = Annotated[
     bool, typer.Option("--measure", help="Time real layers on the devices of this machine; takes a minute or more.")
+]
+MeasuredWeightsOption = Annotated[
+    Literal["bf16", "int8", "int4", "auto"] | None,
+    typer.Option(
+        "--weights",
+        help="With --measure: the width whose layers are timed, beside those timed before; auto: bf16, int8 and int4, "
+        "all that 'solve --weights auto' chooses from; unset: as stored.",
+        show_default=False,
+    ),
 ]
 HostOption = Annotated[
     str | None,
@@ -55,6 +67,7 @@ def devices_command(
     measure: MeasureOption = False,
     host: HostOption = None,
     dtype: options.DtypeOption = None,
+    weights: MeasuredWeightsOption = None,
     threads: ThreadsOption = None,
     output: options.OutputOption = None,
     printed: ScreenOptions,
@@ -76,14 +89,17 @@ def devices_command(
         screen.show(show_cluster.catalogue_table())
         screen.next_step("llamaplan devices --device NAME -o cluster.json")
         return
-    if not measure and (model or host or dtype or threads):
-        raise UsageError("MODEL, --host, --dtype and --threads belong to --measure", hint="add --measure")
+    if not measure and (model or host or dtype or threads or weights):
+        raise UsageError("MODEL, --host, --dtype, --weights and --threads belong to --measure", hint="add --measure")
+    if weights and not model:
+        raise UsageError("--weights says what the layers of MODEL are packed to", hint="name a model")
     offered = load_cluster(cluster, devices=device, margins=margin)
     for warning in oversized_budgets(device or ()):
         screen.warn(warning)
     origins: tuple[str, ...] = ()
     if measure:
-        offered = measured(offered, screen, model=model, host=host, dtype=dtype, threads=threads, is_kept=probe)
+        what = Measurement(model, host=host, dtype=dtype, weights=weights, threads=threads)
+        offered = measured(offered, what, screen, is_kept=probe)
     elif probe and cluster is None:
         known = ask.known_of(offered, None, speed="auto", screen=screen)
         offered, origins = known.cluster, known.origins
@@ -103,19 +119,22 @@ def devices_command(
         screen.show(links)
     described = ["--cluster", str(output or cluster)] if output or cluster else []
     described += [word for name in device or () for word in ("--device", name)] if not described else []
+    described += ["--weights", weights] if weights else []
     screen.next_step(shlex.join(["llamaplan", "solve", model or "MODEL", *described, "-o", "plan.json"]))
 
 
-def measured(
-    cluster: "Cluster",
-    screen: Output,
-    *,
-    model: str | None,
-    host: str | None,
-    dtype: str | None,
-    threads: int | None,
-    is_kept: bool,
-) -> "Cluster":
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What is timed, as it was asked for."""
+
+    model: str | None
+    host: str | None
+    dtype: str | None
+    weights: "AnyWidth | None"
+    threads: int | None
+
+
+def measured(cluster: "Cluster", what: Measurement, screen: Output, *, is_kept: bool) -> "Cluster":
     """Time the devices of this machine and return the cluster with their curves.
 
     They are remembered for this machine and model shape, unless the threads are not those that a run would have.
@@ -124,27 +143,33 @@ def measured(
     from planner.measure.known import remember_measurement
     from planner.model.find import find_model
     from planner.model.profile import build_profile
+    from planner.model.widths import measured_as
     from planner.model.workloads import parse_dtype
     from plans.checkpoint.folder import open_checkpoint
     from plans.checkpoint.units import require_full
 
-    chosen = parse_dtype(dtype)
-    checkpoint = open_checkpoint(find_model(model)) if model is not None else None
+    dtype = parse_dtype(what.dtype)
+    checkpoint = open_checkpoint(find_model(what.model)) if what.model is not None else None
     if checkpoint is not None and checkpoint.has_weights:
         require_full(checkpoint)
+    plain = None if checkpoint is None else build_profile(checkpoint, dtype=dtype)
+    widths: tuple[Packed | None, ...] = (None,)
+    if checkpoint is not None and plain is not None:
+        widths = measured_as(checkpoint, plain, weights=what.weights)
+        ask.warn_of_unpacked(checkpoint, next((w.choice for w in widths if w is not None), None), screen)
     with screen.progress() as bar:
         found = measure_cluster(
             cluster,
             checkpoint=checkpoint,
-            dtype=chosen,
-            host=host,
-            threads=threads,
+            dtype=dtype,
+            widths=widths,
+            host=what.host,
+            threads=what.threads,
             progress=lambda what, done, total: bar(done, total, what=what),
         )
     for warning in found.warnings:
         screen.warn(warning)
     screen.note(f"timed {', '.join(found.measured)}")
-    is_kept = is_kept and threads is None and checkpoint is not None
-    if checkpoint is not None and is_kept and remember_measurement(found, build_profile(checkpoint, dtype=chosen)):
+    if plain is not None and is_kept and what.threads is None and remember_measurement(found, plain):
         screen.note("remembered: solve uses these times on this machine; --no-probe plans without")
     return found.cluster

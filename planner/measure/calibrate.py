@@ -12,7 +12,7 @@ factor; beyond that point they grow as the roofline does.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ from plans.workload import Workload
 
 PREFILL_FLOOR = 0.01
 """A prefill that leaves less than this share for its layers is noise."""
+TABLES = ("decode_seconds_per_layer", "prefill_seconds_per_layer", "embedding_seconds", "head_seconds")
+"""Of a device's timings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,23 +143,30 @@ def _corrected(model: CostModel, drift: StageDrift) -> Device:
     left = max(drift.measured_prefill_seconds - end_seconds, PREFILL_FLOOR * drift.measured_prefill_seconds)
     prefill_factor = left / layers_seconds if layers_seconds > 0 else factor
     known = _known_curves(device, profile)
-    known += _point_curves(model, device, work, without={timings.weights for timings in known})
+    known += _point_curves(model, device, work, known=known)
     return device.model_copy(
         update={"timings": tuple(_scaled(t, decode=factor, prefill=prefill_factor) for t in known)}
     )
 
 
 def _known_curves(device: Device, profile: ModelProfile) -> tuple[Timings, ...]:
-    shape = profile.layers[0].shapes_sha256
-    return tuple(t for t in device.timings if t.dtype == profile.dtype and t.profile in ("*", shape))
+    shapes = {"*"} | {layer.shapes_sha256 for layer in profile.layers}
+    return tuple(t for t in device.timings if t.dtype == profile.dtype and t.profile in shapes)
 
 
-def _point_curves(
-    model: CostModel, device: Device, work: Workload, *, without: Collection[PackedName | None]
-) -> tuple[Timings, ...]:
-    """The roofline at the run's own point, as curves of that one point: a table for each way weights are stored."""
-    stored = dict.fromkeys(unit.weights for unit in model.profile.units)
-    return tuple(_point_curve(model, device.name, work, weights) for weights in stored if weights not in without)
+def _point_curves(model: CostModel, device: Device, work: Workload, *, known: Sequence[Timings]) -> tuple[Timings, ...]:
+    """The roofline at the run's own point, as curves of that one point, for each way weights are stored.
+
+    Only tables that nobody measured: layers may be known, and a head that is stored otherwise not.
+    """
+    found = []
+    for weights in dict.fromkeys(unit.weights for unit in model.profile.units):
+        point = _point_curve(model, device.name, work, weights)
+        same = [timings for timings in known if timings.weights == weights]
+        present = {table: () for table in TABLES if any(getattr(timings, table) for timings in same)}
+        point = point.model_copy(update=present)
+        found += [point] if any(getattr(point, table) for table in TABLES) else []
+    return tuple(found)
 
 
 def _point_curve(model: CostModel, device: str, work: Workload, weights: PackedName | None) -> Timings:

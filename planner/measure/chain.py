@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -96,9 +96,7 @@ def short_chain(
         device: a device of this machine.
         path: how to compute; `fast` means as `llamarun --speed auto` does, which may be `reference` after all.
     """
-    raw = copy.deepcopy(dict(checkpoint.config.raw))
-    raw |= {key: raw[key][:num_layers] for key in PER_LAYER_KEYS if raw.get(key) is not None}
-    config = parse_model_config(raw | {"num_hidden_layers": num_layers})
+    config = parse_model_config(first_layers_config(checkpoint.config, num_layers))
     tensors: TensorSource = (
         FirstLayers(checkpoint, num_layers=num_layers)
         if checkpoint.has_weights
@@ -113,6 +111,13 @@ def short_chain(
         chain = load_chain(config, stages, tensors, dtype=dtype)
         set_speed(chain, "auto" if path == "fast" else "reference")
     return chain
+
+
+def first_layers_config(config: ModelConfig, num_layers: int) -> dict[str, Any]:
+    """Return what `config.json` says of a model of the first layers."""
+    raw = copy.deepcopy(dict(config.raw))
+    raw |= {key: raw[key][:num_layers] for key in PER_LAYER_KEYS if raw.get(key) is not None}
+    return raw | {"num_hidden_layers": num_layers}
 
 
 def _is_tied_head(config: ModelConfig, name: str) -> bool:

@@ -1,7 +1,7 @@
 """A cluster with measured devices: which of them are on this machine, what is timed on each, and where it is kept."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count, permutations
 from typing import TYPE_CHECKING, Any
 
@@ -9,15 +9,17 @@ from planner.devices.machine import Machine, inspect_machine
 from planner.measure.points import Points, choose_points, default_checkpoint, last_cache_bytes
 from planner.measure.process import Footprint, Request, measure_footprint
 from planner.model.profile import build_profile
+from planner.model.widths import Packed
 from plans.checkpoint.units import Checkpoint
 from plans.cluster import Cluster, Device, Host, Link, Timings
 from plans.dtypes import DtypeName
 from plans.errors import UsageError
-from plans.profile import ModelProfile
+from plans.profile import ModelProfile, PackedName
 
 if TYPE_CHECKING:
     from planner.measure.layers import Measured
     from planner.measure.process import PathName
+    from planner.measure.stand_in import Subject
 from statistics import median
 
 from planner.timing.roofline import Work, bytes_read, flops
@@ -86,6 +88,7 @@ def measure_cluster(
     *,
     checkpoint: Checkpoint | None,
     dtype: DtypeName | None = None,
+    widths: Sequence[Packed | None] = (None,),
     host: str | None = None,
     threads: int | None = None,
     progress: Progress = lambda _what, _done, _total: None,
@@ -97,6 +100,7 @@ def measure_cluster(
         checkpoint: the shape to time, with real weights if it has them; None for a built-in one, which then only
             replaces the devices' stated rates.
         dtype: what to compute in; None for the stored one.
+        widths: of the layers that are timed, None for as they are stored; others are timed with random weights.
         host: which of several hosts this machine is.
         threads: CPU threads; None for the default of torch.
         progress: told how far it is.
@@ -107,6 +111,7 @@ def measure_cluster(
         InputError: the runtime does not run this family.
     """
     from planner.measure.layers import cpu_threads
+    from planner.measure.stand_in import subjects_of
 
     machine = inspect_machine()
     here = devices_here(cluster, machine, host=host)
@@ -114,18 +119,16 @@ def measure_cluster(
     profile = build_profile(subject, dtype=dtype)
     num_threads = cpu_threads(threads)
     measured = _Results(cluster)
+    subjects = [found for width in widths for found in subjects_of(subject, profile, width)]
     kinds = dict.fromkeys(plain_name(device.name) for device in here)
     for kind in kinds:
         same = [device for device in here if plain_name(device.name) == kind]
-        cache = last_cache_bytes() if kind == "cpu" else 0
-        points = choose_points(profile, same[0], free_bytes=machine.free_bytes[kind], cache_bytes=cache)
-        timed = _time_device(subject, profile, kind, points, progress)
-        used = _footprint(subject, profile, kind, points, num_threads, progress)
-        is_any = checkpoint is None
-        measured.add(
-            same, timings=[found.timings for found in timed], footprint=used, profile=profile, is_any_shape=is_any
-        )
-        if any(found.is_disturbed for found in timed):
+        times = [
+            _measure_kind(one, same[0], machine.free_bytes[kind], threads=num_threads, progress=progress)
+            for one in subjects
+        ]
+        measured.add(same, times, shape=profile if checkpoint is None else None)
+        if any(found.is_disturbed for found in times):
             measured.warn(f"other programs were busy while {kind} was timed; measure again when they are not")
     measured.add_links(_hop_links(here, progress))
     return measured.result(tuple(device.name for device in here))
@@ -163,15 +166,51 @@ def plain_name(name: str) -> str:
     return name.rsplit("/", 1)[-1].split("#", 1)[0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """What was found of one subject on one kind of device."""
+
+    timings: tuple[Timings, ...]
+    footprint: Footprint
+    is_disturbed: bool
+
+
+def _measure_kind(subject: "Subject", device: Device, free_bytes: int, *, threads: int, progress: Progress) -> _Times:
+    """Time a subject on a device of this machine, and what a process needs for it."""
+    kind = plain_name(device.name)
+    cache = last_cache_bytes() if kind == "cpu" else 0
+    points = choose_points(subject.profile, device, free_bytes=free_bytes, cache_bytes=cache)
+    progress(_what(subject.profile, kind, ""), 0, 1)
+    with subject.opened(points.num_layers) as checkpoint:
+        timed = _time_device(checkpoint, subject.profile, kind, points, progress)
+        used = _footprint(checkpoint, subject.profile, kind, points, threads, progress)
+    timings = tuple(timings for found in timed for timings in found.timings)
+    return _Times(timings, used, any(found.is_disturbed for found in timed))
+
+
+def _what(profile: ModelProfile, name: str, path: str) -> str:
+    stored = profile.layers[0].weights
+    layers = f"{profile.model.name} in {stored}" if stored is not None else profile.model.name
+    return f"timing {layers} on {name}" + (f", {path} path" if path else "")
+
+
 def _time_device(
     checkpoint: Checkpoint, profile: ModelProfile, name: str, points: Points, progress: Progress
 ) -> "list[Measured]":
-    """Time the reference path, and the fast one where it serves."""
+    """Time the reference path, and the fast one where it serves.
+
+    Of packed layers the reference path is timed only where nothing else serves, and then a single layer: it is there
+    for comparisons, and takes seconds for a step of a large model.
+    """
     from planner.measure.layers import measure_device, num_visits
 
-    found = []
-    for path in PATHS:
-        what, counter, total = f"timing {profile.model.name} on {name}, {path} path", count(1), num_visits(points)
+    is_packed, found = profile.layers[0].weights is not None, list["Measured"]()
+    for path in reversed(PATHS) if is_packed else PATHS:
+        if is_packed and found:
+            break
+        if is_packed and path == "reference" and name == "cpu":
+            points = replace(points, num_layers=1, num_prefill_layers=1)
+        what, counter, total = _what(profile, name, path), count(1), num_visits(points)
         progress(what, 0, total)
 
         def step(what: str = what, counter: "count[int]" = counter, total: int = total) -> None:
@@ -217,26 +256,22 @@ class _Results:
     def warn(self, text: str) -> None:
         self._warnings.append(text)
 
-    def add(
-        self,
-        devices: list[Device],
-        *,
-        timings: list[Timings],
-        footprint: Footprint,
-        profile: ModelProfile,
-        is_any_shape: bool,
-    ) -> None:
+    def add(self, devices: list[Device], times: Sequence[_Times], *, shape: ModelProfile | None) -> None:
+        """Take what was found; with a `shape` that stands for any, only its rates. What needs most memory counts."""
+        timings = [timings for found in times for timings in found.timings]
+        process_bytes = max(found.footprint.process_bytes for found in times)
         for device in devices:
             changed = (
-                with_measured_rates(device, timings[-1], profile=profile)
-                if is_any_shape
+                with_measured_rates(device, timings[-1], profile=shape)
+                if shape is not None
                 else device.model_copy(update={"timings": replace_timings(device.timings, timings)})
             )
             if device.kind == "cpu":
-                self._process_bytes[device.host] = footprint.process_bytes
+                self._process_bytes[device.host] = process_bytes
             else:
-                self._process_bytes.setdefault(device.host, footprint.process_bytes)
-                changed = changed.model_copy(update={"fixed_overhead_bytes": footprint.device_bytes})
+                self._process_bytes.setdefault(device.host, process_bytes)
+                fixed = max(found.footprint.device_bytes for found in times)
+                changed = changed.model_copy(update={"fixed_overhead_bytes": fixed})
             self._devices[device.name] = changed
 
     def add_links(self, links: Iterator[Link]) -> None:
@@ -267,11 +302,30 @@ def make_link(from_name: str, to_name: str, *, latency_seconds: float, bandwidth
     return Link(**ends, latency_seconds=latency_seconds, bandwidth_bytes_per_second=bandwidth_bytes_per_second)
 
 
-def replace_timings(known: tuple[Timings, ...], new: list[Timings]) -> tuple[Timings, ...]:
-    """Return timings with new ones in place of all of the same shape and dtype."""
-    replaced = {(timings.profile, timings.dtype) for timings in new}
-    kept = [timings for timings in known if (timings.profile, timings.dtype) not in replaced]
-    return tuple(sorted([*kept, *new], key=lambda timings: (timings.profile, timings.dtype, timings.path)))
+def replace_timings(known: tuple[Timings, ...], new: Sequence[Timings]) -> tuple[Timings, ...]:
+    """Return timings with new ones in place of all of the same shape, dtype and weights.
+
+    New ones without layers (the ends of a chain whose layers are stored otherwise) leave layers where they are, and
+    ends that were timed with these layers.
+    """
+
+    def what(timings: Timings) -> tuple[str, DtypeName, PackedName | None]:
+        return timings.profile, timings.dtype, timings.weights
+
+    replaced = {what(timings) for timings in new if timings.decode_seconds_per_layer}
+    found = {(*what(timings), timings.path): timings for timings in known if what(timings) not in replaced}
+    for timings in sorted(new, key=lambda timings: not timings.decode_seconds_per_layer):
+        place = (*what(timings), timings.path)
+        found[place] = _beside(found[place], timings) if place in found else timings
+    return tuple(sorted(found.values(), key=lambda t: (t.profile, t.dtype, t.path, t.weights or "")))
+
+
+def _beside(known: Timings, ends: Timings) -> Timings:
+    """Return timings with the ends of others; where they hold layers, with those that they lack themselves."""
+    names = ("embedding_seconds", "head_seconds")
+    has_layers = bool(known.decode_seconds_per_layer)
+    taken = (name for name in names if getattr(ends, name) and not (has_layers and getattr(known, name)))
+    return known.model_copy(update={name: getattr(ends, name) for name in taken})
 
 
 def merge_links(known: tuple[Link, ...], new: list[Link]) -> tuple[Link, ...]:

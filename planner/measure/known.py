@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,7 @@ from planner.measure.look import Look, look_in_a_process
 from plans.cluster import Cluster, Device, Link, Name, Timings
 from plans.commands.user_cache import keep, recall
 from plans.dtypes import DtypeName
-from plans.profile import ModelProfile
+from plans.profile import ModelProfile, PackedName
 from plans.reading.sizes import ByteSize
 from plans.reading.strict import SchemaVersion, StrictModel
 
@@ -99,12 +99,19 @@ def fingerprint() -> Fingerprint:
     )
 
 
-def with_known(cluster: Cluster, *, profile: ModelProfile | None = None, speed: str = "auto") -> Known:
+def with_known(
+    cluster: Cluster,
+    *,
+    profile: ModelProfile | None = None,
+    widths: Collection[PackedName | None] = (),
+    speed: str = "auto",
+) -> Known:
     """Return the cluster with the rates and curves that are known of this machine; looks at it if nobody has yet.
 
     Args:
         cluster: devices of this machine, and perhaps some of the catalogue; never a cluster file's.
         profile: the model to plan for: measured curves of its layers and dtype count before the look.
+        widths: how its layers may be stored besides; the look says what is not measured.
         speed: as `planner.devices.clusters.for_speed`; which path's share of the machine's rates is reached.
     """
     machine = fingerprint()
@@ -112,15 +119,20 @@ def with_known(cluster: Cluster, *, profile: ModelProfile | None = None, speed: 
     kept = None if profile is None else _recall_measurement(machine, profile)
     here = {plain_name(device.name) for device in cluster.devices}
     measured = sorted(here & set(_names(kept))) if kept is not None else []
+    wanted = set(widths) | ({layer.weights for layer in profile.layers} if profile is not None else set())
+    is_timed = False
     if kept is not None and measured:
         cluster = _with_measurement(cluster, kept)
-        if CPU in measured and profile is not None:
-            cluster = _with_bus(cluster, _measured_read_rate(cluster, profile, speed))
-        origins = (f"times of {', '.join(measured)}: measured here on {kept.day}; --no-probe plans without",)
-    if CPU not in here or CPU in measured:
+        timed = _timed_widths(kept)
+        is_timed = CPU in measured and wanted <= timed
+        what = ", ".join(measured) + (f" ({', '.join(_width_names(timed, kept))})" if timed != {None} else "")
+        origins = (f"times of {what}: measured here on {kept.day}; --no-probe plans without",)
+    if CPU not in here:
         return Known(cluster, origins)
-    seen = _with_look(cluster, machine, speed)
-    return replace(seen, origins=(*origins, *seen.origins))
+    seen = Known(cluster) if is_timed else _with_look(cluster, machine, speed)
+    rate = _measured_read_rate(cluster, profile, speed) if CPU in measured and profile is not None else None
+    counted = seen.cluster if rate is None else _with_bus(seen.cluster, rate)
+    return replace(seen, cluster=counted, origins=(*origins, *seen.origins))
 
 
 def remember_measurement(found: MeasuredCluster, profile: ModelProfile) -> bool:
@@ -128,21 +140,40 @@ def remember_measurement(found: MeasuredCluster, profile: ModelProfile) -> bool:
     devices = {plain_name(name): found.cluster.device(name) for name in reversed(found.measured)}
     host = found.cluster.host_of(next(iter(devices.values())))
     machine, shape = fingerprint(), profile.layers[0].shapes_sha256
+    before = _recall_measurement(machine, profile)
+    timed = {device.name: device.timings for device in before.devices} if before is not None else {}
     kept = KeptMeasurement(
         machine=machine,
         day=_today(),
         shape=shape,
         dtype=profile.dtype,
         process_overhead_bytes=host.process_overhead_bytes,
-        devices=tuple(_kept_device(name, device, shape, profile.dtype) for name, device in sorted(devices.items())),
+        devices=tuple(
+            _kept_device(name, device, profile, before=timed.get(name, ())) for name, device in sorted(devices.items())
+        ),
         links=tuple(_plain_links(found)),
     )
     return keep(_measurement_name(machine, shape, profile.dtype), kept)
 
 
-def _kept_device(name: str, device: Device, shape: str, dtype: DtypeName) -> KeptDevice:
-    timings = tuple(t for t in device.timings if (t.profile, t.dtype) == (shape, dtype))
-    return KeptDevice(name=name, timings=timings, fixed_overhead_bytes=device.fixed_overhead_bytes)
+def _kept_device(name: str, device: Device, profile: ModelProfile, *, before: tuple[Timings, ...]) -> KeptDevice:
+    """What was measured now, and in other widths before."""
+    shapes = {layer.shapes_sha256 for layer in profile.layers}
+    timings = tuple(t for t in device.timings if t.profile in shapes and t.dtype == profile.dtype)
+    return KeptDevice(
+        name=name, timings=replace_timings(before, timings), fixed_overhead_bytes=device.fixed_overhead_bytes
+    )
+
+
+def _timed_widths(kept: KeptMeasurement) -> set[PackedName | None]:
+    """Return how the layers were stored whose times are known of this machine's CPU."""
+    timings = [t for device in kept.devices if device.name == CPU for t in device.timings]
+    return {t.weights for t in timings if t.decode_seconds_per_layer}
+
+
+def _width_names(widths: Collection[PackedName | None], kept: KeptMeasurement) -> list[str]:
+    """Return widths in words, the widest first."""
+    return [width or kept.dtype for width in (None, "int8", "int4") if width in widths]
 
 
 def _plain_links(found: MeasuredCluster) -> Iterator[Link]:
@@ -206,7 +237,9 @@ def _with_look(cluster: Cluster, machine: Fingerprint, speed: str) -> Known:
 def _measured_read_rate(cluster: Cluster, profile: ModelProfile, speed: str) -> float | None:
     """Return the bytes per second at which decode steps of one sequence read layers, on the path that will run."""
     known = next(d.timings for d in for_speed(cluster, speed).devices if plain_name(d.name) == CPU)
-    timings = [t for t in known if t.weights == profile.layers[0].weights]
+    layer = profile.layers[0]
+    timings = [t for t in known if (t.profile, t.weights) == (layer.shapes_sha256, layer.weights)]
+    timings = [t for t in timings if t.decode_seconds_per_layer]
     counted = min(timings, key=lambda t: t.path == "reference", default=None)
     return None if counted is None else max(read_rates(counted, profile), default=None)
 

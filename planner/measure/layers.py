@@ -18,8 +18,9 @@ from planner.measure.chain import WEIGHT_SCALE, PathName, short_chain
 from planner.measure.points import Points
 from plans.checkpoint.units import Checkpoint
 from plans.cluster import Timings
-from plans.profile import ModelProfile
+from plans.profile import ModelProfile, PackedName
 from runtime.engine.run import BareChain, generate_requests
+from runtime.fast.products import packed_layers
 from runtime.generate.clock import stage_clock
 from runtime.generate.limits import Limits
 from runtime.generate.request import Request
@@ -77,7 +78,8 @@ class Samples:
 class Measured:
     """Curves of one device, and how much other programs disturbed them."""
 
-    timings: Timings
+    timings: tuple[Timings, ...]
+    """Those of the layers first; embedding and head are apart where they are stored otherwise."""
     is_disturbed: bool
     """Whether some point was only ever timed while other programs were at work."""
 
@@ -97,15 +99,15 @@ def measure_device(
     only where there is nothing better.
 
     Args:
-        checkpoint: what `profile` was made from.
-        profile: sizes and dtype.
+        checkpoint: what `profile` was made from, or a stand-in (`planner.measure.stand_in`).
+        profile: sizes and dtype; all layers are stored in one way.
         device: a device of this machine, as a plan names it.
         points: from `planner.measure.points.choose_points`.
         path: which path to time.
         progress: called `num_visits(points)` times.
 
     Returns:
-        None if `path` is fast and the reference path would serve every step here.
+        None if `path` is fast and no native code would serve any step here.
 
     Raises:
         MachineError: memory ran out, or the device is not here.
@@ -115,7 +117,7 @@ def measure_device(
         short_chain(checkpoint, num_layers=num_layers, dtype=profile.dtype, device=device, path=path)
         for num_layers in (points.num_layers, points.num_prefill_layers)
     )
-    if path == "fast" and chain.fast is None:
+    if path == "fast" and not _is_native(chain):
         return None
     calm, disturbed = Samples(), Samples()
     with memory_faults("timing layers"):
@@ -124,6 +126,11 @@ def measure_device(
         for _ in range(ROUNDS):
             _visit_all(_visits(chain, reader, points), calm, disturbed, progress)
     return _result(calm, disturbed, chain, profile, path=path)
+
+
+def _is_native(chain: Chain) -> bool:
+    """Whether kernels serve, or packed layers inside of transformers' code are multiplied natively."""
+    return chain.fast is not None or any(layer.product is not None for layer in packed_layers([chain]))
 
 
 def _visit_all(visits: Iterable[Visit], calm: Samples, disturbed: Samples, progress: Progress) -> None:
@@ -242,17 +249,21 @@ def _result(calm: Samples, disturbed: Samples, chain: Chain, profile: ModelProfi
     pairs = list(zip(calm.tables(), disturbed.tables(), strict=True))
     is_disturbed = any(point not in best for best, other in pairs for point in other)
     decode, prefill, embedding, head = (_rows(other | best) for best, other in pairs)
-    timings = Timings(
-        profile=profile.layers[0].shapes_sha256,
-        dtype=profile.dtype,
-        path=path,
-        threads=torch.get_num_threads() if chain.stage_devices[0].type == "cpu" else 0,
-        decode_seconds_per_layer=decode,
-        prefill_seconds_per_layer=prefill,
-        embedding_seconds=embedding,
-        head_seconds=head,
+    tables: dict[PackedName | None, dict[str, Any]] = {}
+    for unit, name, rows in (
+        (profile.layers[0], "decode_seconds_per_layer", decode),
+        (profile.layers[0], "prefill_seconds_per_layer", prefill),
+        (profile.embedding, "embedding_seconds", embedding),
+        (profile.head, "head_seconds", head),
+    ):
+        tables.setdefault(unit.weights, {})[name] = rows
+    threads = torch.get_num_threads() if chain.stage_devices[0].type == "cpu" else 0
+    shape = profile.layers[0].shapes_sha256
+    timings = (
+        Timings(profile=shape, dtype=profile.dtype, weights=weights, path=path, threads=threads, **found)
+        for weights, found in tables.items()
     )
-    return Measured(timings, is_disturbed)
+    return Measured(tuple(timings), is_disturbed)
 
 
 def _rows(table: dict[Point, list[float]]) -> tuple[Any, ...]:

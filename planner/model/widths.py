@@ -89,6 +89,18 @@ def as_asked(
     return None
 
 
+def measured_as(checkpoint: Checkpoint, plain: ModelProfile, *, weights: Asked | None) -> tuple[Packed | None, ...]:
+    """Return the widths whose layers are to be timed, None for as they are stored; `auto` means all of them.
+
+    Raises:
+        UsageError: (E-WEIGHTS) it cannot be packed.
+    """
+    if weights != "auto":
+        return (as_asked(checkpoint, plain, weights=weights),)
+    check_packable(checkpoint, dtype=plain.dtype, asked="--weights auto")
+    return (None, *(uniform(checkpoint, plain, width) for width in BITS))
+
+
 def narrower_than(
     checkpoint: Checkpoint, plain: ModelProfile, choice: WeightChoice | None, *, head: HeadWidth | None = None
 ) -> tuple[Packed, ...]:

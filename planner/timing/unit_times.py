@@ -125,6 +125,21 @@ class UnitTimes:
         return ()
 
 
+def unmeasured_widths(device: Device, profiles: Sequence[ModelProfile]) -> tuple[set[str], set[str]]:
+    """Return how layers are stored that were timed on a device, and how others are whose times are estimates.
+
+    Args:
+        device: any.
+        profiles: a model in all widths that are asked about.
+    """
+    shapes = {"*"} | {layer.shapes_sha256 for profile in profiles for layer in profile.layers}
+    dtype = profiles[0].dtype
+    fitting = (t for t in device.timings if t.dtype == dtype and t.profile in shapes and t.decode_seconds_per_layer)
+    timed: set[str] = {timings.weights or dtype for timings in fitting}
+    wanted: set[str] = {layer.weights or dtype for profile in profiles for layer in profile.layers}
+    return timed, wanted - timed
+
+
 def _matching_timings(device: Device, profile: ModelProfile, workload: Workload) -> tuple[Timings, ...]:
     """Timings for a layer of this model before those for any model, the fast path's before the reference path's."""
     hashes = {layer.shapes_sha256 for layer in profile.layers}

@@ -14,7 +14,7 @@ from planner.measure.look import Look, look_in_a_process
 from planner.model.profile import build_profile
 from plans.checkpoint.folder import open_checkpoint
 from plans.cluster import Cluster, Timings
-from plans.profile import ModelProfile
+from plans.profile import ModelProfile, PackedName
 from tests.conftest import RunCommand
 
 LOOK = Look(
@@ -154,10 +154,13 @@ def test_devices_and_solve_say_where_the_rates_are_from(shipped: Path, run_comma
     assert DAY in json.loads(as_data.out)["origins"][0]
 
 
-def measurement(profile: ModelProfile, *, devices: list[str], seconds: float = 0.001) -> MeasuredCluster:
+def measurement(
+    profile: ModelProfile, *, devices: list[str], seconds: float = 0.001, weights: PackedName | None = None
+) -> MeasuredCluster:
     timings = Timings(
         profile=profile.layers[0].shapes_sha256,
         dtype=profile.dtype,
+        weights=weights,
         decode_seconds_per_layer=((16, 1, seconds),),
         prefill_seconds_per_layer=((16, 0, 1, seconds),),
         embedding_seconds=((1, seconds),),
@@ -185,6 +188,20 @@ def test_a_measurement_holds_for_its_shape_and_dtype_alone(profile: ModelProfile
     other = build_profile(open_checkpoint(shipped), dtype="bf16")
     assert known.with_known(load_cluster(), profile=other).cluster.device("cpu").timings == ()
     assert looks.count == 1
+
+
+def test_widths_are_remembered_beside_each_other(profile: ModelProfile, looks: Looks) -> None:
+    """Of what was not measured the look says how fast it will be."""
+    known.remember_measurement(measurement(profile, devices=["cpu=1GiB"]), profile)
+    known.remember_measurement(measurement(profile, devices=["cpu=1GiB"], weights="int4"), profile)
+    found = known.with_known(load_cluster(), profile=profile, widths=["int4"])
+    assert {t.weights for t in found.cluster.device("cpu").timings} == {None, "int4"}
+    assert found.origins == (f"times of cpu (fp32, int4): measured here on {DAY}; --no-probe plans without",)
+    assert looks.count == 0
+    more = known.with_known(load_cluster(), profile=profile, widths=["int4", "int8"])
+    assert more.cluster.device("cpu").timings == found.cluster.device("cpu").timings
+    assert (looks.count, rates(more.cluster)[0]) == (1, 0.93 * 30e9)
+    assert [line.split(":")[0] for line in more.origins] == ["times of cpu (fp32, int4)", "rates of cpu"]
 
 
 def test_several_cpu_devices_share_what_this_machine_reads(profile: ModelProfile, shipped: Path) -> None:
