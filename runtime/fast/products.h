@@ -1,7 +1,8 @@
 /* One packed layer at a time: what transformers' layers call for prompts, and families without kernels for all.
  *
  * Few rows are multiplied as in a step. More meet weights that are unpacked, to the numbers of `PackedLinear` to the bit:
- * on processors with matrix tiles (AMX) a panel at a time into the processor's own memory, elsewhere by the caller.
+ * on processors with matrix tiles (AMX) a panel at a time into the processor's own memory, elsewhere by the caller, who
+ * asks for as many at a time as the processor's cache holds.
  */
 #if LANES == 16 && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define HAS_TILES
@@ -38,7 +39,39 @@ INLINE void unpack_group(int dtype, int bits, const uint8_t *at, float scale, ch
     }
 }
 
-#if defined(HAS_TILES)
+#if defined(__SSSE3__)
+typedef __m128i sixteen;
+#define LOOK_UP(table, places) _mm_shuffle_epi8(table, places)
+#define INTERLEAVED_LOW(a, b) _mm_unpacklo_epi8(a, b)
+#define INTERLEAVED_HIGH(a, b) _mm_unpackhi_epi8(a, b)
+#define FOUR_BITS(bytes, shift) _mm_and_si128(_mm_srli_epi16(bytes, shift), _mm_set1_epi8(15))
+#elif defined(__aarch64__)
+typedef uint8x16_t sixteen;
+#define LOOK_UP(table, places) vqtbl1q_u8(table, places)
+#define INTERLEAVED_LOW(a, b) vzip1q_u8(a, b)
+#define INTERLEAVED_HIGH(a, b) vzip2q_u8(a, b)
+#define FOUR_BITS(bytes, shift) vandq_u8(vreinterpretq_u8_u16(vshlq_u16(vreinterpretq_u16_u8(bytes), vdupq_n_s16(-(shift)))), vdupq_n_u8(15))
+#endif
+
+#if defined(LOOK_UP)
+/* 32 numbers of 4 bits that share a scale are 16 numbers of 16 bits, whose bytes are looked up. */
+INLINE void look_up_group(int dtype, const uint8_t *at, float scale, char *to) {
+    uint8_t numbers[32], tables[2][16];
+    sixteen bytes, low, high;
+    for (int i = 0; i < 16; i++) write_at(dtype, numbers, i, rounded(dtype, (i - 8) * scale));
+    for (int i = 0; i < 16; i++) tables[0][i] = numbers[2 * i], tables[1][i] = numbers[2 * i + 1];
+    memcpy(&low, tables[0], 16), memcpy(&high, tables[1], 16), memcpy(&bytes, at, 16);
+    sixteen even = FOUR_BITS(bytes, 0), odd = FOUR_BITS(bytes, 4);
+    const sixteen places[2] = {INTERLEAVED_LOW(even, odd), INTERLEAVED_HIGH(even, odd)};
+    for (int i = 0; i < 2; i++) {
+        sixteen first = LOOK_UP(low, places[i]), second = LOOK_UP(high, places[i]);
+        const sixteen found[2] = {INTERLEAVED_LOW(first, second), INTERLEAVED_HIGH(first, second)};
+        memcpy(to + 32 * i, found, sizeof found);
+    }
+}
+#endif
+
+#if LANES == 16 && defined(__AVX512BF16__)
 /* The same with the processor's own rounding. Of int4: the 16 numbers that the scale makes, looked up; a number's place
  * in the table is in the low bits of a 16-bit word, whose fifth bit does not matter as the table comes twice. */
 INLINE void unpack_group_fast(int bits, const uint8_t *at, float scale, char *to) {
@@ -66,9 +99,15 @@ INLINE void unpack_row_of(int dtype, int bits, const Product *p, size_t row, cha
     const char *scales = (const char *)l->scale + row * (p->columns / l->group) * size_of(dtype);
     for (size_t k = 0; k < (size_t)p->columns; k += GROUP, at += GROUP * bits / 8, to += GROUP * size_of(dtype)) {
         float scale = read_at(dtype, scales, k / l->group);
-#if defined(HAS_TILES)
+#if LANES == 16 && defined(__AVX512BF16__)
         if (dtype == BF16) {
             unpack_group_fast(bits, at, scale, to);
+            continue;
+        }
+#endif
+#if defined(LOOK_UP)
+        if (dtype != F32 && bits == 4) {
+            look_up_group(dtype, at, scale, to);
             continue;
         }
 #endif

@@ -1,8 +1,8 @@
 """Packed layers inside transformers' modules, multiplied natively: prompts, and families that have no kernels.
 
 Up to MAX_ROWS rows are computed as the kernels' steps are. More rows meet weights that are unpacked to the numbers of
-the reference path: in bf16 on matrix tiles where the processor has them, else by torch on weights that exist for a
-moment.
+the reference path: in bf16 on matrix tiles where the processor has them, else by torch, as many of them at a time as stay
+in the processor's cache.
 
 Shapes: R rows, O outputs, I inputs.
 """
@@ -18,6 +18,9 @@ from runtime.reading.packed import PackedLinear
 
 PACKED_COLUMNS = 32
 """Packed weights are multiplied by so many columns at a time, which must share a scale."""
+
+BLOCK_WEIGHTS = 1 << 21
+"""So many are unpacked at a time: 4 MiB in bf16."""
 
 
 class Products:
@@ -37,7 +40,7 @@ class Products:
             return None
         rows = inputs.reshape(-1, layer.in_features).contiguous()
         if len(rows) > MAX_ROWS and not (self._library.has_tiles and rows.dtype == torch.bfloat16):
-            return functional.linear(inputs, self.unpack(layer), layer.bias)
+            return self._by_blocks(layer, rows).view(*inputs.shape[:-1], layer.out_features)
         found = rows.new_empty(len(rows), layer.out_features)
         if len(rows):
             product = self._product(layer, found)
@@ -48,20 +51,32 @@ class Products:
     def __deepcopy__(self, _memo: object) -> "Products":
         return self
 
-    def unpack(self, layer: PackedLinear) -> torch.Tensor:
-        """Return the weights [O, I], as `PackedLinear.unpack` does."""
-        weight = torch.empty(layer.out_features, layer.in_features, dtype=layer.weight_scale.dtype)
-        self._library.unpack_weights(self._product(layer, weight))
+    def unpack(self, layer: PackedLinear, *, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Return the weights [O, I], as `PackedLinear.unpack` does; or so many rows of them from `first` on."""
+        num_rows = layer.out_features if count is None else count
+        weight = torch.empty(num_rows, layer.in_features, dtype=layer.weight_scale.dtype)
+        self._library.unpack_weights(self._product(layer, weight, first=first, count=num_rows))
         return weight
 
-    def _product(self, layer: PackedLinear, result: torch.Tensor) -> Product:
+    def _by_blocks(self, layer: PackedLinear, rows: torch.Tensor) -> torch.Tensor:
+        found = rows.new_empty(len(rows), layer.out_features)
+        size = max(BLOCK_WEIGHTS // layer.in_features, 1)
+        for first in range(0, layer.out_features, size):
+            weight = self.unpack(layer, first=first, count=min(size, layer.out_features - first))
+            bias = None if layer.bias is None else layer.bias[first : first + len(weight)]
+            found[:, first : first + len(weight)] = functional.linear(rows, weight, bias)
+        return found
+
+    def _product(
+        self, layer: PackedLinear, result: torch.Tensor, *, first: int = 0, count: int | None = None
+    ) -> Product:
         return Product(
             openmp=self._library.openmp_address,
             threads=torch.get_num_threads(),
             dtype=DTYPES[result.dtype],
             columns=layer.in_features,
-            outputs=layer.out_features,
-            weight=packed_addresses(layer),
+            outputs=layer.out_features if count is None else count,
+            weight=packed_addresses(layer, first=first),
             result=result.data_ptr(),
         )
 
