@@ -5,7 +5,7 @@ answers - whose answers are asked for one by one before. Then between 1 and 32 a
 them leaves: at once, while it waits or is read, or in the middle of its stream. Text, reasons and numbers of tokens are
 compared, and the beginning where somebody left. Resident memory is that of all processes of the server.
 
-Run: python -m benchmarks soak       (or python -m benchmarks.bench_soak --num 500 --processes 1)
+Run: python -m benchmarks soak       (or python -m benchmarks.bench_soak --num 500 --processes 1 -- --reuse)
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--num", type=int, default=NUM_REQUESTS)
     parser.add_argument("--processes", type=int, choices=(1, 2))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("serve_options", nargs="*", help="further options of llamarun serve, after --")
+    parser.add_argument("serve_options", nargs="*", default=["--no-reuse"], help="of llamarun serve, after --")
     options = parser.parse_args(arguments)
     for count in (1, 2) if options.processes is None else (options.processes,):
         run(options.num, processes=count, seed=options.seed, serve_options=options.serve_options)
