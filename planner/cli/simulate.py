@@ -43,6 +43,13 @@ PlacesOption = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
+SlotsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--slots", metavar="N", min=1, max=65536, show_default=False,
+        help="As 'llamarun serve --slots N': sequences that share steps, instead of --in-flight batches.",
+    ),
+]  # fmt: skip
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**64 - 1, help="Of arrivals by chance.")]
 TraceOption = Annotated[
     Path | None,
@@ -73,6 +80,7 @@ def simulate_command(
     *,
     coming: ArrivalOptions,
     in_flight: PlacesOption = None,
+    slots: SlotsOption = None,
     trace: TraceOption = None,
     printed: ScreenOptions,
 ) -> None:
@@ -83,6 +91,7 @@ def simulate_command(
     from planner.show import serving as show_serving
     from planner.simulate.numbers import numbers_of
     from planner.simulate.serving import simulate_requests
+    from planner.simulate.slots import simulate_slots
     from planner.simulate.trace import MAX_EVENTS, events_trace
     from plans.check import read_plan
     from plans.reading.files import write_text
@@ -92,17 +101,21 @@ def simulate_command(
     known = read_plan(plan)
     if trace is not None and trace.absolute().resolve() == plan.absolute().resolve():
         raise UsageError("--trace would overwrite the plan")
+    if slots is not None and in_flight is not None:
+        raise UsageError("--slots and --in-flight are two ways to serve", hint="give one of them")
     requests, words = _requests(known, coming)
+    most_events = MAX_EVENTS if trace is not None else 0
     with screen.spinner(f"simulating {len(requests)} requests"):
-        served = simulate_requests(
-            known, requests=requests, in_flight=in_flight, most_events=MAX_EVENTS if trace is not None else 0
-        )
+        if slots is None:
+            served = simulate_requests(known, requests=requests, in_flight=in_flight, most_events=most_events)
+        else:
+            served = simulate_slots(known, requests=requests, slots=slots, most_events=most_events)
     numbers = numbers_of(served)
     if trace is not None:
         write_text(trace, dump_json(events_trace([("requests as they arrive", served.events)])))
         screen.note(f"wrote {trace}; open it at https://ui.perfetto.dev or in chrome://tracing")
     screen.data(show_serving.as_json(numbers))
-    screen.show(show_serving.headline(known, numbers, arrivals=words))
+    screen.show(show_serving.headline(known, numbers, arrivals=words, is_batched=slots is None))
     screen.show(show_serving.spread_table(numbers))
     for line in show_serving.summary_lines(known, numbers):
         screen.show(line)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 _COLUMNS = ("mean", "p50", "p90", "p99", "max")
 
 
-def headline(plan: Plan, numbers: ServingNumbers, *, arrivals: str) -> str:
-    """Return one line saying what was simulated."""
-    batch = f" of {plan.workload.batch_size} sequences each" if plan.workload.batch_size > 1 else ""
+def headline(plan: Plan, numbers: ServingNumbers, *, arrivals: str, is_batched: bool) -> str:
+    """Return one line saying what was simulated; `is_batched` if a request is a batch of the plan's size."""
+    batch = f" of {plan.workload.batch_size} sequences each" if is_batched and plan.workload.batch_size > 1 else ""
     stages = f"{len(plan.stages)} stages" if len(plan.stages) > 1 else "1 stage"
     return (
         f"{plan.profile.model.name} over {stages}, at most {numbers.in_flight} in flight: "

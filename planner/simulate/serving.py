@@ -90,8 +90,8 @@ def simulate_requests(
         InfeasibleError: so many requests in flight do not fit the plan's devices, or two devices are not connected.
     """
     allowed = in_flight or plan.workload.requests_in_flight
-    _check_room(plan, allowed)
-    _check_lengths(plan, requests)
+    check_room(plan, allowed)
+    check_lengths(plan, requests)
     return _Run(plan, requests, allowed, most_events).result()
 
 
@@ -109,16 +109,18 @@ def most_in_flight(plan: Plan) -> tuple[int, str]:
     return room(tightest), plan.stages[tightest].device
 
 
-def _check_room(plan: Plan, in_flight: int) -> None:
+def check_room(plan: Plan, in_flight: int) -> None:
+    """Require that the plan's devices have the caches of so many requests; errors as `simulate_requests`."""
     most, device = most_in_flight(plan)
     if in_flight > most:
         raise InfeasibleError(
             f"{device} holds the caches of {most} requests in this cut, not of {in_flight}",
-            hint=f"lower --in-flight, or plan for it: llamaplan solve --requests-in-flight {in_flight}",
+            hint=f"lower --in-flight or --slots, or plan for it: llamaplan solve --requests-in-flight {in_flight}",
         )
 
 
-def _check_lengths(plan: Plan, requests: Sequence[Request]) -> None:
+def check_lengths(plan: Plan, requests: Sequence[Request]) -> None:
+    """Require requests that fit the plan's context; errors as `simulate_requests`."""
     if not requests:
         raise UsageError("there is no request to simulate", expected="at least 1")
     context = plan.workload.context_tokens

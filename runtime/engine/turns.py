@@ -9,8 +9,8 @@ from runtime.engine.sequence import Sequence
 class Turns:
     """Decides what the next step is made of.
 
-    Prompts are read one after the other, the oldest first. While anybody decodes, there is one piece of a prompt at
-    most between two decode steps.
+    Prompts are read one after the other, the oldest first. After a piece of a prompt it is the turn of those whose
+    newest token is there; where all of them are still under way, another piece fills the chain meanwhile.
 
     Args:
         depth: steps that can be under way at once; those who decode are shared out among so many.
@@ -27,10 +27,10 @@ class Turns:
         everybody = list(running)
         reading = [sequence for sequence in everybody if sequence.is_reading]
         decoding = [sequence for sequence in everybody if not sequence.is_reading]
-        if reading and (self._reads_first or not (self._was_piece and decoding)):
+        ready = sorted((s for s in decoding if s.is_ready), key=lambda sequence: sequence.turn)
+        if reading and (self._reads_first or not (self._was_piece and ready)):
             self._was_piece = True
             return reading[:1]
-        ready = sorted((s for s in decoding if s.is_ready), key=lambda sequence: sequence.turn)
         chosen = ready[: -(-len(decoding) // self._depth)]
         self._was_piece = self._was_piece and not chosen
         for sequence in chosen:

@@ -17,7 +17,7 @@ from plans.commands.console import Output
 from plans.reading.sizes import format_bytes
 from runtime.engine.budget import Budget
 from runtime.engine.engine import Engine
-from runtime.serve.app import Service, build_app
+from runtime.serve.app import WRITE_SECONDS, Service, build_app
 from runtime.serve.guard import Rules
 from runtime.serve.reader import Reader
 from runtime.session import AnySession
@@ -76,6 +76,7 @@ def serve(session: AnySession, listener: socket.socket, settings: ServeSettings,
         chunk_tokens=settings.chunk_tokens,
     )
     _allow_connections()
+    _limit_writes(listener)
     with (
         contextlib.closing(service.reader),
         _clients(service, listener, settings, output),
@@ -170,6 +171,12 @@ def _status_line(engine: Engine, output: Output) -> Iterator[None]:
         finally:
             ended.set()
             thread.join()
+
+
+def _limit_writes(listener: socket.socket) -> None:
+    """Let the system close connections from here whose other end takes nothing, also what is buffered for them."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
 
 
 def _allow_connections() -> None:

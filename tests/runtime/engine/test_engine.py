@@ -3,6 +3,7 @@
 import itertools
 import threading
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from plans.errors import LlamaplanError, MachineError, UsageError
 from runtime.engine.budget import Budget
 from runtime.engine.engine import Engine, Ticket
 from runtime.engine.events import Event, Token
+from runtime.engine.sequence import Sequence
+from runtime.engine.turns import Turns
 from runtime.generate.numerics import NonFiniteError
 from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
@@ -239,3 +242,13 @@ def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_others(tiny_sessio
     pieces = [at for at, tokens in enumerate(calls) if tokens > 1]
     assert [calls[at] for at in pieces[1:]] == [8, 8, 8, 8, 4] * 2
     assert all(later > earlier + 1 for earlier, later in itertools.pairwise(pieces))
+
+
+def test_a_prompt_fills_the_chain_while_all_who_decode_are_under_way() -> None:
+    turns = Turns(depth=2, reads_first=False)
+    first, second = (Mock(spec=Sequence, is_reading=True, is_ready=True, turn=-1) for _ in range(2))
+    assert turns.next([first, second]) == [first]
+    first.is_reading = first.is_ready = False  # all of it was sent, and its token is not there yet
+    assert turns.next([first, second]) == [second]
+    first.is_ready = True
+    assert turns.next([first, second]) == [first]

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from openai import OpenAI
 from tests.runtime.distributed.jobs import wait_for
 from tests.runtime.distributed.nursery import Child, the_nursery
 
+LLAMARUN = ("llamarun",)
 KEY = "a key that is long enough"
 LONG = {"max_tokens": 900, "ignore_eos": True, "n": 12}
 """Takes seconds, whatever the machine."""
@@ -92,9 +93,9 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def serving(folder: Path, output: Path, *options: object) -> Iterator[Server]:
+def serving(folder: Path, output: Path, *options: object, program: Sequence[object] = LLAMARUN) -> Iterator[Server]:
     """Start a server on a free port; it is gone afterwards."""
-    words = ["llamarun", "serve", folder, "--port", 0, "--no-verify", "--speed", "reference", *options]
+    words = [*program, "serve", folder, "--port", 0, "--no-verify", "--speed", "reference", *options]
     child = the_nursery().start(words, output=output)
     try:
         yield Server(child, port_of(child))

@@ -64,6 +64,45 @@ def test_a_client_that_reads_nothing_holds_nobody_up(server: Server) -> None:
     server.wait_until(lambda: server.is_idle)
 
 
+IMPATIENT = """
+import socket, sys
+from runtime.cli import main
+from runtime.serve import app
+
+def create_server(*place, **options):
+    listener = make_server(*place, **options)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # soon full
+    return listener
+
+make_server, socket.create_server = socket.create_server, create_server
+app.WRITE_SECONDS = 0.2
+sys.argv[:2] = ["llamarun"]
+main()
+"""
+
+
+@pytest.mark.row("S4")
+def test_a_client_that_reads_nothing_is_left(tmp_path: Path, shipped: Path) -> None:
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    program = ("python", tmp_path / "impatient.py")
+    with (
+        serving(shipped, tmp_path / "out", program=program) as server,
+        server.send(COMPLETIONS, {"prompt": "x", "stream": True, "logprobs": 20, **LONG}) as connection,
+    ):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        name = connection.getsockname()
+        server.wait_until(lambda: f"POST {COMPLETIONS} 200" in server.child.said)
+        server.wait_until(lambda: not _is_connected(server, name))
+        server.wait_until(lambda: server.is_idle)
+        assert server.metric('requests_finished_total{reason="interrupted"}') > 0
+        assert server.ask(COMPLETIONS, {"prompt": "x", "max_tokens": 3})[0] == 200
+
+
+def _is_connected(server: Server, name: tuple[str, int]) -> bool:
+    """Whether the server still has its end of a connection."""
+    return any(found.raddr == name for found in psutil.Process(server.child.pid).net_connections("tcp"))
+
+
 @pytest.mark.row("S5")
 def test_a_full_queue_says_when_to_come_again(server: Server) -> None:
     server.wait_until(lambda: server.is_idle)

@@ -1,0 +1,212 @@
+"""What happens when requests share steps, as `llamarun serve` lets them: slots, and one decision after the other.
+
+A request waits for a slot. Whoever drives the chain decides, whenever the first stage is free, what the next step is: a
+chunk of the oldest prompt that is not read yet, or the newest tokens of those that have one. The two take turns where
+there are both. As many steps as the chain has stages can be under way (one in one
+process), and those who decode are shared out among so many. The rules are those of `runtime.engine`; requests are
+sequences of their own here, whatever the batch size of the plan.
+
+Every stage and link works on one step at a time, first come, first served: an event per stop.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import count
+
+import numpy as np
+
+from planner.simulate.one_plan import Event
+from planner.simulate.serving import Seconds, Serving, check_lengths, check_room
+from planner.simulate.stops import Chain
+from planner.timing.costs import CostModel
+from plans.plan import Plan
+from plans.workload import Request
+
+
+def simulate_slots(plan: Plan, *, requests: Sequence[Request], slots: int, most_events: int = 0) -> Serving:
+    """Let requests run through a plan's chain as `llamarun serve --slots` runs them.
+
+    Args:
+        plan: a checked plan.
+        requests: in the order of their arrival; each is one sequence.
+        slots: sequences in the chain at once.
+        most_events: how many events to record, for a trace.
+
+    Raises:
+        UsageError: a request does not fit the plan's context, or there is none.
+        InfeasibleError: so many slots do not fit the plan's devices, or two devices are not connected.
+    """
+    check_room(plan, -(-slots // plan.workload.batch_size))
+    check_lengths(plan, requests)
+    return _Run(plan, requests, slots, most_events).result()
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """A request that has a slot: its chunks that were not sent, and when its tokens came."""
+
+    number: int
+    context: int
+    """At which decode is costed."""
+    chunks: deque[tuple[int, int]]
+    tokens_left: int
+    is_ready: bool = False
+    """Whether its newest token is back at the first stage."""
+    turn: int = -1
+    last_token: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """What goes through the chain together; the next stop of it."""
+
+    members: list[_Sequence]
+    seconds: list[float]
+    is_chunk: bool
+    gives_tokens: bool
+    number: int
+    stop: int = 0
+
+
+@dataclass
+class _Run:
+    plan: Plan
+    requests: Sequence[Request]
+    num_slots: int
+    most_events: int
+    events: list[Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.chain_of = lru_cache(maxsize=None)(self._chain_of)
+        self.decode_seconds = lru_cache(maxsize=None)(lambda rows, context: self.chain_of(rows).decode_seconds(context))
+        self.stops = self.chain_of(1).stops
+        self.depth = len(self.plan.stages) if self.plan.execution == "process_per_stage" else 1
+        size = len(self.requests)
+        self.admitted, self.first_token, self.finished = np.zeros(size), np.zeros(size), np.zeros(size)
+        self.gaps: list[float] = []
+        self.busy = dict.fromkeys((stop.resource for stop in self.stops), 0.0)
+        self.free_at = dict.fromkeys(self.busy, 0.0)
+        self.heap: list[tuple[float, int, _Step | None]] = []
+        self.order, self.sent = count(), count()
+        self.running: list[_Sequence] = []
+        self.next_request = self.num_under_way = 0
+        self.was_chunk = False
+
+    def _chain_of(self, rows: int) -> Chain:
+        load = self.plan.workload.model_copy(update={"batch_size": rows})
+        model = CostModel(self.plan.profile, workload=load, cluster=self.plan.cluster, execution=self.plan.execution)
+        return Chain(model, stages=self.plan.ranges)
+
+    def result(self) -> Serving:
+        arrived = np.array([request.arrival_seconds for request in self.requests])
+        for at in arrived.tolist():
+            self._push(at, None)
+        while self.heap:
+            now, _order, step = heapq.heappop(self.heap)
+            if step is not None and step.stop < len(self.stops):
+                self._visit(step, now)
+            elif step is not None:
+                self._back(step, now)
+            if not self.heap or self.heap[0][0] > now:  # all of a moment has happened
+                self._drive(now)
+        return Serving(
+            self.num_slots,
+            arrived,
+            self.admitted,
+            self.first_token,
+            self.finished,
+            _seconds(self.gaps),
+            sum(request.new_tokens for request in self.requests),
+            self.busy,
+            tuple(self.events),
+        )
+
+    def _push(self, now: float, step: _Step | None) -> None:
+        heapq.heappush(self.heap, (now, next(self.order), step))
+
+    def _drive(self, now: float) -> None:
+        """Admit who has come, and send the next step if there is one and the first stage is free."""
+        self._admit(now)
+        if now < self.free_at[self.stops[0].resource] or self.num_under_way >= self.depth:
+            return
+        chosen = self._choose()
+        if chosen:
+            self.num_under_way += 1
+            step = self._step(chosen)
+            self._visit(step, now)
+            self._push(self.free_at[self.stops[0].resource], None)
+
+    def _admit(self, now: float) -> None:
+        while self.next_request < len(self.requests) and len(self.running) < self.num_slots:
+            request, number = self.requests[self.next_request], self.next_request
+            if request.arrival_seconds > now:
+                return
+            lengths = {"prompt_tokens": request.prompt_tokens, "new_tokens": request.new_tokens}
+            load = self.plan.workload.model_copy(update=lengths)
+            chunks = deque(load.prefill_chunks)
+            self.running.append(_Sequence(number, load.decode_context_tokens, chunks, request.new_tokens))
+            self.admitted[number] = now
+            self.next_request += 1
+
+    def _choose(self) -> list[_Sequence]:
+        """Return whose parts the next step has; the same as `runtime.engine.turns`."""
+        reading = [sequence for sequence in self.running if sequence.chunks]
+        decoding = [sequence for sequence in self.running if not sequence.chunks]
+        ready = sorted((s for s in decoding if s.is_ready), key=lambda sequence: sequence.turn)
+        if reading and not (self.was_chunk and ready):
+            self.was_chunk = True
+            return reading[:1]
+        chosen = ready[: -(-len(decoding) // self.depth)]
+        self.was_chunk = self.was_chunk and not chosen
+        return chosen
+
+    def _step(self, chosen: list[_Sequence]) -> _Step:
+        number, first = next(self.sent), chosen[0]
+        if first.chunks:
+            tokens, past = first.chunks.popleft()
+            seconds = self.chain_of(1).chunk_seconds(tokens, past, is_last=not first.chunks)
+            return _Step(chosen, seconds, is_chunk=True, gives_tokens=not first.chunks, number=number)
+        for place, sequence in enumerate(chosen):
+            sequence.is_ready, sequence.turn = False, number * self.num_slots + place
+        context = round(sum(sequence.context for sequence in chosen) / len(chosen))
+        seconds = self.decode_seconds(len(chosen), context)
+        return _Step(chosen, seconds, is_chunk=False, gives_tokens=True, number=number)
+
+    def _visit(self, step: _Step, now: float) -> None:
+        """Let a step stay at its next stop; tokens are there when it leaves the last stage."""
+        stop, seconds = self.stops[step.stop], step.seconds[step.stop]
+        start = max(now, self.free_at[stop.resource])
+        end = self.free_at[stop.resource] = start + seconds
+        self.busy[stop.resource] += seconds
+        if seconds and len(self.events) < self.most_events:
+            kind = "prefill" if step.is_chunk and stop.kind == "decode" else stop.kind
+            self.events.append(Event(kind, stop.resource, step.members[0].number, step.number, start, end))
+        if step.gives_tokens and step.stop == len(self.stops) - 2:
+            for sequence in step.members:
+                self._token(sequence, end)
+        step.stop += 1
+        self._push(end, step)
+
+    def _token(self, sequence: _Sequence, now: float) -> None:
+        if sequence.tokens_left == self.requests[sequence.number].new_tokens:
+            self.first_token[sequence.number] = now
+        else:
+            self.gaps.append(now - sequence.last_token)
+        sequence.tokens_left -= 1
+        sequence.last_token = now
+
+    def _back(self, step: _Step, now: float) -> None:
+        """Hand out what a step gave; who is done leaves."""
+        self.num_under_way -= 1
+        for sequence in step.members if step.gives_tokens else ():
+            sequence.is_ready = True
+            if not sequence.tokens_left:
+                self.running.remove(sequence)
+                self.finished[sequence.number] = now
+
+
+def _seconds(values: Sequence[float]) -> Seconds:
+    return np.array(values, dtype=np.float64)

@@ -1,0 +1,124 @@
+"""Requests that share steps: a trace by hand, one slot like one request after the other, and what must always hold."""
+
+import json
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.simulate.one_plan import Event
+from planner.simulate.serving import most_in_flight, simulate_requests
+from planner.simulate.slots import simulate_slots
+from plans.cluster import Device, Timings
+from plans.errors import InfeasibleError, UsageError
+from plans.plan import Plan
+from plans.workload import Request
+from tests.conftest import RunCommand
+from tests.planner.cases import cluster, device, link, make_plan, workload
+from tests.planner.simulate.test_serving import alike, largest_overlap, plans, records
+
+FREE = (link("a", "b", bandwidth=1e15, latency=0.0),)
+
+
+def steady_device(name: str) -> Device:
+    """A layer takes 0.25 s for a chunk, 0.0625 s for a token, 0.125 s for the tokens of two sequences."""
+    timings = Timings(
+        profile="*",
+        dtype="bf16",
+        threads=1,
+        decode_seconds_per_layer=((4, 1, 0.0625), (4, 2, 0.125), (64, 1, 0.0625), (64, 2, 0.125)),
+        prefill_seconds_per_layer=((4, 0, 1, 0.25), (4, 4, 1, 0.25), (4, 8, 1, 0.25)),
+        embedding_seconds=((1, 0.0),),
+        head_seconds=((1, 0.0),),
+    )
+    return device(name, timings=(timings,))
+
+
+def steady_plan(execution: Any = "one_process") -> Plan:
+    """Two stages of two layers, chunks of four tokens."""
+    load = workload(prompt_tokens=8, new_tokens=4, prefill_chunk_tokens=4)
+    parts = cluster(steady_device("a"), steady_device("b"), links=FREE)
+    return make_plan(workload=load, cluster=parts, execution=execution, cut=2)
+
+
+def test_two_slots_and_three_requests_by_hand() -> None:
+    # Chunks take 1 s, steps of one row 0.25 s and of two rows 0.5 s. The first prompt is read from 0 to 2; then steps
+    # and chunks of the second take turns: step 2.25, chunk 3.25, step 3.5, chunk 4.5, both 5.0. Now the first is done,
+    # and the third comes in: chunk 6, step 6.25 (the second is done), chunk 7.25, and three steps of its own.
+    coming = [Request(prompt_tokens=8, new_tokens=new) for new in (4, 3, 4)]
+    seen = simulate_slots(steady_plan(), requests=coming, slots=2)
+    assert seen.admitted == pytest.approx([0, 0, 5])
+    assert seen.first_token == pytest.approx([2, 4.5, 7.25])
+    assert seen.finished == pytest.approx([5, 6.25, 8])
+    assert sorted(seen.token_gaps) == pytest.approx([0.25, 0.25, 0.25, 0.25, 0.5, 1.25, 1.25, 1.5])
+    assert seen.busy_seconds["a"] == pytest.approx(4.0)
+
+
+def test_two_processes_share_those_who_decode_by_hand() -> None:
+    # A chunk takes 0.5 s a stage, a step of one row 0.125 s, and two steps are under way.
+    coming = [Request(prompt_tokens=4, new_tokens=3) for _ in range(2)]
+    seen = simulate_slots(steady_plan("process_per_stage"), requests=coming, slots=2)
+    # a: first prompt 0 to 0.5, second 0.5 to 1; b: 0.5 to 1 and 1 to 1.5. At 1 the first one's token is back.
+    assert seen.first_token == pytest.approx([1, 1.5])
+    # The first decodes on a until 1.125, waits for b until 1.5, and has its token at 1.625; the second follows.
+    assert seen.finished == pytest.approx([1.875, 2.0])
+    assert seen.token_gaps == pytest.approx([0.625, 0.25, 0.25, 0.25])
+
+
+@given(plans(), records())
+@settings(max_examples=100, deadline=None)
+def test_one_slot_serves_one_request_after_the_other(plan: Plan, coming: list[Request]) -> None:
+    alone = plan.model_copy(update={"workload": plan.workload.model_copy(update={"batch_size": 1})})
+    if plan.execution == "process_per_stage":  # several chunks under way are limited here, and not there
+        coming = [r.model_copy(update={"prompt_tokens": min(r.prompt_tokens, 7)}) for r in coming]
+    expected = simulate_requests(alone, requests=coming, in_flight=1)
+    seen = simulate_slots(alone, requests=coming, slots=1)
+    assert seen.finished == pytest.approx(expected.finished, rel=1e-9, abs=1e-9)
+    assert seen.first_token == pytest.approx(expected.first_token, rel=1e-9, abs=1e-9)
+    assert seen.token_gaps == pytest.approx(expected.token_gaps, rel=1e-9, abs=1e-9)
+
+
+@given(plans(), records(), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_everybody_is_served_in_order_and_nothing_is_in_two_places(
+    plan: Plan, coming: list[Request], slots: int
+) -> None:
+    seen = simulate_slots(plan, requests=coming, slots=slots, most_events=10_000)
+    assert (seen.arrived <= seen.admitted).all()
+    assert (seen.admitted <= seen.first_token).all()
+    assert (seen.first_token <= seen.finished).all()
+    assert (np.diff(seen.first_token) >= 0).all()
+    assert len(seen.token_gaps) == sum(request.new_tokens - 1 for request in coming)
+    assert largest_overlap(seen) <= slots
+    by_resource: dict[str, list[Event]] = defaultdict(list)
+    for event in seen.events:
+        by_resource[event.resource].append(event)
+    for name, events in by_resource.items():
+        ordered = sorted(events, key=lambda event: (event.start_seconds, event.end_seconds))
+        assert all(b.start_seconds >= a.end_seconds - 1e-9 for a, b in pairwise(ordered))
+        assert sum(e.end_seconds - e.start_seconds for e in events) == pytest.approx(seen.busy_seconds[name])
+
+
+def test_more_slots_than_the_devices_have_caches_for_are_refused() -> None:
+    parts = cluster(device("a", budget_bytes=200_000), device("b", budget_bytes=1 << 30))
+    plan = make_plan(cluster=parts, workload=workload(prompt_tokens=8, prefill_chunk_tokens=8, new_tokens=8))
+    most, _name = most_in_flight(plan)
+    simulate_slots(plan, requests=alike(plan, 2), slots=most)
+    with pytest.raises(InfeasibleError, match=f"a holds the caches of {most} requests"):
+        simulate_slots(plan, requests=alike(plan, 2), slots=most + 1)
+    with pytest.raises(UsageError, match="request 1 has 500"):
+        simulate_slots(plan, requests=[Request(prompt_tokens=500, new_tokens=13)], slots=1)
+
+
+def test_the_command_takes_slots_or_places(run_command: RunCommand, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(steady_plan().to_json())
+    done = run_command("llamaplan", "simulate", path, "--requests", "3", "--slots", "2", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["time_to_first_token_seconds"]["p50"] == pytest.approx(4.5)
+    assert run_command("llamaplan", "simulate", path, "--slots", "2", "--in-flight", "2").code == 2
