@@ -6,6 +6,9 @@ lm-evaluation-harness needs `pip install 'lm-eval[api]'`. vLLM's benchmark is op
     LLAMAPLAN_VLLM=/path/to/env/bin pytest tests/runtime/serve/test_peer_clients.py
 """
 
+import json
+import os
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,9 @@ import pytest
 import torch
 from servers import Server
 from transformers import AutoTokenizer
+
+VLLM = os.environ.get("LLAMAPLAN_VLLM")
+ENVIRONMENT = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
 
 # The last one has an empty beginning: its first token follows the token that begins texts.
 PAIRS = [
@@ -73,3 +79,30 @@ def _answers(harness: Any) -> dict[str, Any]:
         "rolling": ask("loglikelihood_rolling", [(text,) for text in TEXTS]),
         "texts": ask("generate_until", GENERATED),
     }
+
+
+@pytest.mark.skipif(not VLLM, reason="opt-in: LLAMAPLAN_VLLM")
+@pytest.mark.timeout(600)  # it imports for half a minute
+@pytest.mark.parametrize(
+    ("backend", "path"),
+    [("openai", "/v1/completions"), ("openai-chat", "/v1/chat/completions")],
+    ids=["completions", "chat"],
+)
+def test_vllm_bench_loses_no_request_and_counts_the_same_tokens(
+    server: Server, shipped: Path, tmp_path: Path, backend: str, path: str
+) -> None:
+    names = ["prompt_tokens_total", "generation_tokens_total"]
+    before = [server.metric(name) for name in names]
+    asked = {"num-prompts": 24, "max-concurrency": 8, "random-input-len": 64, "random-output-len": 16, "seed": 1}
+    command = [
+        *[f"{VLLM}/vllm", "bench", "serve", "--backend", backend, "--endpoint", path],
+        *["--base-url", f"http://127.0.0.1:{server.port}", "--model", "python-llama", "--tokenizer", shipped],
+        *["--dataset-name", "random", "--ignore-eos", "--save-result", "--result-filename", tmp_path / "found.json"],
+        *[word for name, value in asked.items() for word in (f"--{name}", value)],
+    ]
+    subprocess.run([str(word) for word in command], check=True, env=ENVIRONMENT, cwd=tmp_path, capture_output=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    counted = [server.metric(name) - count for name, count in zip(names, before, strict=True)]
+    assert (found["completed"], found["failed"]) == (24, 0)
+    assert [found["total_input_tokens"], found["total_output_tokens"]] == counted
+    assert counted[1] == 24 * 16
