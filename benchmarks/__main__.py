@@ -1,7 +1,7 @@
 """Run benchmarks by name; without names, the quick ones.
 
 python -m benchmarks [NAME ...]    with names: cache chain commands decode distributed export ladder neighbour
-prediction quality simulator solve startup truth
+prediction quality serve simulator solve startup truth
 """
 
 import importlib

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import SHIPPED
 from benchmarks.served import CONTEXT_TOKENS, LLAMARUN, Peer, llama_server, llamarun, running, vllm
 from benchmarks.stream_client import Stream, longest_gap, wave
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, required=True, help="a checkpoint, or an export in fewer bits")
+    parser.add_argument("--model", type=Path, default=SHIPPED, help="a checkpoint, or an export in fewer bits")
     parser.add_argument("--gguf", type=Path, help="the same weights for llama-server")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's program")
     parser.add_argument("--vllm", type=Path, help="vLLM's program, in an environment of its own")
@@ -87,7 +88,7 @@ def _measure(peer: Peer, users: Sequence[int], log: Path) -> dict[str, float]:
     vocab_size = 4000  # every model has these, and none of them ends a text
 
     def prompts(count: int) -> list[list[int]]:
-        return [[random.randrange(1000, vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+        return [[random.randrange(vocab_size // 4, vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
     async def measure(port: int) -> dict[str, float]:
         for count in (1, max(users)):
