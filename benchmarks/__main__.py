@@ -1,7 +1,7 @@
 """Run benchmarks by name; without names, the quick ones.
 
 python -m benchmarks [NAME ...]    with names: cache chain commands decode distributed export ladder neighbour
-packed prediction quality simulator slots soak solve startup truth
+packed prediction quality serve simulator slots soak solve startup truth
 """
 
 import importlib

@@ -24,7 +24,7 @@ from runtime.fast.kernels import FastStage, first_slots, layer_window
 from runtime.fast.native import MAX_ROWS
 from runtime.fast.slots import Places, SlotCache, is_slot
 from runtime.fast.speed import Choice
-from runtime.reading.devices import synchronize
+from runtime.reading.devices import one_thread, synchronize
 from runtime.stage_time import FAST_PATH, REFERENCE_PATH, StageTime
 
 _KNOWN = {
@@ -232,7 +232,8 @@ class FastModel:
         hidden = self._embed(inputs[:, None])  # [R, 1, E]
         lengths = [cache.length(slot) for slot in slots]
         positions = torch.tensor(lengths, device=hidden.device)[:, None]
-        tables = self._model.base_model.rotary_emb(hidden, position_ids=positions)
+        with one_thread():  # so little that waiting for a thread, beside the clients of a server, costs far more
+            tables = self._model.base_model.rotary_emb(hidden, position_ids=positions)
         shared = [] if all(threads) else self._share_alone(hidden, positions, [cache[slot] for slot in slots])
 
         def run(part: Part, hidden: torch.Tensor, count: int) -> torch.Tensor:
