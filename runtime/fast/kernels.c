@@ -362,15 +362,18 @@ INLINE void multiply_strip(int dtype, const char *w, const Order *order, size_t 
                            floats *sums) {
     size_t size = size_of(dtype), pitch = order->columns * size, chunk = order->chunk;
     size_t whole = order->columns / BLOCK * BLOCK, width = whole - k < chunk ? whole - k : chunk;
+    /* Memory is read fastest one weight row after the other, if one chain of sums keeps up with it. */
+    int is_single = order->rows == 1 && LANES == 16;
     size_t num_chunks = (whole + chunk - 1) / chunk, further = num_chunks > 2 ? 2 : 1, left = num_chunks - k / chunk;
     /* Fetched is what comes two chunks of a strip later, in this strip or the next; where they are rows, some rows on. */
     ptrdiff_t ahead = further < left ? further * chunk * size : STRIP * pitch - (num_chunks - further) * chunk * size;
     if (num_chunks == 1) ahead = (dtype == F32 ? 2 : 4) * pitch;
-    if (num_chunks == 1 && ahead < AHEAD_BYTES) ahead = AHEAD_BYTES;
+    if (num_chunks == 1 && (is_single || ahead < AHEAD_BYTES)) ahead = AHEAD_BYTES;
     w += k * size;
-    for (int m = 0; m < count; m += 2, w += 2 * pitch) {
-        if (m + 2 <= count) multiply(dtype, 2, w, pitch, ahead, x, chunk, width, (int)order->rows, sums + m, k == 0);
-        else multiply(dtype, 1, w, pitch, ahead, x, chunk, width, (int)order->rows, sums + m, k == 0);
+    for (int m = 0, done; m < count; m += done, w += done * pitch) {
+        done = is_single || m + 1 == count ? 1 : 2;
+        if (done == 1) multiply(dtype, 1, w, pitch, ahead, x, chunk, width, (int)order->rows, sums + m, k == 0);
+        else multiply(dtype, 2, w, pitch, ahead, x, chunk, width, (int)order->rows, sums + m, k == 0);
     }
 }
 
@@ -986,7 +989,10 @@ static void scan_body(void *data) {
         if (span == scan->num_spans) break;
         const char *at = scan->spans[span] + (number - base) * piece, *end = scan->spans[span] + scan->sizes[span];
         for (const char *stop = at + piece < end ? at + piece : end; at + 4 * sizeof(words) <= stop; at += 4 * sizeof(words))
-            UNROLL for (int i = 0; i < 4; i++) sum ^= *(const words_at *)(at + i * sizeof(words));
+            UNROLL for (int i = 0; i < 4; i++) {
+                __builtin_prefetch(at + i * sizeof(words) + AHEAD_BYTES);
+                sum ^= *(const words_at *)(at + i * sizeof(words));
+            }
     }
     for (int i = 0; i < LANES; i++) __atomic_fetch_xor(&scan->checksum, (int64_t)sum[i], __ATOMIC_RELAXED);
 }

@@ -1,8 +1,8 @@
 """Packed layers inside transformers' modules, multiplied natively: prompts, and families that have no kernels.
 
 Up to MAX_ROWS rows are computed as the kernels' steps are. More rows meet weights that are unpacked to the numbers of
-the reference path: in bf16 on matrix tiles where the processor has them, else by torch, as many of them at a time as stay
-in the processor's cache.
+the reference path: in bf16 on matrix tiles where the processor has them, else by torch, as many of them at a time as
+stay in the processor's cache.
 
 Shapes: R rows, O outputs, I inputs.
 """
