@@ -127,7 +127,7 @@ class TextForm(Form):
 
     def piece(self, choice: Choice, text: str, likely: Sequence[Likely | None]) -> Document:
         """Return an event for a token."""
-        offset = len(choice.echo) + sum(map(len, choice.pieces)) - len(text)
+        offset = len(choice.echo) + sum(map(len, choice.pieces)) - len(text) if self._has_logprobs else 0
         return self._document("text_completion", [self._choice(choice, text, likely, offset=offset)])
 
     def ending(self, choice: Choice) -> Document:
