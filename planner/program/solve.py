@@ -17,7 +17,7 @@ from typing import Any
 
 import pulp
 
-from planner.problem.evaluate import evaluate, violations
+from planner.problem.evaluate import Value, evaluate, violations
 from planner.problem.goal import Goal, IlpAnswer, SolverName
 from planner.problem.problem import Assignment, Problem, chain_costs, is_pipelined
 from planner.program.counts import add_counts_goal, build_counts_model, read_counts
@@ -125,7 +125,11 @@ def _solve_once(
         return IlpAnswer("infeasible", name, result.version)
     if result.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         return IlpAnswer("time_limit", name, result.version, bound=bound)
-    assignment, value = _checked(problem, goal, read, name)
+    assignment, worth = _checked(problem, goal, read, name)
+    value = goal.value(time=worth.time, share=worth.share)
+    if goal.max_time is not None and worth.time > goal.max_time:
+        # Fast enough but for the solver's rounding, as where all times are almost the same: a bound, and no plan.
+        return IlpAnswer("time_limit", name, result.version, bound=bound)
     claimed = _objective_value(lp) * float(per_solver_unit)
     # A pipelined prefill is minimised by a lower bound, so its answer may be worth more than claimed; one that is
     # not optimal may be worth less, since a largest share or period need not be pressed down yet.
@@ -142,8 +146,8 @@ def _solve_once(
     )  # fmt: skip
 
 
-def _checked(problem: Problem, goal: Goal, read: Callable[[], Assignment], name: str) -> tuple[Assignment, Fraction]:
-    """The exact check: the assignment in integers, and its value from the problem's own data."""
+def _checked(problem: Problem, goal: Goal, read: Callable[[], Assignment], name: str) -> tuple[Assignment, Value]:
+    """The exact check: the assignment in integers, and what it is worth by the problem's own data."""
     try:
         assignment = read()
     except (IndexError, StopIteration):
@@ -151,8 +155,7 @@ def _checked(problem: Problem, goal: Goal, read: Callable[[], Assignment], name:
     broken = violations(problem, assignment)
     if broken:
         raise SolverFaultError(f"{name} gave an answer in which {broken[0]}")
-    worth = evaluate(problem, assignment, objective=goal.objective)
-    return assignment, goal.value(time=worth.time, share=worth.share)
+    return assignment, evaluate(problem, assignment, objective=goal.objective)
 
 
 def _has_gap(bound: float | None, value: Fraction) -> bool:

@@ -18,6 +18,7 @@ from tests.planner.worth import Worth, is_allowed, worth_of
 
 OBJECTIVES: tuple[Objective, ...] = ("latency", "request", "throughput")
 INSTANCES = 300
+LONG = 10**7 * MILLISECOND
 CHUNKS = 10
 
 
@@ -50,6 +51,35 @@ def test_compute_is_brute_force_on_both_keys(seed: int) -> None:
             continue
         found = _worth(problem, outcome, objective)
         assert (found.time, found.share) == min((v.time, v.share) for v in values)
+
+
+def _almost_alike(problem: Problem) -> Problem:
+    """With the same long time on top of every unit's: what is left of differences is below a solver's rounding."""
+
+    def longer(ticks: UnitTicks) -> UnitTicks:
+        return UnitTicks(ticks.embedding + LONG, tuple(t + LONG for t in ticks.layers), ticks.head + LONG)
+
+    devices = (
+        replace(device, decode=longer(device.decode), prefill=tuple(map(longer, device.prefill)))
+        for device in problem.devices
+    )
+    return replace(problem, devices=tuple(devices))
+
+
+@pytest.mark.parametrize("strategy", ["compute", "memory"])
+def test_times_that_are_almost_the_same_are_told_apart(strategy: Strategy) -> None:
+    for unlike, objective in _problems(25, is_plain=True):
+        problem = _almost_alike(unlike)
+        values = all_values(problem, objective)
+        outcome = _run(problem, strategy, objective)
+        if not values:
+            assert outcome.status == "infeasible"
+            continue
+        found = _worth(problem, outcome, objective)
+        if strategy == "compute":
+            assert (found.time, found.share) == min((v.time, v.share) for v in values)
+        else:
+            assert (found.share, found.time) == min((v.share, v.time) for v in values)
 
 
 @pytest.mark.parametrize("seed", range(CHUNKS))
