@@ -142,8 +142,9 @@ class ModelProfile(StrictModel):
     @model_validator(mode="after")
     def _is_a_chain(self) -> "ModelProfile":
         layers = self.model.num_hidden_layers
-        expected = [("embedding", 0), *(("layer", i) for i in range(layers)), ("head", 0)]
-        if [(unit.kind, unit.index) for unit in self.units] != expected:
+        found = [(unit.kind, unit.index) for unit in self.units]
+        own = [("embedding", 0), *(("layer", i) for i in range(len(found) - 2)), ("head", 0)]
+        if found != own or len(found) != layers + 2:
             raise ValueError(f"units must be the embedding, layers 0 to {layers - 1} and the head, in this order")
         return self
 

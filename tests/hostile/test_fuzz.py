@@ -30,6 +30,7 @@ FOUND: list[tuple[str, bytes]] = [
     ("pins", "\u0663@cpu".encode()),
     ("models", b"~nobody-has-this-name/model"),
     ("models", b"~\0"),
+    ("control_messages", b'{"kind": [%s]}' % b", ".join([b"[[0, 0], [0, 0]]"] * 400_000)),  # an error would quote it
     ("cluster", b'{"devices": [%s]}' % b", ".join([b"{}"] * 400_000)),  # seven errors each
     ("cluster", b'{"devices": [], %s}' % b", ".join(b'"%d": 0' % i for i in range(400_000))),
     ("cluster", b'{"links": [%s]}' % b", ".join([b'{"x": {"x": []}}'] * 600_000)),

@@ -4,7 +4,7 @@ Hidden states and token ids never come this way; see `runtime.distributed.links`
 """
 
 import signal
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, TypeAdapter
 
@@ -231,6 +231,8 @@ Message = (
     | Ask | Numbers | Finish | Finished
 )  # fmt: skip
 
+KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(Message))
+
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 
@@ -246,7 +248,9 @@ def decode(data: bytes) -> Message:
         PeerError: not one of ours.
     """
     try:
-        parse_json(data, where="control connection", max_values=len(data), max_keys=MAX_KEYS)
+        message = parse_json(data, where="control connection", max_values=len(data), max_keys=MAX_KEYS)
+        if not isinstance(message, dict) or message.get("kind") not in KINDS:  # pydantic would quote what it is instead
+            raise ValueError("no message")
         return _ADAPTER.validate_json(data)
     except ValueError as error:  # ours and pydantic's are both ValueErrors
         first = str(error).splitlines()[0]

@@ -291,3 +291,11 @@ def test_a_download_under_way_is_recognised(tmp_path: Path) -> None:
 )
 def test_a_model_is_named_after_its_folder_or_file(path: str, name: str) -> None:
     assert model_name(Path(path)) == name
+
+
+def test_a_profile_of_other_layers_than_it_says_is_refused_at_once() -> None:
+    document = json.loads(tiny_profile().model_dump_json())
+    for layers in (document["model"]["num_hidden_layers"] + 1, 7 * 10**15):  # as many names would not fit any memory
+        document["model"]["num_hidden_layers"] = layers
+        with pytest.raises(ValueError, match="units must be the embedding, layers 0 to"):
+            ModelProfile.model_validate_json(json.dumps(document))
