@@ -32,6 +32,10 @@ def dtype_code(dtype: object) -> int:
     return DTYPE_CODES[str(dtype).removeprefix("torch.")]
 
 
+MODULUS = 2**61 - 1
+"""Of the checksum: words that differ by it would have the same one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What one payload is.
@@ -102,6 +106,8 @@ def unpack(words: Sequence[int], stamp: Stamp) -> Header:
     for name, found, wanted in zip(("magic", "protocol", "export id", "epoch"), words, expected, strict=False):
         if found != wanted:
             raise _wrong(name, found, wanted)
+    if not all(0 <= word < MODULUS for word in words[4:]):
+        raise _wrong("words", f"{min(words[4:])} to {max(words[4:])}", f"numbers from 0 to {MODULUS - 1}")
     if words[-1] != checksum(words[:-1]):
         raise _wrong("checksum", words[-1], checksum(words[:-1]))
     header = Header(*words[4:-2])
@@ -159,10 +165,10 @@ def check_against(header: Header, **expected: int) -> None:
 
 
 def checksum(words: Sequence[int]) -> int:
-    """Return a number that tells these words from others."""
+    """Return a number that tells these words from others below MODULUS."""
     total = 0
     for word in words:
-        total = (total * 1_000_003 + word) % (2**61 - 1)
+        total = (total * 1_000_003 + word) % MODULUS
     return total
 
 
