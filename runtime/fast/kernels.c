@@ -15,6 +15,8 @@
 #include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -291,6 +293,20 @@ INLINE floats read_half_block(int dtype, const char *row, size_t k, int half) {
     return half_to_floats(half ? pairs >> 16 : pairs & 0xffff);
 }
 
+/* a * b + c, rounded once. Said by name: left to itself, GCC fuses some such sums and not others where it takes short
+ * vectors for faster unfused, and then a sum's bits depend on how many rows share the step. */
+INLINE floats multiply_add(floats a, floats b, floats c) {
+#if LANES == 16
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8 && defined(__FMA__)
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif LANES == 4 && defined(__aarch64__)
+    return (floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
 /* sums[n][m] += M weight rows times N activation rows over `width` columns. Each sum is one chain of multiply-adds from
  * the first column to the last, so that a row's sums are the same whatever rows share the step. Weights `ahead` bytes
  * further on are fetched meanwhile: the processor's own prefetchers stop at every page. (Products of bf16 pairs,
@@ -310,7 +326,7 @@ INLINE void tile(int dtype, int M, int N, const char *w, size_t pitch, int is_fe
             UNROLL for (int n = 0; n < N; n++) {
                 floats values = *(const floats_at *)(x + n * chunk + k + half * LANES);
                 KEEP(values);
-                UNROLL for (int m = 0; m < M; m++) sum[n][m] += weights[m] * values;
+                UNROLL for (int m = 0; m < M; m++) sum[n][m] = multiply_add(weights[m], values, sum[n][m]);
             }
         }
     UNROLL for (int n = 0; n < N; n++)
@@ -568,7 +584,8 @@ static void wait_a_little(int64_t idle_since) {
     else nanosleep(&(struct timespec){0, REST_NS}, NULL);
 }
 
-/* The counters of all phases and of who has left come first, then `published`. Without `threads` no task is done twice. */
+/* The counters of all phases and of who has left come first, then `published`. `threads`: how many share the tasks; 0: they
+ * are taken one by one, and done once. */
 static Phase phase_of(int64_t *counters, int64_t num_phases, int64_t number, int64_t count, int64_t threads) {
     uint32_t *published = (uint32_t *)(counters + (num_phases + 1) * FIELDS);
     return (Phase){.counters = counters + number * FIELDS, .published = published, .number = (uint32_t)number,

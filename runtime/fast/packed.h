@@ -9,9 +9,6 @@
  * numbers in the order in which the weights come out of their bytes, then a correction for stored weights being higher
  * by 8 or 128, then scales. Units of all rows lie next to each other; columns after the last are 0.
  */
-#if defined(__aarch64__)
-#include <arm_neon.h>
-#endif
 #if defined(__clang__) || __GNUC__ >= 12
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -256,7 +253,7 @@ INLINE floats multiply_unit(int parts, int bits, int quarters, const halves *wei
         ints low = sum_groups(bits, quarters, weights, x + UNIT_PARTS * LANES, *(const ints_at *)(x + after + LANES));
         groups = groups * 32768.0f + __builtin_convertvector(low, floats);
     }
-    return sum + groups * (scales * *(const floats_at *)(x + after + parts * LANES));
+    return multiply_add(groups, scales * *(const floats_at *)(x + after + parts * LANES), sum);
 }
 
 /* sums[n] += the first quarters of unit `unit`, at `at` in a weight row, times N activation rows. */

@@ -1,6 +1,7 @@
 """Steps of several sequences of different lengths, against each sequence by transformers alone."""
 
 import itertools
+import platform
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from runtime import load
 from runtime.fast import model as fast_module
 from runtime.fast.kernels import FastStage
 from runtime.fast.model import FastModel, Part
-from runtime.fast.native import MAX_ROWS, Library
+from runtime.fast.native import MAX_ROWS, Library, Unavailable, find_compiler, load_from
 from runtime.fast.slots import SlotCache, supports_slots
 from runtime.fast.speed import Choice
 from runtime.reading.tensors import FolderTensors
@@ -144,6 +145,28 @@ def test_a_prompt_goes_into_its_slot_in_pieces_between_steps_of_others(kernels: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["3 heads per key, long rows", "biases, nothing a multiple of 16", "mistral window"])
 def test_no_bit_of_a_sequence_depends_on_what_shares_its_step(name: str, dtype: torch.dtype, kernels: Library) -> None:
+    check_company(name, dtype, kernels)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="a compiler for another processor")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nor_does_it_where_the_compiler_knows_better_than_to_fuse(dtype: torch.dtype, zen3_kernels: Library) -> None:
+    check_company("3 heads per key, long rows", dtype, zen3_kernels)
+
+
+@pytest.fixture(scope="module")
+def zen3_kernels(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """The kernels without AVX-512, tuned for AMD's Zen 3: GCC takes some chains of sums for faster unfused there."""
+    compiler = find_compiler()
+    assert not isinstance(compiler, Unavailable), compiler.reason
+    path = tmp_path_factory.mktemp("zen3") / "kernels.so"
+    found = load_from(path, compiler=(*compiler, "-mno-avx512f", "-mtune=znver3"))
+    assert isinstance(found, Library), found.reason
+    return found
+
+
+def check_company(name: str, dtype: torch.dtype, kernels: Library) -> None:
+    """Whoever shares a step with a sequence, its logits are those it gets alone, to the bit."""
     model, draw = make_model(name, dtype=dtype, num_hidden_layers=2), random.Random(name)
     fast, cache = fast_model(model, kernels), new_slots(model, num_slots=MAX_ROWS, capacity=64)
     lengths = [draw.randrange(30) for _ in range(MAX_ROWS)]
