@@ -21,10 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import SHIPPED
-from benchmarks.served import CONTEXT_TOKENS, LLAMARUN, Peer, llama_server, llamarun, running, vllm
+from benchmarks.measure import PROMPT_IDS, SHIPPED
+from benchmarks.servers import LLAMARUN, Peer, Served, llama_server, llamarun, running, vllm
 from benchmarks.stream_client import Stream, longest_gap, wave
 
+CONTEXT_TOKENS = 512
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
 RUNNING_TOKENS = 256
@@ -76,37 +77,37 @@ def _round(options: argparse.Namespace, *, log: Path, is_turned: bool) -> Round:
 
 
 def _peers(options: argparse.Namespace, *, slots: int) -> Iterator[Peer]:
-    yield llamarun(options.model, slots=slots)
+    yield llamarun(options.model, "--slots", slots, "--ctx-size", CONTEXT_TOKENS, "--quiet")
     if options.llama_server is not None:
-        yield llama_server(options.gguf, slots=slots, program=options.llama_server)
+        yield llama_server(options.gguf, slots=slots, context_tokens=CONTEXT_TOKENS, program=options.llama_server)
     if options.vllm is not None:
-        yield vllm(options.model, slots=slots, program=options.vllm)
+        yield vllm(options.model, slots=slots, context_tokens=CONTEXT_TOKENS, program=options.vllm)
 
 
 def _measure(peer: Peer, users: Sequence[int], log: Path) -> dict[str, float]:
     print(f"{peer.name} ...", file=sys.stderr, flush=True)
-    vocab_size = 4000  # every model has these, and none of them ends a text
+    with running(peer, log=log) as served:
+        return asyncio.run(_ask(served, users))
 
-    def prompts(count: int) -> list[list[int]]:
-        return [[random.randrange(vocab_size // 4, vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
-    async def measure(port: int) -> dict[str, float]:
-        for count in (1, max(users)):
-            await wave(port, prompts(count), model="model", new_tokens=8)
-        found: dict[str, float] = {}
-        for count in users:
-            waves = [
-                await wave(port, prompts(count), model="model", new_tokens=NEW_TOKENS)
-                for _ in range(WAVES.get(count, 1))
-            ]
-            found |= {f"{name} {count}": value for name, value in _figures(waves).items()}
-        found["gap"] = await longest_gap(
-            port, prompts(max(users) + 1), model="model", running_tokens=RUNNING_TOKENS, new_tokens=8
-        )
-        return found
+async def _ask(served: Served, users: Sequence[int]) -> dict[str, float]:
+    port, model = served.port, served.model
+    for count in (1, max(users)):
+        await wave(port, _prompts(count), model=model, new_tokens=8)
+    found: dict[str, float] = {}
+    for count in users:
+        waves = [
+            await wave(port, _prompts(count), model=model, new_tokens=NEW_TOKENS) for _ in range(WAVES.get(count, 1))
+        ]
+        found |= {f"{name} {count}": value for name, value in _figures(waves).items()}
+    found["gap"] = await longest_gap(
+        port, _prompts(max(users) + 1), model=model, running_tokens=RUNNING_TOKENS, new_tokens=8
+    )
+    return found
 
-    with running(peer, log=log) as port:
-        return asyncio.run(measure(port))
+
+def _prompts(count: int) -> list[list[int]]:
+    return [random.choices(PROMPT_IDS, k=PROMPT_TOKENS) for _ in range(count)]
 
 
 def _figures(waves: Sequence[Sequence[Stream]]) -> dict[str, float]:
@@ -132,7 +133,7 @@ def _bench(model: Path, batches: Sequence[int]) -> dict[str, float]:
     for batch in batches:
         options = ["--batch-size", batch, "--prompt-tokens", PROMPT_TOKENS, "--new-tokens", NEW_TOKENS, "--repeats", 3]
         words = ["bench", model, *options, "--ctx-size", CONTEXT_TOKENS, "--no-verify", "--json", "--quiet"]
-        command = [sys.executable, "-c", LLAMARUN, *map(str, words)]
+        command = [*LLAMARUN, *map(str, words)]
         document: Any = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         decode = document["tokens_per_second"]
         seconds = document["time_to_first_token_seconds"] + batch * (NEW_TOKENS - 1) / decode

@@ -22,8 +22,8 @@ from typing import Any
 
 import httpx2
 
-from benchmarks.measure import SHAPES, make_checkpoint
-from benchmarks.serving import Served, serving
+from benchmarks.measure import PROMPT_IDS, SHAPES, make_checkpoint
+from benchmarks.servers import Served, llamarun, running
 
 PROMPT_TOKENS, NEW_TOKENS, CONTEXT = 128, 64, 256
 USERS = (4, 16)
@@ -68,7 +68,7 @@ def _compare(model: Path, folder: Path, cluster: Path) -> None:
     for number in range(ROUNDS):
         for users in USERS:
             options = ("--model", model, "--processes", "--slots", users, "--no-reuse")
-            with serving(plan, folder / "log", *options) as served:
+            with running(llamarun(plan, *options), log=folder / "log") as served:
                 asyncio.run(_ask(served, users, each=1, seed=99))  # the first steps of a process are slow
                 seen[users].append(asyncio.run(_ask(served, users, each=REQUESTS_PER_USER, seed=number)))
     for users, rates in seen.items():
@@ -97,10 +97,11 @@ async def _ask(served: Served, users: int, *, each: int, seed: int) -> float:
 
 async def _one(client: httpx2.AsyncClient, draw: random.Random) -> int:
     """Stream one answer; returns its tokens."""
-    ids = [draw.randrange(100, 16000) for _ in range(PROMPT_TOKENS)]
+    ids = draw.choices(PROMPT_IDS, k=PROMPT_TOKENS)
     body = {"prompt": ids, "max_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 0, "stream": True}
     count = 0
     async with client.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
         async for line in answer.aiter_lines():
             count += line.startswith("data: {")
     return count - 1  # the last event says how it ended

@@ -25,7 +25,7 @@ from typing import Any
 import httpx2
 
 from benchmarks.measure import SHIPPED
-from benchmarks.serving import Served, serving
+from benchmarks.servers import Served, llamarun, running
 
 NUM_REQUESTS, NUM_DISTINCT, NUM_SLOTS, MOST_USERS = 10_000, 200, 8, 32
 FIRST_LOOK, LOOK_EVERY, CHANGE_EVERY = 200, 500, 40
@@ -77,7 +77,7 @@ def run(num: int, *, processes: int, seed: int, serve_options: Sequence[str] = (
         target, more = SHIPPED, ["--slots", NUM_SLOTS, *serve_options]
         if processes == 2:
             target, more = _two_stages(Path(temp)), [*more, "--model", SHIPPED, "--processes"]
-        with serving(target, Path(temp) / "log", *more) as served:
+        with running(llamarun(target, *more), log=Path(temp) / "log") as served:
             started = time.perf_counter()
             seen = asyncio.run(_soak(served, num, seed=seed))
             seconds = time.perf_counter() - started

@@ -12,6 +12,8 @@ from pathlib import Path
 
 SHIPPED = Path(__file__).parents[1] / "tests" / "checkpoint" / "python-llama"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+PROMPT_IDS = range(500, 2000)
+"""What random prompts are drawn from: every model has these, the shipped one too, and none of them ends a text."""
 
 
 @dataclass(frozen=True, slots=True)
