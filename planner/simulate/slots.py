@@ -2,9 +2,9 @@
 
 A request waits for a slot. Whoever drives the chain decides, whenever the first stage is free, what the next step is: a
 chunk of the oldest prompt that is not read yet, or the newest tokens of those that have one. The two take turns where
-there are both. As many steps as the chain has stages can be under way (one in one
-process), and those who decode are shared out among so many. The rules are those of `runtime.engine`; requests are
-sequences of their own here, whatever the batch size of the plan.
+there are both. As many steps as the chain has stages can be under way (one in one process), and those who decode are
+shared out among so many. The rules are those of `runtime.engine`, and a test compares both; requests are sequences of
+their own here, whatever the batch size of the plan.
 
 Every stage and link works on one step at a time, first come, first served: an event per stop.
 """
@@ -45,25 +45,49 @@ def simulate_slots(plan: Plan, *, requests: Sequence[Request], slots: int, most_
 
 
 @dataclass(slots=True, eq=False)
-class _Sequence:
-    """A request that has a slot: its chunks that were not sent, and when its tokens came."""
+class Running:
+    """A request that has a slot.
+
+    Attributes:
+        number: its place in the order of arrival.
+        context: tokens at which decode is costed.
+        chunks: of its prompt that were not sent: their tokens, and those before them.
+        tokens_left: that did not come.
+        is_ready: whether its newest token is back at the first stage.
+        turn: orders those who decode by when they were last in a step.
+        last_token: when its newest token came.
+    """
 
     number: int
     context: int
-    """At which decode is costed."""
     chunks: deque[tuple[int, int]]
     tokens_left: int
     is_ready: bool = False
-    """Whether its newest token is back at the first stage."""
     turn: int = -1
     last_token: float = 0.0
+
+
+def next_members(running: Sequence[Running], *, was_chunk: bool, depth: int) -> list[Running]:
+    """Return whose parts the next step has, as `runtime.engine.turns` chooses them; nobody's if all wait for tokens.
+
+    Args:
+        running: who has a slot, in the order in which they got it.
+        was_chunk: whether the last step was a chunk of a prompt.
+        depth: steps that can be under way at once.
+    """
+    reading = [sequence for sequence in running if sequence.chunks]
+    decoding = [sequence for sequence in running if not sequence.chunks]
+    ready = sorted((s for s in decoding if s.is_ready), key=lambda sequence: sequence.turn)
+    if reading and not (was_chunk and ready):
+        return reading[:1]
+    return ready[: -(-len(decoding) // depth)]
 
 
 @dataclass(slots=True, eq=False)
 class _Step:
     """What goes through the chain together; the next stop of it."""
 
-    members: list[_Sequence]
+    members: list[Running]
     seconds: list[float]
     is_chunk: bool
     gives_tokens: bool
@@ -91,7 +115,7 @@ class _Run:
         self.free_at = dict.fromkeys(self.busy, 0.0)
         self.heap: list[tuple[float, int, _Step | None]] = []
         self.order, self.sent = count(), count()
-        self.running: list[_Sequence] = []
+        self.running: list[Running] = []
         self.next_request = self.num_under_way = 0
         self.was_chunk = False
 
@@ -132,10 +156,11 @@ class _Run:
         self._admit(now)
         if now < self.free_at[self.stops[0].resource] or self.num_under_way >= self.depth:
             return
-        chosen = self._choose()
-        if chosen:
+        members = next_members(self.running, was_chunk=self.was_chunk, depth=self.depth)
+        if members:
+            step = self._step(members)
             self.num_under_way += 1
-            step = self._step(chosen)
+            self.was_chunk = step.is_chunk
             self._visit(step, now)
             self._push(self.free_at[self.stops[0].resource], None)
 
@@ -147,33 +172,21 @@ class _Run:
             lengths = {"prompt_tokens": request.prompt_tokens, "new_tokens": request.new_tokens}
             load = self.plan.workload.model_copy(update=lengths)
             chunks = deque(load.prefill_chunks)
-            self.running.append(_Sequence(number, load.decode_context_tokens, chunks, request.new_tokens))
+            self.running.append(Running(number, load.decode_context_tokens, chunks, request.new_tokens))
             self.admitted[number] = now
             self.next_request += 1
 
-    def _choose(self) -> list[_Sequence]:
-        """Return whose parts the next step has; the same as `runtime.engine.turns`."""
-        reading = [sequence for sequence in self.running if sequence.chunks]
-        decoding = [sequence for sequence in self.running if not sequence.chunks]
-        ready = sorted((s for s in decoding if s.is_ready), key=lambda sequence: sequence.turn)
-        if reading and not (self.was_chunk and ready):
-            self.was_chunk = True
-            return reading[:1]
-        chosen = ready[: -(-len(decoding) // self.depth)]
-        self.was_chunk = self.was_chunk and not chosen
-        return chosen
-
-    def _step(self, chosen: list[_Sequence]) -> _Step:
-        number, first = next(self.sent), chosen[0]
+    def _step(self, members: list[Running]) -> _Step:
+        number, first = next(self.sent), members[0]
         if first.chunks:
             tokens, past = first.chunks.popleft()
             seconds = self.chain_of(1).chunk_seconds(tokens, past, is_last=not first.chunks)
-            return _Step(chosen, seconds, is_chunk=True, gives_tokens=not first.chunks, number=number)
-        for place, sequence in enumerate(chosen):
+            return _Step(members, seconds, is_chunk=True, gives_tokens=not first.chunks, number=number)
+        for place, sequence in enumerate(members):
             sequence.is_ready, sequence.turn = False, number * self.num_slots + place
-        context = round(sum(sequence.context for sequence in chosen) / len(chosen))
-        seconds = self.decode_seconds(len(chosen), context)
-        return _Step(chosen, seconds, is_chunk=False, gives_tokens=True, number=number)
+        context = round(sum(sequence.context for sequence in members) / len(members))
+        seconds = self.decode_seconds(len(members), context)
+        return _Step(members, seconds, is_chunk=False, gives_tokens=True, number=number)
 
     def _visit(self, step: _Step, now: float) -> None:
         """Let a step stay at its next stop; tokens are there when it leaves the last stage."""
@@ -190,7 +203,7 @@ class _Run:
         step.stop += 1
         self._push(end, step)
 
-    def _token(self, sequence: _Sequence, now: float) -> None:
+    def _token(self, sequence: Running, now: float) -> None:
         if sequence.tokens_left == self.requests[sequence.number].new_tokens:
             self.first_token[sequence.number] = now
         else:

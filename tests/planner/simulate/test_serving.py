@@ -193,7 +193,11 @@ def largest_overlap(seen: Serving) -> int:
 @given(plans(), records())
 @settings(max_examples=60, deadline=None)
 def test_no_device_or_link_does_two_things_at_once(plan: Plan, coming: list[Request]) -> None:
-    seen = simulate_requests(plan, requests=coming, most_events=10_000)
+    check_resources(simulate_requests(plan, requests=coming, most_events=10_000))
+
+
+def check_resources(seen: Serving) -> None:
+    """Require that every device and link did one thing at a time, and was busy for as long as all of them took."""
     by_resource: dict[str, list[Event]] = defaultdict(list)
     for event in seen.events:
         by_resource[event.resource].append(event)

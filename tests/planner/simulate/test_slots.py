@@ -1,26 +1,30 @@
 """Requests that share steps: a trace by hand, one slot like one request after the other, and what must always hold."""
 
 import json
-from collections import defaultdict
-from itertools import pairwise
+from collections import deque
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.simulate.one_plan import Event
 from planner.simulate.serving import most_in_flight, simulate_requests
-from planner.simulate.slots import simulate_slots
+from planner.simulate.slots import Running, next_members, simulate_slots
 from plans.cluster import Device, Timings
 from plans.errors import InfeasibleError, UsageError
 from plans.plan import Plan
 from plans.workload import Request
+from runtime.engine.sequence import Sequence
+from runtime.engine.turns import Turns
+from runtime.generate.limits import Limits
+from runtime.generate.request import Request as EngineRequest
+from runtime.generate.sampling import Sampling
 from tests.conftest import RunCommand
 from tests.planner.cases import cluster, device, link, make_plan, workload
-from tests.planner.simulate.test_serving import alike, largest_overlap, plans, records
+from tests.planner.simulate.test_serving import alike, check_resources, largest_overlap, plans, records
 
 FREE = (link("a", "b", bandwidth=1e15, latency=0.0),)
 
@@ -95,13 +99,68 @@ def test_everybody_is_served_in_order_and_nothing_is_in_two_places(
     assert (np.diff(seen.first_token) >= 0).all()
     assert len(seen.token_gaps) == sum(request.new_tokens - 1 for request in coming)
     assert largest_overlap(seen) <= slots
-    by_resource: dict[str, list[Event]] = defaultdict(list)
-    for event in seen.events:
-        by_resource[event.resource].append(event)
-    for name, events in by_resource.items():
-        ordered = sorted(events, key=lambda event: (event.start_seconds, event.end_seconds))
-        assert all(b.start_seconds >= a.end_seconds - 1e-9 for a, b in pairwise(ordered))
-        assert sum(e.end_seconds - e.start_seconds for e in events) == pytest.approx(seen.busy_seconds[name])
+    check_resources(seen)
+
+
+@st.composite
+def moments(draw: st.DrawFn) -> list[tuple[Running, Sequence]]:
+    """Requests that have slots, in any state: as the simulator has them, and as the engine does."""
+    found = []
+    for number in range(draw(st.integers(0, 6))):
+        num_chunks, is_ready, turn = draw(st.integers(0, 2)), draw(st.booleans()), draw(st.integers(-1, 9))
+        chunks = deque((4, 4 * place) for place in range(num_chunks))
+        real = in_engine(Request(prompt_tokens=8, new_tokens=4), chunk_tokens=4)
+        real.position, real.turn = 8 - 4 * num_chunks, turn
+        if not chunks and is_ready:
+            real.token_ids.append(0)
+        found.append((Running(number, 8, chunks, 4, is_ready=not chunks and is_ready, turn=turn), real))
+    return found
+
+
+@given(moments(), st.booleans(), st.integers(1, 4))
+@settings(max_examples=500, deadline=None)
+def test_the_next_step_has_those_whom_the_engine_takes(
+    everybody: list[tuple[Running, Sequence]], was_chunk: bool, depth: int
+) -> None:
+    turns = Turns(depth=depth, reads_first=False)
+    if was_chunk:
+        turns.next([in_engine(Request(prompt_tokens=1, new_tokens=1), chunk_tokens=1)])
+    real = {mine.number: theirs for mine, theirs in everybody}
+    members = next_members([mine for mine, _theirs in everybody], was_chunk=was_chunk, depth=depth)
+    assert [real[mine.number] for mine in members] == turns.next(real.values())
+
+
+@given(plans(), records(), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_engine_would_have_sent_every_step_of_a_run(plan: Plan, coming: list[Request], slots: int) -> None:
+    is_chain = plan.execution == "process_per_stage"
+    turns = Turns(depth=len(plan.stages) if is_chain else 1, reads_first=False)
+    real = [in_engine(request, chunk_tokens=plan.workload.prefill_chunk_tokens) for request in coming]
+
+    def compared(running: list[Running], *, was_chunk: bool, depth: int) -> list[Running]:
+        for mine in running:
+            if mine.is_ready and not real[mine.number].is_ready:
+                real[mine.number].token_ids.append(0)
+        members = next_members(running, was_chunk=was_chunk, depth=depth)
+        chosen = turns.next([real[mine.number] for mine in running])
+        assert [real[mine.number] for mine in members] == chosen
+        for sequence in chosen:
+            sequence.next_part(rope_switch=None)
+        return members
+
+    with patch("planner.simulate.slots.next_members", compared):
+        simulate_slots(plan, requests=coming, slots=slots)
+    assert [sequence.position for sequence in real] == [r.prompt_tokens + r.new_tokens - 1 for r in coming]
+
+
+def in_engine(request: Request, *, chunk_tokens: int) -> Sequence:
+    """Return what the engine makes of a request."""
+    asked = EngineRequest(
+        prompt_ids=[0] * request.prompt_tokens,
+        sampling=Sampling(),
+        limits=Limits(context_tokens=request.prompt_tokens + request.new_tokens, prefill_chunk_tokens=chunk_tokens),
+    )
+    return Sequence(asked, room=request.new_tokens, on_event=print, reuse_key=None, decode=None)
 
 
 def test_more_slots_than_the_devices_have_caches_for_are_refused() -> None:
