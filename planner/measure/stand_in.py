@@ -149,7 +149,7 @@ def write_stand_in(
             if source.directory is not None and (source.directory / name).is_file():
                 shutil.copyfile(source.directory / name, folder / name)
         with (folder / SINGLE_NAME).open("wb") as file:
-            _write_tensors(file, _stored(config, shapes), shapes, packed)
+            _write_tensors(file, stored_rows(shapes, config, prefix=""), shapes, packed)
     except OSError as error:
         raise _cannot_write(num_layers, folder, error) from error
     return open_checkpoint(folder)
@@ -173,11 +173,6 @@ def _shapes(config: ModelConfig) -> dict[str, formula.Shape]:
 def _unit(key: UnitKey, config: ModelConfig) -> formula.Shapes:
     by_kind = {"embedding": formula.embedding_shapes, "layer": formula.layer_shapes, "head": formula.head_shapes}
     return by_kind[key[0]](config)
-
-
-def _stored(config: ModelConfig, shapes: Mapping[str, formula.Shape]) -> Tensors:
-    """Return the tensors of the file."""
-    return stored_rows(dict(shapes), config, prefix="")
 
 
 def _write_tensors(
