@@ -23,6 +23,8 @@ has no payload and comes after everything that was sent for it."""
 
 MAX_PARTS = 1 << 20
 MAX_PAYLOAD_BYTES = 1 << 36
+MODULUS = 2**61 - 1
+"""Of the checksum: words that differ by it would have the same one."""
 DTYPE_CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "int64": 4}
 _ITEM_BYTES = {DTYPE_CODES[d.torch]: d.size_bytes for d in STORED_DTYPES.values() if d.torch in DTYPE_CODES}
 
@@ -30,10 +32,6 @@ _ITEM_BYTES = {DTYPE_CODES[d.torch]: d.size_bytes for d in STORED_DTYPES.values(
 def dtype_code(dtype: object) -> int:
     """Return the code of a torch dtype."""
     return DTYPE_CODES[str(dtype).removeprefix("torch.")]
-
-
-MODULUS = 2**61 - 1
-"""Of the checksum: words that differ by it would have the same one."""
 
 
 @dataclass(frozen=True, slots=True)

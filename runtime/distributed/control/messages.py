@@ -231,7 +231,7 @@ Message = (
     | Ask | Numbers | Finish | Finished
 )  # fmt: skip
 
-KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(Message))
+_KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(Message))
 
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
@@ -249,7 +249,8 @@ def decode(data: bytes) -> Message:
     """
     try:
         message = parse_json(data, where="control connection", max_values=len(data), max_keys=MAX_KEYS)
-        if not isinstance(message, dict) or message.get("kind") not in KINDS:  # pydantic would quote what it is instead
+        # pydantic would quote what it is instead
+        if not isinstance(message, dict) or message.get("kind") not in _KINDS:
             raise ValueError("no message")
         return _ADAPTER.validate_json(data)
     except ValueError as error:  # ours and pydantic's are both ValueErrors
