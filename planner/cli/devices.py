@@ -113,6 +113,8 @@ def devices_command(
             screen.show(line)
     for line in show_cluster.timing_lines(offered):
         screen.show(line)
+    for line in show_cluster.bus_lines(offered):
+        screen.show(line)
     links = show_cluster.link_table(offered)
     if links is not None:
         screen.show("")

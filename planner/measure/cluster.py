@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from itertools import count, permutations
 from typing import TYPE_CHECKING, Any
 
-from planner.devices.machine import Machine, inspect_machine
+from planner.devices.machine import Machine, inspect_machine, usable_cores
 from planner.measure.points import Points, choose_points, default_checkpoint, last_cache_bytes
 from planner.measure.process import Footprint, Request, measure_footprint
+from planner.measure.processor.bus import read_together
 from planner.model.profile import build_profile
 from planner.model.widths import Packed
 from plans.checkpoint.units import Checkpoint
@@ -62,6 +63,7 @@ def read_rates(timings: Timings, profile: ModelProfile) -> list[float]:
     )
 
 
+CPU = "cpu"
 PATHS: "tuple[PathName, ...]" = ("reference", "fast")
 
 Progress = Callable[[str, int, int], None]
@@ -128,6 +130,13 @@ def measure_cluster(
             for one in subjects
         ]
         measured.add(same, times, shape=profile if checkpoint is None else None)
+        if kind == CPU and len(same) > 1:
+            progress("what the CPUs read together", 0, 1)
+            rate = _bus_rate(times, len(same), threads=num_threads)
+            progress("what the CPUs read together", 1, 1)
+            measured.add_bus(same[0].host, rate)
+            if rate is None:
+                measured.warn("what the CPUs read together could not be measured: a plan counts on each by itself")
         if any(found.is_disturbed for found in times):
             measured.warn(f"other programs were busy while {kind} was timed; measure again when they are not")
     measured.add_links(_hop_links(here, progress))
@@ -173,6 +182,10 @@ class _Times:
     timings: tuple[Timings, ...]
     footprint: Footprint
     is_disturbed: bool
+    timed_bytes: int
+    """Weights of the layers that were timed together."""
+    read_rate: float
+    """The most bytes per second that a layer or the head was seen to read."""
 
 
 def _measure_kind(subject: "Subject", device: Device, free_bytes: int, *, threads: int, progress: Progress) -> _Times:
@@ -185,7 +198,31 @@ def _measure_kind(subject: "Subject", device: Device, free_bytes: int, *, thread
         timed = _time_device(checkpoint, subject.profile, kind, points, progress)
         used = _footprint(checkpoint, subject.profile, kind, points, threads, progress)
     timings = tuple(timings for found in timed for timings in found.timings)
-    return _Times(timings, used, any(found.is_disturbed for found in timed))
+    return _Times(
+        timings,
+        used,
+        is_disturbed=any(found.is_disturbed for found in timed),
+        timed_bytes=points.num_layers * subject.profile.layers[0].weight_bytes,
+        read_rate=max((rate for one in timings for rate in _all_read_rates(one, subject.profile)), default=0.0),
+    )
+
+
+def _all_read_rates(timings: Timings, profile: ModelProfile) -> Iterator[float]:
+    layer, head = profile.layers[0], profile.head
+    for context, batch, seconds in timings.decode_seconds_per_layer:
+        if seconds and (timings.profile, timings.weights) == (layer.shapes_sha256, layer.weights):
+            yield bytes_read(layer, work=Work(1, context - 1, batch), profile=profile) / seconds
+    for batch, seconds in timings.head_seconds:
+        if seconds and timings.weights == head.weights:
+            yield bytes_read(head, work=Work(1, 0, batch), profile=profile) / seconds
+
+
+def _bus_rate(times: "Sequence[_Times]", num_devices: int, *, threads: int) -> float | None:
+    """Measure what so many processes read together; no less than one of them was seen to read."""
+    num_bytes = max(found.timed_bytes for found in times)
+    each = max(1, min(threads, usable_cores() // num_devices))  # as `llamarun` shares the cores out
+    rate = read_together(num_devices, num_bytes=num_bytes, threads=each)
+    return None if rate is None else max(rate, *(found.read_rate for found in times))
 
 
 def _what(profile: ModelProfile, name: str, path: str) -> str:
@@ -250,6 +287,7 @@ class _Results:
         self._cluster = cluster
         self._devices = {device.name: device for device in cluster.devices}
         self._process_bytes: dict[str, int] = {}
+        self._buses: dict[str, float | None] = {}
         self._links: list[Link] = []
         self._warnings: list[str] = []
 
@@ -274,18 +312,21 @@ class _Results:
                 changed = changed.model_copy(update={"fixed_overhead_bytes": fixed})
             self._devices[device.name] = changed
 
+    def add_bus(self, host: str, bytes_per_second: float | None) -> None:
+        self._buses[host] = bytes_per_second
+
     def add_links(self, links: Iterator[Link]) -> None:
         self._links += links
 
     def result(self, measured: tuple[str, ...]) -> MeasuredCluster:
         hosts = self._cluster.hosts or tuple(Host(name=name) for name in dict.fromkeys(
             device.host for device in self._cluster.devices))  # fmt: skip
-        hosts = tuple(
-            host.model_copy(update={"process_overhead_bytes": self._process_bytes[host.name]})
-            if host.name in self._process_bytes
-            else host
-            for host in hosts
-        )
+        found: dict[str, dict[str, Any]] = {}
+        for name, num_bytes in self._process_bytes.items():
+            found.setdefault(name, {})["process_overhead_bytes"] = num_bytes
+        for name, rate in self._buses.items():
+            found.setdefault(name, {})["memory_bandwidth_bytes_per_second"] = rate
+        hosts = tuple(host.model_copy(update=found.get(host.name, {})) for host in hosts)
         cluster = self._cluster.model_copy(
             update={
                 "hosts": hosts,

@@ -18,8 +18,8 @@ import psutil
 
 from planner.devices.clusters import for_speed
 from planner.devices.machine import usable_cores
-from planner.measure.cluster import MeasuredCluster, merge_links, plain_name, read_rates, replace_timings
-from planner.measure.look import Look, look_in_a_process
+from planner.measure.cluster import CPU, MeasuredCluster, merge_links, plain_name, read_rates, replace_timings
+from planner.measure.processor.look import Look, look_in_a_process
 from plans.cluster import Cluster, Device, Link, Name, Timings
 from plans.commands.user_cache import keep, recall
 from plans.dtypes import DtypeName
@@ -27,7 +27,6 @@ from plans.profile import ModelProfile, PackedName
 from plans.reading.sizes import ByteSize
 from plans.reading.strict import SchemaVersion, StrictModel
 
-CPU = "cpu"
 FAST_READ_SHARE, FAST_UNIT_SECONDS = 0.93, 30e-6
 """Native kernels read weights at this share of what the look read, and lose so much per layer; 1.1B and 135M, bf16,
 batch 1, two cores: 67.8 and 10.8 ms per token at 32.5 and 28.1 GB/s (2026-11-29)."""

@@ -50,6 +50,7 @@ def sources_of(plan: Plan, model: CostModel) -> tuple[Source, ...]:
         _activations(plan),
         *_overheads(plan),
         *(_times(plan.cluster.device(stage.device), stage, model) for stage in plan.stages),
+        *_buses(plan, model),
         *_hops(plan, model),
         Source("the plan", plan.proof.status, "stated" if plan.proof.status == "given" else "proved", proof_line(plan)),
     )
@@ -140,6 +141,17 @@ def _times(device: Device, stage: Stage, model: CostModel) -> Source:
     if num_measured:
         how += f"; {num_measured} of {len(units)} units by measured curves{beyond}"
     return Source(what, value, "stated", how)
+
+
+def _buses(plan: Plan, model: CostModel) -> Iterator[Source]:
+    for host, seconds in zip(model.buses, model.stages_bus_seconds(plan.ranges), strict=True):
+        rate = next(h.memory_bandwidth_bytes_per_second for h in plan.cluster.hosts if h.name == host)
+        assert rate is not None, f"{host} is no host of `buses`"
+        how = (
+            f"bytes / {rate / 1e9:.4g} GB/s, what {', '.join(model.buses[host])} read together, as the cluster says; "
+            "'devices --measure' measures it"
+        )
+        yield Source(f"memory bus of {host}", f"{duration(seconds)} per token", "stated", how)
 
 
 def _hops(plan: Plan, model: CostModel) -> Iterator[Source]:

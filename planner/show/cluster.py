@@ -52,6 +52,15 @@ def timing_lines(cluster: Cluster) -> Iterator[str]:
             )
 
 
+def bus_lines(cluster: Cluster) -> Iterator[str]:
+    """Yield which CPU devices share a memory bus, and what it carries."""
+    for host in cluster.hosts:
+        names = [device.name for device in cluster.devices if device.host == host.name and device.kind == "cpu"]
+        rate = host.memory_bandwidth_bytes_per_second
+        if rate is not None and len(names) > 1:
+            yield f"{host.name}: {', '.join(names)} read {rate / 1e9:.1f} GB/s together"
+
+
 def link_table(cluster: Cluster) -> "Table | None":
     """Return how a message of 1 MiB travels between the devices, or None where that would be no table for people."""
     if not 2 <= len(cluster.devices) <= MAX_LINKED_DEVICES:

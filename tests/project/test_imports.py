@@ -19,6 +19,7 @@ ALLOWED = {
 EXTRA = {
     "planner/cli/": {"exporter"},
     "planner/measure/": {"runtime"},
+    "planner/measure/processor/": {"runtime"},
     "exporter/calibrate/": {"runtime"},
 }
 """The planner's command line drives the exporter and reads its partitions; measuring and calibrating run stages."""

@@ -10,7 +10,7 @@ import pytest
 from planner.devices.clusters import load_cluster
 from planner.measure import known
 from planner.measure.cluster import MeasuredCluster
-from planner.measure.look import Look, look_in_a_process
+from planner.measure.processor.look import Look, look_in_a_process
 from planner.model.profile import build_profile
 from plans.checkpoint.folder import open_checkpoint
 from plans.cluster import Cluster, Timings

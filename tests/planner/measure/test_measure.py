@@ -8,7 +8,7 @@ import pytest
 
 from planner.devices.clusters import for_speed
 from planner.devices.machine import inspect_machine
-from planner.measure.cluster import devices_here, replace_timings, with_measured_rates
+from planner.measure.cluster import devices_here, read_rates, replace_timings, with_measured_rates
 from planner.measure.points import choose_points, default_checkpoint, last_cache_bytes
 from planner.model.profile import build_profile
 from planner.report.origins import decode_origin
@@ -157,6 +157,11 @@ def test_measure_times_real_layers_and_a_plan_rests_on_them(
         assert {batch for _context, batch, _seconds in timings.decode_seconds_per_layer} == {1, 2, 4, 8}
         assert estimate(timings.decode_seconds_per_layer, point=(32, 1), model=lambda _p: 1.0).seconds > 0
     assert measured.hosts[0].process_overhead_bytes > 100 << 20
+    together = measured.hosts[0].memory_bandwidth_bytes_per_second
+    assert together is not None
+    assert together < 1e14
+    assert together >= max(rate for t in first.timings for rate in read_rates(t, profile))
+    assert f"cpu#0, cpu#1 read {together / 1e9:.1f} GB/s together" in done.out
     assert (first.budget_bytes, first.memory_bandwidth_bytes_per_second) == (1 << 30, 9e9 * inspect_machine().cpu_cores)
     solved = run_command("llamaplan", "solve", model, "--cluster", path, "-o", plan)
     assert solved.code == 0, solved.err

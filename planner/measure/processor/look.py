@@ -54,7 +54,7 @@ def look_in_a_process() -> Look | None:
     """Start the process that looks; None where it fails or answers nothing that makes sense."""
     try:
         done = subprocess.run(
-            python_command("planner.measure.look"), capture_output=True, timeout=TIMEOUT_SECONDS, check=True
+            python_command("planner.measure.processor.look"), capture_output=True, timeout=TIMEOUT_SECONDS, check=True
         )
         return validate_json(Look, done.stdout, where="look")
     except (OSError, subprocess.SubprocessError, ValueError):
