@@ -90,7 +90,7 @@ def simulate_command(
     """
     from planner.show import serving as show_serving
     from planner.simulate.numbers import numbers_of
-    from planner.simulate.serving import simulate_requests
+    from planner.simulate.serving import bus_limit, simulate_requests
     from planner.simulate.slots import simulate_slots
     from planner.simulate.trace import MAX_EVENTS, events_trace
     from plans.check import read_plan
@@ -119,6 +119,11 @@ def simulate_command(
     screen.show(show_serving.spread_table(numbers))
     for line in show_serving.summary_lines(known, numbers):
         screen.show(line)
+    if slots is None and (most := bus_limit(known)) is not None and numbers.tokens_per_second > most:
+        screen.warn(
+            f"the stages' memory bus carries {most:.4g} tokens/s of the plan's batches, which is not counted here; "
+            "--slots counts it"
+        )
     screen.next_step(f"llamaplan report {shown(plan)} -o report.html")
 
 

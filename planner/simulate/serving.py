@@ -95,6 +95,17 @@ def simulate_requests(
     return _Run(plan, requests, allowed, most_events).result()
 
 
+def bus_limit(plan: Plan) -> float | None:
+    """Return the tokens per second that the busiest memory bus carries, which `simulate_requests` does not count.
+
+    Returns:
+        None if no bus of the plan's hosts is known.
+    """
+    model = CostModel(plan.profile, workload=plan.workload, cluster=plan.cluster, execution=plan.execution)
+    seconds = max(model.stages_bus_seconds(plan.ranges), default=0.0)
+    return plan.workload.batch_size / seconds if seconds else None
+
+
 def most_in_flight(plan: Plan) -> tuple[int, str]:
     """Return how many requests the plan's cut can hold at once, and the device that holds the fewest."""
     planned = plan.workload.requests_in_flight

@@ -6,7 +6,10 @@ there are both. As many steps as the chain has stages can be under way (one in o
 shared out among so many. The rules are those of `runtime.engine`, and a test compares both; requests are sequences of
 their own here, whatever the batch size of the plan.
 
-Every stage and link works on one step at a time, first come, first served: an event per stop.
+Every stage and link works on one step at a time, first come, first served: an event per stop. So does the memory bus of
+a host, where its bandwidth is stated and several CPU stages share it: a step asks it for the bytes of a stage when it
+begins there, and leaves no earlier than the bus has carried them after all that it was asked for before. That comes to
+the step period of a plan, max(slowest stage, bus), and is kind: a bus is never idle because a step computes meanwhile.
 """
 
 import heapq
@@ -89,6 +92,7 @@ class _Step:
 
     members: list[Running]
     seconds: list[float]
+    bus_seconds: list[float]
     is_chunk: bool
     gives_tokens: bool
     number: int
@@ -106,6 +110,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.chain_of = lru_cache(maxsize=None)(self._chain_of)
         self.decode_seconds = lru_cache(maxsize=None)(lambda rows, context: self.chain_of(rows).decode_seconds(context))
+        self.decode_bus = lru_cache(maxsize=None)(lambda rows, context: self.chain_of(rows).decode_bus_seconds(context))
         self.stops = self.chain_of(1).stops
         self.depth = len(self.plan.stages) if self.plan.execution == "process_per_stage" else 1
         size = len(self.requests)
@@ -113,6 +118,7 @@ class _Run:
         self.gaps: list[float] = []
         self.busy = dict.fromkeys((stop.resource for stop in self.stops), 0.0)
         self.free_at = dict.fromkeys(self.busy, 0.0)
+        self.bus_free_at = {stop.bus: 0.0 for stop in self.stops if stop.bus is not None}
         self.heap: list[tuple[float, int, _Step | None]] = []
         self.order, self.sent = count(), count()
         self.running: list[Running] = []
@@ -129,9 +135,9 @@ class _Run:
         for at in arrived.tolist():
             self._push(at, None)
         while self.heap:
-            now, _order, step = heapq.heappop(self.heap)
+            now, order, step = heapq.heappop(self.heap)
             if step is not None and step.stop < len(self.stops):
-                self._visit(step, now)
+                self._arrive(step, now, order)
             elif step is not None:
                 self._back(step, now)
             if not self.heap or self.heap[0][0] > now:  # all of a moment has happened
@@ -180,18 +186,33 @@ class _Run:
         number, first = next(self.sent), members[0]
         if first.chunks:
             tokens, past = first.chunks.popleft()
-            seconds = self.chain_of(1).chunk_seconds(tokens, past, is_last=not first.chunks)
-            return _Step(members, seconds, is_chunk=True, gives_tokens=not first.chunks, number=number)
+            is_last = not first.chunks
+            seconds = self.chain_of(1).chunk_seconds(tokens, past, is_last=is_last)
+            bus = self.chain_of(1).chunk_bus_seconds(tokens, past, is_last=is_last)
+            return _Step(members, seconds, bus, is_chunk=True, gives_tokens=is_last, number=number)
         for place, sequence in enumerate(members):
             sequence.is_ready, sequence.turn = False, number * self.num_slots + place
         context = round(sum(sequence.context for sequence in members) / len(members))
         seconds = self.decode_seconds(len(members), context)
-        return _Step(members, seconds, is_chunk=False, gives_tokens=True, number=number)
+        bus = self.decode_bus(len(members), context)
+        return _Step(members, seconds, bus, is_chunk=False, gives_tokens=True, number=number)
+
+    def _arrive(self, step: _Step, now: float, order: int) -> None:
+        """Let a step visit its next stop: a stage with a bus once it is free, since then the step asks the bus."""
+        stop = self.stops[step.stop]
+        if stop.bus is not None and self.free_at[stop.resource] > now:
+            heapq.heappush(self.heap, (self.free_at[stop.resource], order, step))
+        else:
+            self._visit(step, now)
 
     def _visit(self, step: _Step, now: float) -> None:
         """Let a step stay at its next stop; tokens are there when it leaves the last stage."""
         stop, seconds = self.stops[step.stop], step.seconds[step.stop]
         start = max(now, self.free_at[stop.resource])
+        if stop.bus is not None:
+            carried = max(self.bus_free_at[stop.bus], start) + step.bus_seconds[step.stop]
+            self.bus_free_at[stop.bus] = carried
+            seconds = max(seconds, carried - start)
         end = self.free_at[stop.resource] = start + seconds
         self.busy[stop.resource] += seconds
         if seconds and len(self.events) < self.most_events:

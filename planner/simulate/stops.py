@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from planner.simulate.one_plan import EventKind
 from planner.timing.costs import CostModel
+from planner.timing.roofline import Work
 from planner.timing.unit_times import UnitTimes
 from plans.errors import InfeasibleError
 from plans.stages import StageRange
@@ -22,6 +23,8 @@ class Stop:
 
     kind: EventKind
     resource: str
+    bus: str | None = None
+    """The host whose memory bus a stage shares with others."""
 
 
 class Chain:
@@ -67,6 +70,29 @@ class Chain:
         hops = [self._model.prefill_hop_seconds(a, b, tokens) for a, b in pairwise(self._names)]
         return _interleave(stages, [*hops, self._return_seconds() if is_last else 0.0])
 
+    def decode_bus_seconds(self, context: int) -> list[float]:
+        """Return how long a decode step over `context` tokens keeps the memory bus busy at every stop."""
+        work = Work(1, context - 1, self._model.workload.batch_size)
+        return self._bus_seconds(work, has_head=True)
+
+    def chunk_bus_seconds(self, tokens: int, past: int, *, is_last: bool) -> list[float]:
+        """Return how long a prefill chunk keeps the memory bus busy at every stop."""
+        return self._bus_seconds(Work(tokens, past, self._model.workload.batch_size), has_head=is_last)
+
+    def _bus_seconds(self, work: Work, *, has_head: bool) -> list[float]:
+        stages = [
+            math.fsum(
+                self._model.bus_seconds(unit, bus, work=work) for unit in units if has_head or unit.kind != "head"
+            )
+            if (bus := self._bus(name)) is not None
+            else 0.0
+            for name, units in zip(self._names, self._units, strict=True)
+        ]
+        return _interleave(stages, [0.0] * len(stages))
+
+    def _bus(self, device: str) -> str | None:
+        return next((host for host, names in self._model.buses.items() if device in names), None)
+
     def _return_seconds(self) -> float:
         return self._model.return_hop_seconds(self._names[-1], self._names[0])
 
@@ -77,7 +103,7 @@ class Chain:
                 raise InfeasibleError(self._model.topology.explain(a, b), code="E-LINK")
         stops = []
         for index, (a, b) in enumerate(ways):
-            stops.append(Stop("decode", a))
+            stops.append(Stop("decode", a, bus=self._bus(a)))
             stops.append(Stop("hop" if index + 1 < len(ways) else "return", self._link(a, b)))
         return stops
 

@@ -75,12 +75,12 @@ class CostModel:
         seconds = [times.prefill(unit, tokens=tokens, past=past).seconds for tokens, past in self._chunks]
         return (*([0.0] * (len(seconds) - 1)), seconds[-1]) if unit.kind == "head" else tuple(seconds)
 
-    def bus_seconds(self, unit: UnitProfile, host: str) -> float:
-        """Return how long the memory bus of a host is busy with `unit` in one decode step of B sequences."""
+    def bus_seconds(self, unit: UnitProfile, host: str, *, work: Work | None = None) -> float:
+        """Return how long the memory bus of a host is busy with `unit`, by default in a decode step of B sequences."""
         bandwidth = next(h.memory_bandwidth_bytes_per_second for h in self.cluster.hosts if h.name == host)
         assert bandwidth is not None, f"{host} is no host of `buses`"
-        work = Work(1, self.workload.decode_context_tokens - 1, self.workload.batch_size)
-        return bytes_read(unit, work=work, profile=self.profile) / bandwidth
+        decode = Work(1, self.workload.decode_context_tokens - 1, self.workload.batch_size)
+        return bytes_read(unit, work=work or decode, profile=self.profile) / bandwidth
 
     def stages_bus_seconds(self, stages: Sequence[StageRange]) -> tuple[float, ...]:
         """Return, for every bus, how long it is busy in a decode step of a chain."""

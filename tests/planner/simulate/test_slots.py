@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from planner.simulate.serving import most_in_flight, simulate_requests
 from planner.simulate.slots import Running, next_members, simulate_slots
-from plans.cluster import Device, Timings
+from planner.timing.roofline import Work, bytes_read
+from plans.cluster import Device, Host, Timings
 from plans.errors import InfeasibleError, UsageError
 from plans.plan import Plan
 from plans.workload import Request
@@ -24,7 +25,7 @@ from runtime.generate.request import Request as EngineRequest
 from runtime.generate.sampling import Sampling
 from tests.conftest import RunCommand
 from tests.planner.cases import cluster, device, link, make_plan, workload
-from tests.planner.simulate.test_serving import alike, check_resources, largest_overlap, plans, records
+from tests.planner.simulate.test_serving import RATES, alike, check_resources, largest_overlap, plans, records
 
 FREE = (link("a", "b", bandwidth=1e15, latency=0.0),)
 
@@ -161,6 +162,85 @@ def in_engine(request: Request, *, chunk_tokens: int) -> Sequence:
         limits=Limits(context_tokens=request.prompt_tokens + request.new_tokens, prefill_chunk_tokens=chunk_tokens),
     )
     return Sequence(asked, room=request.new_tokens, on_event=print, reuse_key=None, decode=None)
+
+
+# --- memory buses -------------------------------------------------------------------------------------------------
+
+
+def on_one_bus(plan: Plan, bandwidth: float | None) -> Plan:
+    """The same stages on a host whose CPUs read so many bytes per second together."""
+    hosts = tuple(
+        Host(name=name, memory_bandwidth_bytes_per_second=bandwidth)
+        for name in dict.fromkeys(d.host for d in plan.cluster.devices)
+    )
+    return plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"hosts": hosts})})
+
+
+def step_bytes(plan: Plan, context: int) -> list[float]:
+    """What a decode step of one row reads at every stage."""
+    work = Work(1, context - 1, 1)
+    units = [stage.units(plan.profile) for stage in plan.ranges]
+    return [sum(bytes_read(unit, work=work, profile=plan.profile) for unit in own) for own in units]
+
+
+@given(plans(), records(), st.integers(1, 5), st.sampled_from([1e5, 1e6, 1e7, 1e8]))
+@settings(max_examples=100, deadline=None)
+def test_a_bus_finishes_nothing_earlier(plan: Plan, coming: list[Request], slots: int, bandwidth: float) -> None:
+    """A slower step may spare the next one a wait, so that single requests may gain; the last one never does."""
+    free = simulate_slots(on_one_bus(plan, None), requests=coming, slots=slots)
+    shared = simulate_slots(on_one_bus(plan, bandwidth), requests=coming, slots=slots)
+    assert shared.finished.max() >= free.finished.max() - 1e-9
+
+
+@given(plans(), records(), st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_a_bus_as_wide_as_one_needs_changes_nothing(plan: Plan, coming: list[Request], slots: int) -> None:
+    free, shared = (
+        simulate_slots(on_one_bus(plan, bandwidth), requests=coming, slots=slots) for bandwidth in (None, 1e15)
+    )
+    assert shared.finished == pytest.approx(free.finished)
+    assert shared.token_gaps == pytest.approx(free.token_gaps)
+
+
+def test_two_stages_that_always_read_get_what_the_bus_carries() -> None:
+    # Two requests are under way, one at either stage, and each stage takes 0.125 s for a row of its own.
+    coming = [Request(prompt_tokens=4, new_tokens=60) for _ in range(2)]
+    plan = steady_plan("process_per_stage")
+    load = plan.workload.model_copy(update={"prompt_tokens": 4, "new_tokens": 60})
+    plan = plan.model_copy(update={"workload": load})
+    together = sum(step_bytes(plan, load.decode_context_tokens))
+    for bus_period in (0.1, 0.2, 0.5):
+        seen = simulate_slots(on_one_bus(plan, together / bus_period), requests=coming, slots=2)
+        # A token of one request follows its last one after a step of the other.
+        assert seen.token_gaps[-50:-2] == pytest.approx([2 * max(0.125, bus_period)] * 48, rel=1e-9)
+
+
+@given(st.integers(0, 4), RATES, RATES, st.sampled_from([3e5, 1e6, 3e6, 1e7, 1e8]))
+@settings(max_examples=60, deadline=None)
+def test_slots_on_a_bus_reach_the_step_period_of_the_plan(cut: int, a: float, b: float, bandwidth: float) -> None:
+    devices = (device("a", memory_bandwidth_bytes_per_second=a), device("b", memory_bandwidth_bytes_per_second=b))
+    host = Host(name="local", memory_bandwidth_bytes_per_second=bandwidth)
+    load = workload(prompt_tokens=1, new_tokens=300, requests_in_flight=2, prefill_chunk_tokens=1)
+    parts = cluster(*devices, links=FREE, hosts=(host,))
+    plan = make_plan(cluster=parts, workload=load, execution="process_per_stage", cut=cut)
+    seen = simulate_slots(plan, requests=alike(plan, 2), slots=2)
+    settled = seen.token_gaps[-200:]
+    assert settled.mean() / 2 == pytest.approx(1 / plan.prediction.pipelined_tokens_per_second, rel=0.02)
+
+
+def test_batches_are_told_what_the_bus_would_carry(run_command: RunCommand, tmp_path: Path) -> None:
+    plan = steady_plan("process_per_stage")
+    path = tmp_path / "plan.json"
+    host = Host(name="local", memory_bandwidth_bytes_per_second=1e4)
+    load = plan.workload.model_copy(update={"requests_in_flight": 2})
+    path.write_text(
+        make_plan(workload=load, cluster=plan.cluster.model_copy(update={"hosts": (host,)}), cut=2,
+                  execution="process_per_stage").to_json()
+    )  # fmt: skip
+    done = run_command("llamaplan", "simulate", path, "--requests", "8")
+    assert done.code == 0, done.err
+    assert "--slots counts it" in done.err
+    assert "--slots counts it" not in run_command("llamaplan", "simulate", path, "--requests", "8", "--slots", "2").err
 
 
 def test_more_slots_than_the_devices_have_caches_for_are_refused() -> None:
