@@ -17,6 +17,8 @@ from plans.reading.strict import read_json
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 200
+
 SCORE_RULES: Mapping[str, tuple[Any, ...]] = {
     "bad_words_ids": (None,),
     "begin_suppress_tokens": (None, []),
@@ -80,12 +82,26 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     if not isinstance(raw, dict):
         raise InputError("not a JSON object", where=path, code="E-CONFIG")
     check_values(raw, GENERATION_VALUES, where=path)
+    _check_stop_strings(raw, where=path)
     try:
         return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever transformers says about values that only it knows
         what = printable(" ".join(f"{error}".split()), limit=300)
         key = next((f":/{printable(key)}" for key in raw if not _is_taken({key: raw[key]})), "")
         raise InputError(f"transformers refuses it: {what}", where=f"{path}{key}", code="E-CONFIG") from None
+
+
+def _check_stop_strings(raw: Mapping[str, Any], *, where: object) -> None:
+    """Refuse more than a few: transformers compares each of their characters with all tokens, at 7 ms a character."""
+    stated = raw.get("stop_strings") or ()
+    texts = (stated,) if isinstance(stated, str) else stated
+    if len(texts) > MAX_STOP_STRINGS or sum(map(len, texts)) > MAX_STOP_CHARACTERS:
+        raise InputError(
+            f"{len(texts)} stop strings of {sum(map(len, texts))} characters",
+            where=f"{where}:/stop_strings",
+            expected=f"at most {MAX_STOP_STRINGS} of {MAX_STOP_CHARACTERS} characters together",
+            code="E-CONFIG",
+        )
 
 
 def _is_taken(raw: dict[str, Any]) -> bool:
@@ -112,6 +128,7 @@ def generation_defaults(folder: Path, model_config: PreTrainedConfig, *, raw: Ma
     if found is not None:
         return found
     check_values(raw, GENERATION_VALUES, where="config.json")
+    _check_stop_strings(raw, where="config.json")
     return GenerationConfig.from_model_config(model_config)
 
 

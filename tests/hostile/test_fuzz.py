@@ -30,7 +30,7 @@ FOUND: list[tuple[str, bytes]] = [
     ("pins", "\u0663@cpu".encode()),
     ("models", b"~nobody-has-this-name/model"),
     ("models", b"~\0"),
-    ("control_messages", b'{"kind": [%s]}' % b", ".join([b"[[0, 0], [0, 0]]"] * 400_000)),  # an error would quote it
+    ("control_messages", b'{"kind": [%s]}' % b", ".join([b"[[0, 0], [0, 0]]"] * 200_000)),  # an error would quote it
     ("cluster", b'{"devices": [%s]}' % b", ".join([b"{}"] * 400_000)),  # seven errors each
     ("cluster", b'{"devices": [], %s}' % b", ".join(b'"%d": 0' % i for i in range(400_000))),
     ("cluster", b'{"links": [%s]}' % b", ".join([b'{"x": {"x": []}}'] * 600_000)),
@@ -39,6 +39,8 @@ FOUND: list[tuple[str, bytes]] = [
     ("run", json.dumps(document(make_plan().profile, prompt_tokens=2**31)).encode()),
     ("model_config", json.dumps(TINY | {"hidden_act": -1}).encode()),
     ("model_config", json.dumps(TINY | {"eos_token_id": 1.5}).encode()),
+    ("generation", json.dumps({"stop_strings": "a" * 40_000}).encode()),
+    ("generation", json.dumps({"stop_strings": ["x"] * 40_000}).encode()),
     ("tokenizer", b'tokenizer.json\n{"model": {"vocab": {"a": 0}}, "added_tokens": 5}'),
     ("tokenizer", b'tokenizer_config.json\n{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": []}'),
 ]
