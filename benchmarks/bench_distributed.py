@@ -152,7 +152,7 @@ def _open(model: Path, output: Path, *, speed: str) -> Any:
         one = load_session(prepared, speed=speed, verifies=False)
         settings = ProcessSettings(workers=LocalWorkers(output), threads=1, speed=speed)
         with open_processes(prepared, settings, batch_size=IN_FLIGHT, verifies=False) as two:
-            yield Sessions(one, two), torch.get_num_threads()
+            yield Sessions(one, two, plan), torch.get_num_threads()
 
     return opened()
 

@@ -121,35 +121,35 @@ class StageRunner:
             PeerError: a step that is stale, repeated or out of order.
         """
         pieces = torch.split(inputs, [part.count for part in parts])
-        outputs = self._extend_each(parts, inputs) or [
-            self._extend(part, piece) for part, piece in zip(parts, pieces, strict=True)
-        ]
+        last = self._extend_each(parts, inputs)  # [parts, 1, E or V]
+        outputs = list(last) if last is not None else list(map(self._extend, parts, pieces))
         with one_thread():
-            return self._answers(parts, outputs)
+            is_finite = last is not None and _is_finite(last)
+            checked = list(parts) if is_finite else list(map(self._checked, parts, outputs))
+            return self._answers(checked, outputs)
 
-    def _answers(self, parts: Sequence[Part], outputs: Sequence[torch.Tensor]) -> tuple[list[Part], torch.Tensor]:
-        """Look at what was computed, and choose tokens."""
-        checked = [self._checked(part, output) for part, output in zip(parts, outputs, strict=True)]
+    def _answers(self, checked: list[Part], outputs: Sequence[torch.Tensor]) -> tuple[list[Part], torch.Tensor]:
+        """Choose tokens."""
         if not self._units.has_head:
             return checked, torch.cat(tuple(outputs))
-        width = width_of(self.opening(part.sequence) for part in parts)
-        drawers = [drawer for part in parts if (drawer := self._held[part.sequence].drawer) is not None]
+        width = width_of(self.opening(part.sequence) for part in checked)
+        drawers = [drawer for part in checked if (drawer := self._held[part.sequence].drawer) is not None]
         rows = [d.rows(p, logits, width=width) for d, p, logits in zip(drawers, checked, outputs, strict=True)]
         return checked, torch.cat(rows)
 
-    def _extend_each(self, parts: Sequence[Part], inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Run the newest tokens of several sequences together; nothing if that is not what the parts are, or can be.
+    def _extend_each(self, parts: Sequence[Part], inputs: torch.Tensor) -> torch.Tensor | None:
+        """Run the newest tokens of several sequences together; None if that is not what the parts are, or can be.
 
         Which way a part goes does not depend on what else is in the step.
         """
         held = [self._ready(part) for part in parts]
         cache, is_decoding = self.slots, not self.is_prefill(parts)
         if not isinstance(cache, SlotCache) or not is_decoding or any(part.start == 0 for part in parts):
-            return []
+            return None
         outputs = self._units.extend_each(inputs, slots=[one.opening.slot for one in held], cache=cache)
         for one, part in zip(held, parts, strict=True):
             one.length = part.end
-        return list(self._moved(outputs)[:, None].unbind())
+        return self._moved(outputs)[:, None]
 
     def _moved(self, outputs: torch.Tensor) -> torch.Tensor:
         with one_thread():
