@@ -1,4 +1,4 @@
-"""Is the fast path faster here, and with how many threads? Measured on the model's own weights.
+"""For which steps are kernels or graphs faster here, and with how many threads? Measured on the model's own weights.
 
 For kernels the answer is kept in the user's cache folder, one small file per machine, shape, dtype and number of
 threads; a file that is damaged or about something else is measured anew. Graphs are measured whenever a model is
@@ -36,6 +36,8 @@ PROMPT_ROWS = (128, 512)
 ROWS = (*STEP_ROWS, *PROMPT_ROWS)
 """Numbers of rows that are measured: sequences of one token each, then prompts; the last stands for all longer ones."""
 REPEATS = 3
+MOST_SECONDS = 1.0
+"""For one number of rows; the slowest ways are then timed fewer times."""
 PAST_TOKENS = 128
 SAMPLE_BYTES = 128 << 20
 """So many bytes of layers are timed (at least one layer): more than fits into a processor's own memory."""
@@ -65,7 +67,7 @@ class Subject(StrictModel):
 
 
 class Entry(StrictModel):
-    """Up to so many rows: so many threads for the kernels, 0 for transformers."""
+    """Up to so many rows: so many threads for the kernels, 0 for torch's products."""
 
     rows: int
     threads: int
@@ -82,7 +84,7 @@ class Remembered(StrictModel):
 def choose(
     model: PreTrainedModel, stage: StageRange, library: Library, *, progress: Callable[[str], None] | None = None
 ) -> Choice:
-    """Return for which steps the kernels are faster than transformers on this machine.
+    """Return for which steps the kernels multiply faster than torch on this machine.
 
     Args:
         model: a model whose weights are on the CPU.
@@ -131,14 +133,14 @@ def remember(path: Path, subject: Subject, choice: Choice) -> None:
 
 
 def measure(model: PreTrainedModel, stage: StageRange, library: Library) -> Choice:
-    """Time both paths for every number of rows, in turns."""
+    """Time both for every number of rows, in turns."""
     sample = _Sample(model, stage)
     native = FastStage(library, sample.layers, model.config, norm=sample.norm, head=sample.head)
     candidates = tuple(_thread_counts())
     found = []
     for rows in ROWS:
         steps = {count: sample.native_step(native, rows, count) for count in candidates}
-        found.append((rows, _fastest(sample, rows, steps)))
+        found.append((rows, _fastest(sample, rows, {0: sample.read_step(native, rows)} | steps)))
     return Choice(tuple(found))
 
 
@@ -162,25 +164,25 @@ def try_graphs(
             step()  # this one is recorded
         if graphs.failure is not None:
             return Unavailable(graphs.failure)
-        found.append((rows, _fastest(sample, rows, {1: step}) if is_measured else 1))
+        found.append((rows, _fastest(sample, rows, {0: sample.reference_step(rows), 1: step}) if is_measured else 1))
     return Choice(tuple(found))
 
 
 @torch.inference_mode()
-def _fastest(sample: "_Sample", rows: int, candidates: dict[int, Callable[[], object]]) -> int:
-    """Return the number of threads whose step is fastest, or 0 if transformers is faster still."""
-    steps = {0: sample.reference_step(rows)} | candidates
+def _fastest(sample: "_Sample", rows: int, steps: dict[int, Callable[[], object]]) -> int:
+    """Return the number of threads whose step is fastest; 0 only if that is faster still."""
     seconds = dict.fromkeys(steps, float("inf"))
-    # Prompts come last and take long enough: by then all weights are in memory, and once is enough.
-    repeats = (0,) if rows in PROMPT_ROWS else range(-1, REPEATS)
-    for repeat, (threads, step) in itertools.product(repeats, steps.items()):
+    began = time.perf_counter()
+    for repeat, (threads, step) in itertools.product(range(-1, REPEATS), steps.items()):
+        if repeat > 0 and time.perf_counter() - began > MOST_SECONDS:
+            break
         synchronize(sample.device)
         started = time.perf_counter()
         step()
         synchronize(sample.device)
-        if repeat >= 0:  # the first touches weights that may still be on disk
+        if repeat >= 0 or rows in PROMPT_ROWS:  # the first touches weights that may still be on disk; prompts come last
             seconds[threads] = min(seconds[threads], time.perf_counter() - started)
-    best = min(candidates, key=lambda threads: seconds[threads])
+    best = min((threads for threads in steps if threads), key=lambda threads: seconds[threads])
     return best if seconds[best] <= seconds[0] else 0
 
 
@@ -193,7 +195,7 @@ def _thread_counts() -> Iterator[int]:
 
 
 class _Sample:
-    """Some layers of a stage, or its head if it has no layer, to run both ways on made-up states."""
+    """Some layers of a stage, or its head if it has no layer, to run in several ways on made-up states."""
 
     def __init__(self, model: Any, stage: StageRange) -> None:
         base = model.base_model
@@ -233,6 +235,14 @@ class _Sample:
         if self.head is not None:
             return lambda: native.head(hidden, threads=threads)
         return lambda: native.decode(hidden, cos, sin, start=start, cache=cache, threads=threads)
+
+    def read_step(self, native: FastStage, rows: int) -> Callable[[], object]:
+        """Return the same step with torch's products."""
+        hidden, cos, sin, _ = self._inputs(rows)
+        cache, masks = self._cache(len(hidden)), dict.fromkeys((False, True))
+        if self.head is not None:
+            return lambda: native.head(hidden, threads=0)
+        return lambda: native.read(hidden, cos, sin, masks=masks, cache=cache)
 
     def graph_step(self, graphs: GraphStage, rows: int) -> Callable[[], object]:
         """Return the same step as a graph; the second call records it."""

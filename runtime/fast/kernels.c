@@ -18,6 +18,11 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define HAS_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "two-byte weights are read in pairs, low half first"
@@ -62,7 +67,7 @@ typedef float quad __attribute__((vector_size(16)));
 
 enum { F32, F16, BF16 };
 enum { BLOCK = 2 * LANES, PANEL = 32, SLOTS = 512, MAX_ROWS = 16, MAX_HEAD = 256, CHUNK_FLOATS = 6144,
-       STRIP = 4, STREAM_ROWS = 2, AHEAD_BYTES = 4096 };
+       STRIP = 4, STREAM_ROWS = 2, AHEAD_BYTES = 4096, TILE_COLUMNS = 32 };
 #if defined(__AVX512F__) || defined(__aarch64__)
 enum { TILE_ROWS = 8 }; /* activation rows whose sums with two weight rows fit the processor's registers */
 #else
@@ -213,16 +218,26 @@ INLINE float exponential(float x) {
 
 typedef struct {
     size_t rows, columns, chunk; /* chunk: columns per chunk */
-    int is_paired;
+    int is_paired, is_tiled;
 } Order;
+
+static int64_t are_tiles_allowed;
 
 INLINE Order order_of(int dtype, size_t rows, size_t columns) {
     size_t num_chunks = rows <= STREAM_ROWS ? 1 : (rows * columns + CHUNK_FLOATS - 1) / CHUNK_FLOATS;
     size_t chunk = (columns + num_chunks - 1) / num_chunks;
-    Order order = {rows, columns, (chunk + BLOCK - 1) / BLOCK * BLOCK, dtype != F32};
+    Order order = {rows, columns, (chunk + BLOCK - 1) / BLOCK * BLOCK, dtype != F32, 0};
 #if defined(__F16C__)
     order.is_paired = dtype == BF16; /* the processor widens fp16 in order */
 #endif
+    return order;
+}
+
+/* The same for what linear layers read: in bf16 on matrix tiles where the processor has them. Then a word holds a pair of
+ * columns, and the words of all rows lie next to each other. */
+INLINE Order order_for_products(int dtype, size_t rows, size_t columns) {
+    Order order = order_of(dtype, rows, columns);
+    order.is_tiled = are_tiles_allowed && dtype == BF16 && columns % TILE_COLUMNS == 0;
     return order;
 }
 
@@ -244,6 +259,11 @@ INLINE size_t offset_of(const Order *order, size_t row, size_t i) {
 /* Put elements first .. first + count - 1 of a row where the products expect them. */
 static void arrange(const Order *order, size_t row, size_t first, size_t count, const float *from, float *x) {
     size_t i = 0;
+    if (order->is_tiled) {
+        for (uint16_t *to = (uint16_t *)x; i < count; i++)
+            to[((first + i) / 2 * order->rows + row) * 2 + (first + i) % 2] = (uint16_t)(bits_of(from[i]) >> 16);
+        return;
+    }
     for (; first % BLOCK == 0 && i + BLOCK <= count; i += BLOCK) {
         float *to = x + offset_of(order, row, first + i);
         if (!order->is_paired) memcpy(to, from + i, 4 * BLOCK);
@@ -259,7 +279,7 @@ static void arrange(const Order *order, size_t row, size_t first, size_t count, 
 /* How a linear layer wants to find activations that are written in pieces: packed ones make whole numbers of whole rows
  * themselves, from fp32 as it comes. */
 INLINE Order order_before(const Linear *linear, Order order) {
-    if (linear->bits) order.chunk = (order.columns + BLOCK - 1) / BLOCK * BLOCK, order.is_paired = 0;
+    if (linear->bits) order.chunk = (order.columns + BLOCK - 1) / BLOCK * BLOCK, order.is_paired = order.is_tiled = 0;
     return order;
 }
 
@@ -415,6 +435,7 @@ static void panel(int dtype, const void *w, const Order *order, int count, const
 }
 
 #include "packed.h"
+#include "tiles.h"
 
 /* Activations of all rows, as each kind of weights reads them. */
 typedef struct {
@@ -432,6 +453,7 @@ INLINE void add_bias(int dtype, const void *bias, size_t first, int count, float
 static void linear(int dtype, const Linear *l, const Order *order, size_t first, int count, const Inputs *x, float *out) {
     size_t columns = order->columns;
     if (l->bits) packed_panel(dtype, l, order->rows, columns, first, count, packed_for(x, l), out);
+    else if (order->is_tiled) tiled_panel((const char *)l->weight + first * columns * 2, order, count, x->plain, out);
     else panel(dtype, (const char *)l->weight + first * columns * size_of(dtype), order, count, x->plain, out);
     for (size_t n = 0; n < order->rows; n++) BY_DTYPE(dtype, add_bias, l->bias, first, count, out + n * PANEL);
 }
@@ -522,9 +544,9 @@ static size_t lay_out(Decode *d, const Shape *shape, size_t rows, size_t threads
     size_t num_heads = shape->num_heads, wide = (num_heads + 2 * shape->num_kv_heads) * shape->head_dim;
     float *next = workspace;
     d->shape = shape;
-    d->by_hidden = order_of((int)shape->dtype, rows, shape->hidden_size);
-    d->by_heads = order_of((int)shape->dtype, rows, num_heads * shape->head_dim);
-    d->by_ffn = order_of((int)shape->dtype, rows, shape->intermediate_size);
+    d->by_hidden = order_for_products((int)shape->dtype, rows, shape->hidden_size);
+    d->by_heads = order_for_products((int)shape->dtype, rows, num_heads * shape->head_dim);
+    d->by_ffn = order_for_products((int)shape->dtype, rows, shape->intermediate_size);
     d->own_floats = own_floats(d->by_hidden, packed_room(d));
     d->cos = next, next += ALIGNED(rows * shape->rotary_dim);
     d->sin = next, next += ALIGNED(rows * shape->rotary_dim);
@@ -691,13 +713,12 @@ static void project(const Decode *d, const Layer *layer, const Inputs *x, Phase 
 
 /* ---- Phase 2: rotary positions, cache, attention; one task per piece and key/value head. ---- */
 
-/* Norm and turn the head that starts at `from`, as a query or a key of row n. */
-static void prepare_head(const Decode *d, const Layer *layer, const void *norm, size_t n, const float *from, float *to) {
-    const Shape *s = d->shape;
+/* Norm and turn a head of one row, as a query or a key; cos and sin [rotary_dim] are the row's. */
+static void prepare_head(const Shape *s, const Layer *layer, const void *norm, const float *cos, const float *sin,
+                         const float *from, float *to) {
     if (norm) rms_norm((int)s->dtype, norm, s->norm_eps, s->head_dim, from, to);
     else memcpy(to, from, 4 * s->head_dim);
-    if (layer->has_rope)
-        BY_DTYPE(s->dtype, rotate, s->rotary_dim / 2, d->cos + n * s->rotary_dim, d->sin + n * s->rotary_dim, to);
+    if (layer->has_rope) BY_DTYPE(s->dtype, rotate, s->rotary_dim / 2, cos, sin, to);
 }
 
 static void append(const Decode *d, const Layer *layer, int64_t kv_head, size_t n, size_t slot, char *keys, char *values) {
@@ -705,7 +726,7 @@ static void append(const Decode *d, const Layer *layer, int64_t kv_head, size_t 
     size_t D = s->head_dim, wide = (s->num_heads + 2 * s->num_kv_heads) * D;
     const float *key = d->qkv + n * wide + (s->num_heads + kv_head) * D, *value = key + s->num_kv_heads * D;
     float turned[MAX_HEAD];
-    prepare_head(d, layer, layer->k_norm, n, key, turned);
+    prepare_head(s, layer, layer->k_norm, d->cos + n * s->rotary_dim, d->sin + n * s->rotary_dim, key, turned);
     for (size_t i = 0; i < D; i++) {
         write_at((int)s->dtype, keys, slot * D + i, turned[i]);
         write_at((int)s->dtype, values, slot * D + i, value[i]);
@@ -795,11 +816,12 @@ static void attend_heads(const Decode *d, const Layer *layer, size_t n, size_t h
     int dtype = (int)d->shape->dtype;
     size_t D = d->shape->head_dim, wide = (d->shape->num_heads + 2 * d->shape->num_kv_heads) * D;
     Order order = order_of(dtype, heads, D), before_o = order_before(&layer->o, d->by_heads);
+    const float *cos = d->cos + n * d->shape->rotary_dim, *sin = d->sin + n * d->shape->rotary_dim;
     float query[CHUNK_FLOATS], sums[MAX_ROWS * MAX_HEAD], one[MAX_HEAD];
     float scores[MAX_ROWS * SLOTS] __attribute__((aligned(sizeof(floats))));
     float top[MAX_ROWS], total[MAX_ROWS], scale = (float)d->shape->attention_scale;
     for (int h = 0; h < heads; h++) {
-        prepare_head(d, layer, layer->q_norm, n, d->qkv + n * wide + (head + h) * D, one);
+        prepare_head(d->shape, layer, layer->q_norm, cos, sin, d->qkv + n * wide + (head + h) * D, one);
         arrange(&order, h, 0, D, one, query);
         memset(sums + h * MAX_HEAD, 0, 4 * D);
         top[h] = -INFINITY, total[h] = 0.0f;
@@ -928,7 +950,9 @@ static void decode_body(void *data) {
     const OpenMP *omp = d->step->openmp;
     float *row = d->own + omp->thread_number() * d->own_floats;
     Inputs x = own_inputs(row, d->by_hidden, packed_room(d));
+    if (are_tiles_allowed) configure_tiles(d->by_hidden.rows, PANEL);
     for (int64_t index = 0; index < d->step->num_layers; index++) decode_layer(d, index, row, &x);
+    if (are_tiles_allowed) release_tiles();
     leave(omp, d->step->counters);
 }
 
@@ -955,13 +979,14 @@ INLINE void store(int dtype, const float *from, float divisor, int count, void *
 static void head_body(void *data) {
     const Head *h = data;
     int dtype = (int)h->dtype;
-    Order order = order_of(dtype, h->rows, h->hidden_size);
+    Order order = order_for_products(dtype, h->rows, h->hidden_size);
     size_t packed = packed_floats(dtype, h->rows, h->hidden_size);
     float out[MAX_ROWS * PANEL], *hidden = h->workspace, *row = hidden + ALIGNED(h->rows * h->hidden_size);
     row += h->openmp->thread_number() * own_floats(order, packed);
     Inputs x = own_inputs(row, order, packed);
     const Linear *const readers[] = {&h->weight};
     Phase phase = phase_of(h->counters, 1, 1, panels_of(h->vocab_size), h->threads);
+    if (are_tiles_allowed) configure_tiles(h->rows, PANEL);
     if (has_tasks(&phase)) norm_rows(dtype, h->norm, h->norm_eps, &order, hidden, readers, 1, row, &x);
     for (int64_t task; (task = next_task(&phase)) >= 0;) {
         int64_t first = task * PANEL;
@@ -972,6 +997,7 @@ static void head_body(void *data) {
             BY_DTYPE(dtype, store, out + n * PANEL, (float)h->logits_scaling, count, h->logits, n * h->vocab_size + first);
         finish(&phase);
     }
+    if (are_tiles_allowed) release_tiles();
     leave(h->openmp, h->counters);
 }
 
@@ -983,6 +1009,7 @@ void compute_logits(const Head *head) {
     head->openmp->parallel(head_body, (void *)head, (unsigned)head->threads, 0);
 }
 
+#include "between.h"
 #include "products.h"
 
 /* ---- The machine's limit: read memory and do nothing else. ---- */

@@ -1,4 +1,4 @@
-"""The CPU fast path: steps of a stage in one native call, on the weights where they are.
+"""The CPU fast path: steps of a stage in one native call, on the weights where they are; prompts with torch's products.
 
 Transformers and kernels extend one and the same cache (`runtime.fast.cache`). Values are rounded where the
 reference rounds them, only the order of sums differs: greedy tokens are the same up to ties within that rounding.
@@ -10,13 +10,15 @@ size, D head size, V vocabulary.
 import ctypes
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from runtime.fast.between import Between
 from runtime.fast.cache import FastLayer
 from runtime.fast.native import (
     DTYPES,
@@ -30,7 +32,7 @@ from runtime.fast.native import (
     Shape,
     Step,
 )
-from runtime.fast.products import PACKED_COLUMNS, packed_addresses, packed_layers, takes_groups
+from runtime.fast.products import PACKED_COLUMNS, Products, linear_addresses, packed_layers, takes_groups
 from runtime.fast.slots import Buffers, Places
 from runtime.reading.packed import PackedLinear
 
@@ -104,11 +106,13 @@ class FastStage:
         """
         self._library = library
         self._lock = threading.Lock()
-        self._modules = (*layers, *(m for m in (norm, head) if m is not None))  # keeps the weights alive
+        ends = (module for module in (norm, head) if module is not None)
+        self._modules: tuple[Any, ...] = (*layers, *ends)  # keeps the weights alive
         self._layers = (Layer * len(layers))(*(_layer(layer, config) for layer in layers))
         first: Any = norm if norm is not None else layers[0].input_layernorm
         self._dtype: torch.dtype = first.weight.dtype
         self._shape = _shape(layers[0] if len(layers) else None, config, self._dtype)
+        self._between, self._products = Between(library, self._shape), Products(library)
         self._norm: Any = norm
         self._head: Any = head
         self._logits_scaling = float(getattr(config, "logits_scaling", 1.0))
@@ -162,6 +166,69 @@ class FastStage:
         for layer in cache:
             layer.length += new_tokens
         return outputs
+
+    @torch.no_grad()
+    def read(
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        masks: Mapping[bool, torch.Tensor | None],
+        cache: Sequence[FastLayer],
+    ) -> torch.Tensor:
+        """Do what `decode` does with torch's products and attention, which read many rows faster where it has them.
+
+        Args:
+            hidden: [B, S, E].
+            cos: rotary table [B or 1, S, rotary_dim] for the tokens' positions, as the model's `rotary_emb` makes it.
+            sin: like `cos`.
+            masks: by "has a window", as transformers makes them for its attention.
+            cache: one layer per decoder layer, all filled to the same length.
+
+        Returns:
+            Hidden states [B, S, E].
+        """
+        batch, new_tokens, _ = hidden.shape
+        if not self._layers or batch == 0 or new_tokens == 0:
+            return hidden
+        hidden, update = hidden.clone(memory_format=torch.contiguous_format), None
+        cos, sin = (table.to(self._dtype).expand(batch, -1, -1).contiguous() for table in (cos, sin))
+        with self._lock:
+            self._make_room(cache, batch=batch, new_tokens=new_tokens)
+            self._shape.rotary_dim = cos.shape[-1]
+            for layer, entry, kept in zip(self._modules, self._layers, cache, strict=False):
+                normed = self._between.join(hidden, update, layer.input_layernorm)
+                q, k, v = self._queries_keys_values(layer.self_attn, normed)
+                self._between.place(entry, q, k, v, tables=(cos, sin), past=kept.length, capacity=self._capacity)
+                kept.length += new_tokens
+                update = self._attended(layer.self_attn, q, kept, masks[bool(entry.window)])
+                normed = self._between.join(hidden, update, layer.post_attention_layernorm)
+                activated = self._between.activate(*self._gates(layer.mlp, normed))
+                (update,) = self._products.linears((layer.mlp.down_proj,), activated)
+            return self._between.join(hidden, update, None)
+
+    def _queries_keys_values(self, attention: Any, normed: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return queries [B, S, H D], keys and values [B, S, K D] of normed hidden states [B, S, E]."""
+        if not hasattr(attention, "qkv_proj"):
+            return self._products.linears((attention.q_proj, attention.k_proj, attention.v_proj), normed)
+        heads = (self._shape.num_heads, self._shape.num_kv_heads, self._shape.num_kv_heads)
+        (fused,) = self._products.linears((attention.qkv_proj,), normed)
+        return torch.split(fused, [count * attention.head_dim for count in heads], dim=-1)
+
+    def _gates(self, mlp: Any, normed: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return gates and what they let through, [B, S, F] each."""
+        if not hasattr(mlp, "gate_up_proj"):
+            return self._products.linears((mlp.gate_proj, mlp.up_proj), normed)
+        return self._products.linears((mlp.gate_up_proj,), normed)[0].chunk(2, dim=-1)
+
+    def _attended(self, attention: Any, q: torch.Tensor, kept: FastLayer, mask: torch.Tensor | None) -> torch.Tensor:
+        """Let queries [B, S, H D] look back on a layer's cache, their own slots included; [B, S, E] after `o_proj`."""
+        queries = q.view(*q.shape[:2], -1, attention.head_dim).transpose(1, 2)
+        attend: Any = sdpa_attention_forward
+        found, _ = attend(attention, queries, kept.keys, kept.values, mask, scaling=attention.scaling)
+        (update,) = self._products.linears((attention.o_proj,), found.reshape(*q.shape[:2], -1))
+        return update
 
     @torch.no_grad()
     def ragged(
@@ -238,11 +305,13 @@ class FastStage:
         return outputs
 
     @torch.no_grad()
-    def head(self, hidden: torch.Tensor, *, threads: int | None = None) -> torch.Tensor:
-        """Return the logits [..., V] of hidden states [..., E], in the model's dtype."""
-        threads = threads or torch.get_num_threads()
+    def head(self, hidden: torch.Tensor, *, threads: int) -> torch.Tensor:
+        """Return the logits [..., V] of hidden states [..., E], in the model's dtype; without threads by torch."""
         assert self._norm is not None
         assert self._head is not None
+        if not threads:
+            logits: torch.Tensor = self._head(self._norm(hidden))
+            return logits if self._logits_scaling == 1.0 else logits / self._logits_scaling
         vocab_size, hidden_size = self._head.out_features, self._head.in_features
         rows = hidden.reshape(-1, hidden_size).contiguous()
         logits = rows.new_empty((len(rows), vocab_size))
@@ -260,7 +329,7 @@ class FastStage:
                     logits_scaling=self._logits_scaling,
                     inputs=rows[part].data_ptr(),
                     norm=self._norm.weight.data_ptr(),
-                    weight=_linear(self._head),
+                    weight=linear_addresses(self._head),
                     logits=logits[part].data_ptr(),
                     workspace=workspace,
                     counters=counters,
@@ -354,8 +423,8 @@ def _layer(layer: Any, config: PreTrainedConfig) -> Layer:
         post_norm=layer.post_attention_layernorm.weight.data_ptr(),
         window=layer_window(layer, config),
         has_rope=int(bool(getattr(attention, "use_rope", True))),
-        o=_linear(attention.o_proj),
-        down=_linear(mlp.down_proj),
+        o=linear_addresses(attention.o_proj),
+        down=linear_addresses(mlp.down_proj),
         **dict(_attention_inputs(attention, config)),
         **dict(_mlp_inputs(mlp, config)),
         **{name: norm.weight.data_ptr() for name, norm in norms.items()},
@@ -364,14 +433,14 @@ def _layer(layer: Any, config: PreTrainedConfig) -> Layer:
 
 def _attention_inputs(attention: Any, config: PreTrainedConfig) -> Iterator[tuple[str, Linear]]:
     if not hasattr(attention, "qkv_proj"):
-        return ((name, _linear(getattr(attention, f"{name}_proj"))) for name in ("q", "k", "v"))
+        return ((name, linear_addresses(getattr(attention, f"{name}_proj"))) for name in ("q", "k", "v"))
     q_rows, k_rows = (n * attention.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     return _fused(attention.qkv_proj, {"q": q_rows, "k": k_rows, "v": k_rows})
 
 
 def _mlp_inputs(mlp: Any, config: PreTrainedConfig) -> Iterator[tuple[str, Linear]]:
     if not hasattr(mlp, "gate_up_proj"):
-        return ((name, _linear(getattr(mlp, f"{name}_proj"))) for name in ("gate", "up"))
+        return ((name, linear_addresses(getattr(mlp, f"{name}_proj"))) for name in ("gate", "up"))
     return _fused(mlp.gate_up_proj, dict.fromkeys(("gate", "up"), config.intermediate_size))
 
 
@@ -380,15 +449,8 @@ def _fused(linear: Any, rows: dict[str, int]) -> Iterator[tuple[str, Linear]]:
     assert linear.bias is None
     first = 0
     for name, count in rows.items():
-        yield name, _linear(linear, first=first)
+        yield name, linear_addresses(linear, first=first)
         first += count
-
-
-def _linear(linear: Any, *, first: int = 0) -> Linear:
-    """A linear layer from row `first` on."""
-    if isinstance(linear, PackedLinear):
-        return packed_addresses(linear, first=first)
-    return Linear(weight=linear.weight[first].data_ptr(), bias=linear.bias.data_ptr() if linear.bias is not None else 0)
 
 
 def layer_window(layer: Any, config: PreTrainedConfig) -> int:

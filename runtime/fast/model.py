@@ -1,8 +1,8 @@
 """Steps of a model of which some stages are fast, with transformers' own inputs and cache.
 
-A step that they can serve goes stage by stage: on a CPU in one call of the native kernels, on CUDA as one recorded
-graph, elsewhere through the transformers layers, given what the model's own forward would give them. Every other step
-is left to that forward, on the same cache.
+A step that they can serve goes stage by stage: on a CPU in one call of the native kernels, or with torch's products
+where that is faster (many rows); on CUDA as one recorded graph; elsewhere through the transformers layers, given what
+the model's own forward would give them. Every other step is left to that forward, on the same cache.
 
 Shapes: B sequences, S new tokens, T = past + S, R sequences of a ragged step, E hidden size, V vocabulary.
 """
@@ -10,6 +10,7 @@ Shapes: B sequences, S new tokens, T = past + S, R sequences of a ragged step, E
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -96,7 +97,7 @@ class Part:
     choice: Choice
 
     def threads(self, *, num_rows: int) -> int:
-        """Return the threads of the kernels (1 for a graph) for a step of so many rows; 0 where transformers serves."""
+        """Return the threads of the kernels (1 for a graph) for a step of so many rows; 0 where torch multiplies."""
         if self.fast is None or (isinstance(self.fast, GraphStage) and self.fast.failure is not None):
             return 0
         return self.choice.threads(num_rows=num_rows)
@@ -106,10 +107,15 @@ class Part:
         can_replay = new_tokens == 1 and (past > 0 or not self.units.num_layers)
         return self.threads(num_rows=batch * new_tokens) if can_replay or isinstance(self.fast, FastStage) else 0
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether every step is ours: in one call, or with torch's products."""
+        return isinstance(self.fast, FastStage)
+
     def ragged_threads(self, *, num_rows: int) -> int:
         """Return the same for a ragged step: one path for every number of rows, as neighbours must change no bit.
 
-        transformers takes each sequence alone; so what is faster for some number of rows is so for more.
+        Torch takes each sequence alone; so what is faster for some number of rows is so for more.
         """
         most = max(self.threads(num_rows=count) for count in range(1, MAX_ROWS + 1))
         return most and (self.threads(num_rows=num_rows) or most)
@@ -145,7 +151,7 @@ class FastModel:
         self.reason = reason
         self._model: Any = model
         self._parts = tuple(parts)
-        self._has_kernels = any(isinstance(part.fast, FastStage) for part in parts)
+        self._has_kernels = any(part.has_kernels for part in parts)
         self._layers: tuple[Any, ...] = tuple(cast("Any", model.base_model).layers)
         self._windows = tuple(layer_window(layer, model.config) for layer in self._layers)
         # The fast path keeps all slots. Some way past a window that would be a waste: then transformers takes over.
@@ -156,7 +162,8 @@ class FastModel:
 
     def path(self, index: int, *, num_rows: int) -> str:
         """Return which path serves a plain step of so many rows in a stage."""
-        return FAST_PATH if self._parts[index].threads(num_rows=num_rows) else REFERENCE_PATH
+        part = self._parts[index]
+        return FAST_PATH if part.has_kernels or part.threads(num_rows=num_rows) else REFERENCE_PATH
 
     @torch.no_grad()
     def step(
@@ -188,7 +195,8 @@ class FastModel:
         batch, new_tokens = inputs.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
         threads = [part.serves(batch=batch, new_tokens=new_tokens, past=past) for part in self._parts]
-        start = self._ready(inputs, past=past, attention_mask=attention_mask, cache=cache, is_fast=any(threads))
+        is_fast = self._has_kernels or any(threads)
+        start = self._ready(inputs, past=past, attention_mask=attention_mask, cache=cache, is_fast=is_fast)
         if start is None:
             return None
         if position_ids is None:
@@ -198,9 +206,9 @@ class FastModel:
         shared = self._share(hidden, attention_mask, position_ids, cache, start=start, needs_masks=needs_masks)
 
         def run(part: Part, hidden: torch.Tensor, count: int) -> torch.Tensor:
-            if not count:
-                return self._reference(part, hidden, shared, cache, logits_to_keep=logits_to_keep)
-            return _fast(part, hidden, shared, cache, logits_to_keep=logits_to_keep, threads=count)
+            if count or part.has_kernels:
+                return _fast(part, hidden, shared, cache, logits_to_keep=logits_to_keep, threads=count)
+            return self._reference(part, hidden, shared, cache, logits_to_keep=logits_to_keep)
 
         return self._through(hidden, threads, run, started=started, times=times)
 
@@ -215,8 +223,8 @@ class FastModel:
     ) -> torch.Tensor:
         """Run one new token of each of R sequences, of any lengths, and extend their slots by it.
 
-        A sequence's numbers do not depend on the others: what no kernel or graph computes, transformers computes for
-        each sequence alone. `supports_slots` must admit the model.
+        A sequence's numbers do not depend on the others: what no kernel or graph computes is computed for each sequence
+        alone. `supports_slots` must admit the model.
 
         Args:
             inputs: token ids [R], or hidden states [R, E] where another process has embedded them.
@@ -241,8 +249,8 @@ class FastModel:
                 places = Places(cache, slots, lengths, part.units)
                 return _fast_rows(part, hidden, tables, places, threads=count)
             rows = zip(hidden[:, None], shared, slots, strict=True)
-            alone = [self._reference(part, row, own, cache[slot], logits_to_keep=1) for row, own, slot in rows]
-            return torch.cat(alone)
+            run_alone = partial(_fast, threads=0) if part.has_kernels else self._reference
+            return torch.cat([run_alone(part, row, own, cache[slot], logits_to_keep=1) for row, own, slot in rows])
 
         return self._through(hidden, threads, run, started=started, times=times)[:, 0]
 
@@ -255,9 +263,9 @@ class FastModel:
         started: float,
         times: Sequence[StageTime],
     ) -> torch.Tensor:
-        """Run hidden states through the stages; `threads` says which are fast, and hooks time the others."""
+        """Run hidden states through the stages; hooks time those of transformers."""
         for index, (part, count) in enumerate(zip(self._parts, threads, strict=True)):
-            if not count:
+            if not count and not part.has_kernels:
                 hidden = run(part, hidden, count)
                 continue
             entered = started if index == 0 else time.perf_counter()
@@ -289,7 +297,7 @@ class FastModel:
         if self._max_slots is not None and past + new_tokens > self._max_slots and not is_slot(cache):
             hand_back(cache, self._model.config)
             return None
-        # A prompt is read by transformers; on a cache that the fast path can extend, nothing is copied afterwards.
+        # Graphs do not read prompts; on a cache that they can extend, nothing is copied afterwards.
         if not is_fast and past:
             return None
         if attention_mask is not None and attention_mask.shape[1:] != (past + new_tokens,):
@@ -370,10 +378,15 @@ def _fast(
     layers = cast("list[FastLayer]", cache.layers[units.start_layer : units.end_layer]) if cache is not None else []
     if isinstance(part.fast, GraphStage):
         return part.fast.step(hidden, *shared.tables, attention_mask=shared.attention_mask, cache=layers)
-    if units.num_layers:
-        cos, sin = (table.to("cpu") for table in shared.tables)
+    cos, sin = (table.to("cpu") for table in shared.tables)
+    if units.num_layers and threads:
         hidden = part.fast.decode(hidden, cos, sin, start=shared.start, cache=layers, threads=threads)
-    return part.fast.head(hidden[:, -logits_to_keep:], threads=threads) if units.has_head else hidden
+    elif units.num_layers:
+        hidden = part.fast.read(hidden, cos, sin, masks=shared.masks, cache=layers)
+    if units.has_head:
+        hidden = hidden[:, -logits_to_keep:]
+        hidden = part.fast.head(hidden, threads=part.threads(num_rows=hidden.shape[0] * hidden.shape[1]))
+    return hidden
 
 
 def _fast_rows(

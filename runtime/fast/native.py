@@ -32,7 +32,7 @@ MAX_HEAD_DIM = 256
 _COUNTERS = 24  # of a product
 
 _SOURCE = Path(__file__).with_name("kernels.c")
-_SOURCES = (_SOURCE, _SOURCE.with_name("packed.h"), _SOURCE.with_name("products.h"))
+_SOURCES = (_SOURCE, *(_SOURCE.with_name(name) for name in ("packed.h", "tiles.h", "between.h", "products.h")))
 _COMPILERS = ("cc", "gcc", "clang")
 _OPTIONS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _MACHINE_OPTIONS = ("-march=native", "-mcpu=native", "")  # the spelling depends on compiler and processor
@@ -117,15 +117,50 @@ class Head(ctypes.Structure):
     )
 
 
+_CREW = (("openmp", _Pointer), ("threads", _Int), ("rows", _Int), ("counters", _Pointer))
+
+
+class Join(ctypes.Structure):
+    """Rows of the residual stream [R, E], what is added to them, and where their norm goes."""
+
+    _fields_ = (
+        *_CREW,
+        *((name, _Int) for name in ("dtype", "columns")),
+        *((name, ctypes.c_double) for name in ("norm_eps", "multiplier")),
+        *((name, _Pointer) for name in ("hidden", "update", "norm", "result", "workspace")),
+    )
+
+
+class Placement(ctypes.Structure):
+    """Queries, keys and values of some rows, and where they go in a layer's cache; pitches count numbers."""
+
+    _fields_ = (
+        *_CREW,
+        *((name, _Pointer) for name in ("shape", "layer")),
+        *((name, _Int) for name in ("new_tokens", "past", "capacity", "q_pitch", "k_pitch", "v_pitch")),
+        *((name, _Pointer) for name in ("q", "k", "v", "cos", "sin")),
+    )
+
+
+class Activation(ctypes.Structure):
+    """Gates and what they let through, some rows [R, F] each, `pitch` numbers from row to row."""
+
+    _fields_ = (
+        *_CREW,
+        *((name, _Int) for name in ("dtype", "columns", "pitch")),
+        *((name, _Pointer) for name in ("gate", "up", "result")),
+    )
+
+
 class Product(ctypes.Structure):
-    """One packed layer and its activations; `result` [R, O], or [O, I] to unpack the weights."""
+    """One linear layer and its activations; `result` [R, O], or [O, I] to unpack the weights."""
 
     _fields_ = (
         ("openmp", _Pointer),
         *((name, _Int) for name in ("threads", "dtype", "rows", "columns", "outputs")),
         ("inputs", _Pointer),
         ("weight", Linear),
-        *((name, _Pointer) for name in ("result", "workspace", "counters")),
+        *((name, _Pointer) for name in ("result", "workspace", "counters", "also")),
     )
 
 
@@ -181,12 +216,24 @@ class Library:
         """Run the final norm and the output projection."""
         self._functions.compute_logits(ctypes.byref(head))
 
-    def multiply_packed(self, product: Product) -> None:
-        """Multiply activations with a packed layer: up to MAX_ROWS rows, and more in bf16 where there are tiles."""
+    def join_rows(self, join: Join) -> None:
+        """Add to rows of the residual stream, and norm them."""
+        self._functions.join_rows(ctypes.byref(join))
+
+    def place_heads(self, placement: Placement) -> None:
+        """Turn queries and keys by their positions, and write keys and values into the cache."""
+        self._functions.place_heads(ctypes.byref(placement))
+
+    def activate_rows(self, activation: Activation) -> None:
+        """Compute SiLU(gate) * up."""
+        self._functions.activate_rows(ctypes.byref(activation))
+
+    def multiply_linear(self, product: Product) -> None:
+        """Multiply activations with a linear layer: up to MAX_ROWS rows, and more in bf16 where there are tiles."""
         floats = self._functions.product_floats(ctypes.byref(product))
         workspace, counters = torch.empty(floats, dtype=torch.float32), torch.empty(_COUNTERS, dtype=torch.int64)
         product.workspace, product.counters = workspace.data_ptr(), counters.data_ptr()
-        self._functions.multiply_packed(ctypes.byref(product))
+        self._functions.multiply_linear(ctypes.byref(product))
 
     def unpack_weights(self, product: Product) -> None:
         """Write the weights of a packed layer as numbers of its dtype."""

@@ -1,16 +1,11 @@
-/* One packed layer at a time: what transformers' layers call for prompts, and families without kernels for all.
+/* One linear layer at a time: packed ones for prompts, and for families without kernels for all; on processors with
+ * matrix tiles (AMX) plain ones of bf16 for prompts as well.
  *
  * Few rows are multiplied as in a step. More meet weights that are unpacked, to the numbers of `PackedLinear` to the bit:
- * on processors with matrix tiles (AMX) a panel at a time into the processor's own memory, elsewhere by the caller, who
- * asks for as many at a time as the processor's cache holds.
+ * on tiles a panel at a time into the processor's own memory, elsewhere by the caller, who asks for as many at a time as
+ * the processor's cache holds.
  */
-#if LANES == 16 && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#define HAS_TILES
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-typedef struct {
+typedef struct Product {
     const OpenMP *openmp;
     int64_t threads, dtype, rows, columns, outputs;
     const void *inputs;     /* [R, I] */
@@ -18,6 +13,7 @@ typedef struct {
     void *result;           /* [R, O]; of `unpack` [O, I] */
     float *workspace;       /* product_floats() */
     int64_t *counters;      /* [3 FIELDS] */
+    const struct Product *also; /* on tiles: another layer with the same inputs; or NULL */
 } Product;
 
 /* Phase `number` of two, with `rows` in tasks of `size`. */
@@ -116,7 +112,9 @@ INLINE void unpack_row_of(int dtype, int bits, const Product *p, size_t row, cha
 }
 
 static void unpack_row(const Product *p, size_t row, char *to) {
-    if (p->weight.bits == 4) BY_DTYPE(p->dtype, unpack_row_of, 4, p, row, to);
+    size_t row_bytes = p->columns * size_of((int)p->dtype);
+    if (!p->weight.bits) memcpy(to, (const char *)p->weight.weight + row * row_bytes, row_bytes);
+    else if (p->weight.bits == 4) BY_DTYPE(p->dtype, unpack_row_of, 4, p, row, to);
     else BY_DTYPE(p->dtype, unpack_row_of, 8, p, row, to);
 }
 
@@ -148,7 +146,7 @@ static void few_rows_body(void *data) {
     float *row = p->workspace + p->openmp->thread_number() * own, out[MAX_ROWS * PANEL];
     float *packed = row + ALIGNED(p->columns);
     Inputs x = {NULL, {packed, packed}};
-    Order order = {p->rows, p->columns, p->columns, 0};
+    Order order = {.rows = p->rows, .columns = p->columns, .chunk = p->columns};
     for (int64_t n = 0; n < p->rows; n++) {
         for (int64_t i = 0; i < p->columns; i++) row[i] = read_at(dtype, p->inputs, n * p->columns + i);
         pack_row(dtype, (int)p->weight.bits, p->rows, p->columns, n, row, packed);
@@ -166,26 +164,6 @@ static void few_rows_body(void *data) {
 /* ---- Any number of rows, on tiles. ---- */
 
 #ifdef HAS_TILES
-enum { TILE = 16, TILE_WORDS = 256, TILE_COLUMNS = 32 };
-
-#define TILES(text, ...) __asm__ volatile(text ::__VA_ARGS__ : "memory")
-#define LOAD_TILE(tile, base, stride) TILES("tileloadd (%0,%1,1), %%" tile, "r"(base), "r"((long)(stride)))
-#define STORE_TILE(tile, base) TILES("tilestored %%" tile ", (%0,%1,1)", "r"(base), "r"(64l))
-#define MULTIPLY_TILES(sum, weights, inputs) TILES("tdpbf16ps %%" inputs ", %%" weights ", %%" sum, "r"(0))
-
-/* Ask the system for tiles, once per process; returns whether they may be used. */
-int64_t allow_tiles(void) {
-    const long request = 0x1023, tile_data = 18;
-    return syscall(SYS_arch_prctl, request, tile_data) == 0;
-}
-
-/* All tiles are 16 rows of 64 bytes. */
-static void configure_tiles(void) {
-    struct { uint8_t palette, start, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = TILE;
-    __asm__ volatile("ldtilecfg %0" ::"m"(config));
-}
-
 INLINE size_t tile_rows(size_t rows) { return (rows + 2 * TILE - 1) / (2 * TILE) * 2 * TILE; }
 /* Bytes from one unpacked weight row to the next; rows a power of two apart would share their places in the cache. */
 INLINE size_t stage_pitch(size_t columns) { return 2 * columns + 64; }
@@ -195,21 +173,25 @@ INLINE size_t tiled_floats(size_t rows, size_t columns, size_t threads) {
 
 /* Tiles of 16 rows of activations: for each 32 columns [pair of columns][row][2]. */
 static void arrange_tiles(const Product *p, size_t first, uint32_t *to) {
-    for (size_t k = 0; k < (size_t)p->columns; k += TILE_COLUMNS, to += TILE_WORDS)
-        for (size_t n = 0; n < TILE; n++) {
-            uint32_t words[TILE_COLUMNS / 2] = {0};
-            size_t at = (first + n) * p->columns + k;
-            if (first + n < (size_t)p->rows) memcpy(words, (const char *)p->inputs + 2 * at, sizeof words);
-            for (size_t pair = 0; pair < TILE_COLUMNS / 2; pair++) to[pair * TILE + n] = words[pair];
-        }
+    size_t pitch = 2 * p->columns, count = p->rows - first;
+    const char *rows = (const char *)p->inputs + first * pitch;
+    for (size_t k = 0; k < pitch; k += 64, to += TILE_WORDS) {
+        uint32_t last[TILE_WORDS] = {0};
+        for (size_t n = 0; count < TILE && n < count; n++) memcpy(last + n * TILE, rows + n * pitch + k, 64);
+        if (count < TILE) transpose(last, 64, (floats *)to);
+        else transpose(rows + k, pitch, (floats *)to);
+    }
 }
 
-/* sums [2 blocks of weight rows][2 blocks of activation rows][weight row][activation row] over all columns. */
-INLINE void multiply_tiles(const char *weights, size_t pitch, size_t columns, const uint32_t *x, float *sums) {
+/* sums [2 blocks of weight rows][2 blocks of activation rows][weight row][activation row] over all columns. Meanwhile
+ * `lines` cache lines from `ahead` on are fetched for every 32 columns. */
+INLINE void multiply_tiles(const char *weights, size_t pitch, size_t columns, const uint32_t *x, float *sums,
+                           const char *ahead, size_t lines) {
     const char *below = weights + TILE * pitch;
     const uint32_t *beside = x + columns / TILE_COLUMNS * TILE_WORDS;
     TILES("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3", "r"(0));
     for (size_t k = 0; k < columns; k += TILE_COLUMNS, x += TILE_WORDS, beside += TILE_WORDS) {
+        for (size_t i = 0; i < lines; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
         LOAD_TILE("tmm4", weights + 2 * k, pitch);
         LOAD_TILE("tmm6", x, 64);
         MULTIPLY_TILES("tmm0", "tmm4", "tmm6");
@@ -225,74 +207,64 @@ INLINE void multiply_tiles(const char *weights, size_t pitch, size_t columns, co
     STORE_TILE("tmm3", sums + 3 * TILE_WORDS);
 }
 
-/* Rows become columns. */
-INLINE void transpose(const float *from, floats *to) {
-    floats fours[4][4]; /* [rows 4i .. 4i + 3][j]: columns j, 4 + j, 8 + j, 12 + j */
-    for (int i = 0; i < 4; i++) {
-        const floats *row = (const floats *)from + 4 * i;
-        floats a = PICK(row[0], row[1], LOW_PAIRS), b = PICK(row[2], row[3], LOW_PAIRS);
-        floats c = PICK(row[0], row[1], HIGH_PAIRS), d = PICK(row[2], row[3], HIGH_PAIRS);
-        fours[i][0] = PICK(a, b, LOW_TWOS), fours[i][1] = PICK(a, b, HIGH_TWOS);
-        fours[i][2] = PICK(c, d, LOW_TWOS), fours[i][3] = PICK(c, d, HIGH_TWOS);
-    }
-    for (int j = 0; j < 4; j++) {
-        floats even[2], odd[2];
-        for (int i = 0; i < 2; i++) {
-            even[i] = PICK(fours[2 * i][j], fours[2 * i + 1][j], EVEN_FOURS);
-            odd[i] = PICK(fours[2 * i][j], fours[2 * i + 1][j], ODD_FOURS);
-        }
-        to[j] = PICK(even[0], even[1], EVEN_FOURS), to[8 + j] = PICK(even[0], even[1], ODD_FOURS);
-        to[4 + j] = PICK(odd[0], odd[1], EVEN_FOURS), to[12 + j] = PICK(odd[0], odd[1], ODD_FOURS);
-    }
-}
-
-/* Sums of 16 weight rows from `first` on and 16 activation rows from n on: bias added, rounded, written. */
-INLINE void write_tile(const Product *p, size_t first, int count, size_t n, const float *sums) {
-    floats columns[TILE] __attribute__((aligned(64)));
-    transpose(sums, columns);
+/* Sums of up to 32 weight rows from `first` on and 16 activation rows from n on: bias added, rounded, written. */
+INLINE void write_tiles(const Product *p, size_t first, int count, size_t n, const float *above, const float *below) {
+    floats columns[2][TILE] __attribute__((aligned(64)));
+    float row[PANEL];
+    transpose(above, 64, columns[0]);
+    transpose(below, 64, columns[1]);
     for (int i = 0; i < TILE && n + i < (size_t)p->rows; i++) {
-        float *row = (float *)(columns + i);
-        if (count == TILE && !p->weight.bias) {
-            words bits = (words)columns[i], up = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-            words is_nan = (words)(columns[i] != columns[i]);
-            few_halves narrow = __builtin_convertvector((up & ~is_nan) | ((bits >> 16 | 64) & is_nan), few_halves);
+        if (count == PANEL && !p->weight.bias) {
+            __m512bh narrow = _mm512_cvtne2ps_pbh((__m512)columns[1][i], (__m512)columns[0][i]);
             memcpy((char *)p->result + 2 * ((n + i) * p->outputs + first), &narrow, sizeof narrow);
             continue;
         }
+        memcpy(row, &columns[0][i], 64), memcpy(row + TILE, &columns[1][i], 64);
         add_bias(BF16, p->weight.bias, first, count, row);
         write_panel(BF16, p, first, count, row, n + i);
     }
 }
 
+/* Up to PANEL weight rows from `first` on times all activation rows; the panel after them is fetched meanwhile. */
+static void multiply_panel(const Product *p, int64_t first, const uint32_t *x, char *stage) {
+    size_t columns = p->columns, rows = tile_rows(p->rows), pitch = stage_pitch(columns);
+    size_t row_bytes = columns * (p->weight.bits ? p->weight.bits : 16) / 8;
+    size_t steps = rows / (2 * TILE) * (columns / TILE_COLUMNS), lines = (PANEL * row_bytes / 64 + steps - 1) / steps;
+    const char *weights = stage, *ahead = (const char *)p->weight.weight + (first + PANEL) * row_bytes;
+    float sums[4 * TILE_WORDS] __attribute__((aligned(64)));
+    int count = count_from(first, p->outputs);
+    if (!p->weight.bits && count == PANEL) weights = ahead - PANEL * row_bytes, pitch = row_bytes;
+    else for (int m = 0; m < count; m++) unpack_row(p, first + m, stage + m * pitch);
+    for (size_t n = 0; n < rows; n += 2 * TILE, ahead += lines * columns / TILE_COLUMNS * 64) {
+        multiply_tiles(weights, pitch, columns, x + n * columns / 2, sums, ahead, lines);
+        for (int i = 0; i < 2; i++)
+            write_tiles(p, first, count, n + i * TILE, sums + i * TILE_WORDS, sums + (2 + i) * TILE_WORDS);
+    }
+}
+
 static void tiled_body(void *data) {
-    const Product *p = data;
-    size_t columns = p->columns, pitch = stage_pitch(columns), rows = tile_rows(p->rows);
+    const Product *p = data, *q = p;
+    size_t columns = p->columns, rows = tile_rows(p->rows);
     uint32_t *x = (uint32_t *)p->workspace;
     char *stage = (char *)(p->workspace + ALIGNED(rows * columns / 2));
-    float sums[4 * TILE_WORDS] __attribute__((aligned(64)));
-    stage += p->openmp->thread_number() * 4 * ALIGNED(PANEL * pitch / 4);
+    int64_t panels = 0;
+    stage += p->openmp->thread_number() * 4 * ALIGNED(PANEL * stage_pitch(columns) / 4);
     Phase arranged = product_phase(p, 1, rows, TILE);
     for (int64_t task; (task = next_task(&arranged)) >= 0; finish(&arranged))
         arrange_tiles(p, task * TILE, x + task * TILE * columns / 2);
-    configure_tiles();
-    Phase multiplied = product_phase(p, 2, p->outputs, PANEL);
-    for (int64_t task; (task = next_task(&multiplied)) >= 0; finish(&multiplied)) {
-        int64_t first = task * PANEL;
-        int count = count_from(first, p->outputs);
-        for (int m = 0; m < count; m++) unpack_row(p, first + m, stage + m * pitch);
-        for (size_t n = 0; n < rows; n += 2 * TILE) {
-            multiply_tiles(stage, pitch, columns, x + n * columns / 2, sums);
-            for (int i = 0; i < 4; i++) {
-                int at = i / 2 * TILE, left = count - at < TILE ? count - at : TILE;
-                if (left > 0) write_tile(p, first + at, left, n + i % 2 * TILE, sums + i * TILE_WORDS);
-            }
+    configure_tiles(TILE, PANEL);
+    for (q = p; q; q = q->also) panels += panels_of(q->outputs);
+    Phase multiplied = phase_of(p->counters, 2, 2, panels, p->threads);
+    while (take_run(&multiplied))
+        while (multiplied.next < multiplied.end) {
+            int64_t at = multiplied.next++;
+            for (q = p; at >= panels_of(q->outputs); q = q->also) at -= panels_of(q->outputs);
+            multiply_panel(q, at * PANEL, x, stage);
         }
-    }
-    __asm__ volatile("tilerelease" ::: "memory");
+    release_tiles();
     leave(p->openmp, p->counters);
 }
 #else
-int64_t allow_tiles(void) { return 0; }
 INLINE size_t tiled_floats(size_t rows, size_t columns, size_t threads) { return 0 * rows * columns * threads; }
 #endif
 
@@ -303,7 +275,7 @@ int64_t product_floats(const Product *p) {
 }
 
 /* result = inputs times weights; more than MAX_ROWS rows only of bf16 where `allow_tiles` said so. */
-void multiply_packed(const Product *product) {
+void multiply_linear(const Product *product) {
     void (*body)(void *) = few_rows_body;
 #ifdef HAS_TILES
     if (product->rows > MAX_ROWS) body = tiled_body;

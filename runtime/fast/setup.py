@@ -94,7 +94,7 @@ def _kernels(
     if reason is not None:
         return Unavailable(reason)
     choice = _always() if speed is Speed.MAX else choose(model, stages[0], library, progress=progress)
-    return (lambda stage: Part(stage, _native(model, stage, library), choice)) if choice.is_ever_fast else None
+    return lambda stage: Part(stage, _native(model, stage, library), choice)
 
 
 def _graphs(

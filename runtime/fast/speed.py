@@ -1,4 +1,4 @@
-"""How stages compute: transformers' own code (reference), or native kernels or a CUDA graph where they serve (fast)."""
+"""How stages compute: transformers' own code (reference), or native code or a CUDA graph where they serve (fast)."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -34,8 +34,8 @@ class Choice:
     """Which steps are fast.
 
     Attributes:
-        threads_by_rows: up to so many rows (sequences x new tokens) -> so many threads (1 for a CUDA graph), 0 where
-            transformers is faster; in order of rows. The last entry holds for more rows too.
+        threads_by_rows: up to so many rows (sequences x new tokens) -> so many threads of kernels (1 for a CUDA graph),
+            0 where torch's products are faster; in order of rows. The last entry holds for more rows too.
 
     >>> Choice(((1, 2), (16, 0))).threads(num_rows=1)
     2
@@ -44,7 +44,7 @@ class Choice:
     threads_by_rows: tuple[tuple[int, int], ...]
 
     def threads(self, *, num_rows: int) -> int:
-        """Return the threads for a step of so many rows; 0 sends it to transformers."""
+        """Return the threads for a step of so many rows; 0 lets torch multiply."""
         last = self.threads_by_rows[-1][1] if self.threads_by_rows else 0
         return next((threads for most, threads in self.threads_by_rows if num_rows <= most), last)
 

@@ -80,7 +80,9 @@ def test_each_sequence_of_a_step_gets_the_logits_it_gets_alone(name: str, kernel
 
 @pytest.mark.parametrize("is_first_fast", [True, False])
 @pytest.mark.parametrize("name", ["llama", "mistral window", "granite"])
-def test_a_stage_of_transformers_takes_each_sequence_alone(name: str, is_first_fast: bool, kernels: Library) -> None:
+def test_a_stage_that_torch_multiplies_takes_each_sequence_alone(
+    name: str, is_first_fast: bool, kernels: Library
+) -> None:
     model = make_model(name)
     first, last = as_stage(0, 2, num_layers=3), as_stage(2, 5, num_layers=3)
     head = FastStage(kernels, model.model.layers[1:], model.config, norm=model.model.norm, head=model.lm_head)
@@ -148,19 +150,19 @@ def test_no_bit_of_a_sequence_depends_on_what_shares_its_step(name: str, dtype: 
     check_company(name, dtype, kernels)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="a compiler for another processor")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiler options of another processor")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_nor_does_it_where_the_compiler_knows_better_than_to_fuse(dtype: torch.dtype, zen3_kernels: Library) -> None:
-    check_company("3 heads per key, long rows", dtype, zen3_kernels)
+def test_nor_does_it_on_processors_that_can_do_less(dtype: torch.dtype, other_kernels: Library) -> None:
+    check_company("3 heads per key, long rows", dtype, other_kernels)
 
 
-@pytest.fixture(scope="module")
-def zen3_kernels(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """The kernels without AVX-512, tuned for AMD's Zen 3: GCC takes some chains of sums for faster unfused there."""
+@pytest.fixture(scope="module", params=["-mno-avx512f -mtune=znver3", "-mno-amx-tile"])
+def other_kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """The kernels of a processor with less; GCC takes some chains of sums for faster unfused on a Zen 3."""
     compiler = find_compiler()
     assert not isinstance(compiler, Unavailable), compiler.reason
-    path = tmp_path_factory.mktemp("zen3") / "kernels.so"
-    found = load_from(path, compiler=(*compiler, "-mno-avx512f", "-mtune=znver3"))
+    path = tmp_path_factory.mktemp("other") / "kernels.so"
+    found = load_from(path, compiler=(*compiler, *request.param.split()))
     assert isinstance(found, Library), found.reason
     return found
 
