@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 TOKENIZER_NAME = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 128 << 20
 MAX_TOKENIZER_VALUES = 16_000_000
+MAX_TOKENIZER_STEPS = 32
+"""Of each kind; a regular expression among them takes 50 ms to be compiled."""
 MAX_PROMPT_BYTES = 64 << 20
 CHARACTERS_PER_TOKEN = 32
 """No tokens are longer than this on average."""
@@ -70,6 +72,7 @@ def _check_vocabulary(path: Path, vocab_size: int) -> None:
     ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
     if len(set(map(str, ids))) != len(ids):
         raise InputError("two tokens share an id", where=path, code="E-TOKENIZER")
+    _check_steps(document, where=path)
     added = document.get("added_tokens") or []
     if not isinstance(added, list):
         raise InputError("added_tokens is no list", where=path, code="E-TOKENIZER")
@@ -82,6 +85,22 @@ def _check_vocabulary(path: Path, vocab_size: int) -> None:
             expected=f"0 to {vocab_size - 1}, the rows of the embedding",
             code="E-TOKENIZER",
         )
+
+
+def _check_steps(document: dict[str, Any], *, where: Path) -> None:
+    for kind in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        num_steps, left = 0, [document.get(kind)]
+        while left:
+            value = left.pop()
+            num_steps += isinstance(value, dict) and "type" in value
+            left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if num_steps > MAX_TOKENIZER_STEPS:
+            raise InputError(
+                f"{kind} has {num_steps} steps",
+                where=where,
+                expected=f"at most {MAX_TOKENIZER_STEPS}",
+                code="E-TOKENIZER",
+            )
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, parses_special: bool) -> list[int]:

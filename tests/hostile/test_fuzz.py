@@ -18,6 +18,10 @@ from tests.planner.measure.test_calibrate import document
 INPUTS = 200
 DIGITS = "9" * 5000  # more than int() takes
 
+MANY_STEPS = {
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 600},
+    "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+}
 FOUND: list[tuple[str, bytes]] = [
     ("margins", b"1e999999999%"),  # Fraction computes that power
     ("margins", b"1e-999999999%"),
@@ -42,6 +46,7 @@ FOUND: list[tuple[str, bytes]] = [
     ("generation", json.dumps({"stop_strings": "a" * 40_000}).encode()),
     ("generation", json.dumps({"stop_strings": ["x"] * 40_000}).encode()),
     ("tokenizer", b'tokenizer.json\n{"model": {"vocab": {"a": 0}}, "added_tokens": 5}'),
+    ("tokenizer", b"tokenizer.json\n" + json.dumps(MANY_STEPS).encode()),
     ("tokenizer", b'tokenizer_config.json\n{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": []}'),
 ]
 
