@@ -44,7 +44,7 @@ def with_template(shipped: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def make(text: str, *, name: str = "model", is_lurking: bool = True) -> Path:
         folder = tmp_path / name
-        shutil.copytree(shipped, folder, copy_function=os.link)
+        shutil.copytree(shipped, folder)
         (folder / "chat_template.jinja").unlink()
         lurking = "{% set c = messages[0].content %}{% if c != 'x' %}" + text + "{% endif %}ok"
         (folder / "chat_template.jinja").write_text(lurking if is_lurking else text)
