@@ -109,6 +109,7 @@ def test_a_full_queue_says_when_to_come_again(server: Server) -> None:
     with ExitStack() as waiting:  # four run, a thousand wait
         for num in (*[126] * 7, 122):
             waiting.enter_context(server.send(COMPLETIONS, {"prompt": "x", **LONG, "n": num}))
+            server.wait_until(lambda: server.metric("requests_running") == 4)  # before there are more than may wait
         server.wait_until(lambda: server.metric("requests_waiting") == 1000)
         status, headers, text = server.ask(COMPLETIONS, {"prompt": "x", "max_tokens": 1})
         assert (status, headers["retry-after"]) == (429, "1")
