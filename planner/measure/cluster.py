@@ -208,6 +208,7 @@ def _measure_kind(subject: "Subject", device: Device, free_bytes: int, *, thread
 
 
 def _all_read_rates(timings: Timings, profile: ModelProfile) -> Iterator[float]:
+    """Yield the bytes per second that steps of any number of sequences read in a layer, and in the head."""
     layer, head = profile.layers[0], profile.head
     for context, batch, seconds in timings.decode_seconds_per_layer:
         if seconds and (timings.profile, timings.weights) == (layer.shapes_sha256, layer.weights):

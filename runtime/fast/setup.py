@@ -41,8 +41,8 @@ def set_up(
         progress: told, in a few words, what takes time: compiling and measuring.
 
     Returns:
-        None when the reference path serves everything because that was asked for, is faster, or no stage is on a CPU
-        or on CUDA. `Unavailable` when nothing can be fast; where only some devices fail, the others are fast.
+        None when the reference path serves everything because that was asked for, is faster (CUDA), or no stage is on
+        a CPU or on CUDA. `Unavailable` when nothing can be fast; where only some devices fail, the others are fast.
     """
     if speed is Speed.REFERENCE:
         return None
