@@ -1,5 +1,6 @@
 """What is asked of the model: how many tokens, how many sequences, in which dtypes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,23 @@ class Workload(StrictModel):
         """(tokens, past tokens) of every prefill step of the prompt."""
         size = min(self.prefill_chunk_tokens, self.prompt_tokens)
         return tuple((min(size, self.prompt_tokens - past), past) for past in range(0, self.prompt_tokens, size))
+
+
+MAX_CHUNKS_READ, MAX_TOKENS_READ = 2, 256
+"""Between two steps of those who decode; a single chunk may be longer."""
+
+
+def may_read_on(read: Sequence[int], num_tokens: int) -> bool:
+    """Whether one more chunk of a prompt is read before it is the turn of those who decode.
+
+    Two short chunks rather than one: with many prompts to read, half as many steps have few sequences in them. A stream
+    then stands still for two chunks and a step at most.
+
+    Args:
+        read: tokens of the chunks that were read since they had their turn.
+        num_tokens: of the next one.
+    """
+    return not read or (len(read) < MAX_CHUNKS_READ and sum(read) + num_tokens <= MAX_TOKENS_READ)
 
 
 MAX_REQUESTS = 100_000

@@ -1,10 +1,10 @@
 """What happens when requests share steps, as `llamarun serve` lets them: slots, and one decision after the other.
 
-A request waits for a slot. Whoever drives the chain decides, whenever the first stage is free, what the next step is: a
-chunk of the oldest prompt that is not read yet, or the newest tokens of those that have one. The two take turns where
-there are both. As many steps as the chain has stages can be under way (one in one process), and those who decode are
-shared out among so many. The rules are those of `runtime.engine`, and a test compares both; requests are sequences of
-their own here, whatever the batch size of the plan.
+A request waits for a slot. Whoever drives the chain decides, whenever the first stage is free, what the next step is:
+a chunk of the oldest prompt that is not read yet, or the newest tokens of those that have one. The two take turns
+where there are both, after a chunk or two. As many steps as the chain has stages can be under way (one in one
+process), and those who decode are shared out among so many. The rules are those of `runtime.engine`, and a test
+compares both; requests are sequences of their own here, whatever the batch size of the plan.
 
 Every stage and link works on one step at a time, first come, first served: an event per stop. So does the memory bus of
 a host, where its bandwidth is stated and several CPU stages share it: a step asks it for the bytes of a stage when it
@@ -26,7 +26,7 @@ from planner.simulate.serving import Seconds, Serving, check_lengths, check_room
 from planner.simulate.stops import Chain
 from planner.timing.costs import CostModel
 from plans.plan import Plan
-from plans.workload import Request
+from plans.workload import Request, may_read_on
 
 
 def simulate_slots(plan: Plan, *, requests: Sequence[Request], slots: int, most_events: int = 0) -> Serving:
@@ -70,18 +70,18 @@ class Running:
     last_token: float = 0.0
 
 
-def next_members(running: Sequence[Running], *, was_chunk: bool, depth: int) -> list[Running]:
+def next_members(running: Sequence[Running], *, read: Sequence[int], depth: int) -> list[Running]:
     """Return whose parts the next step has, as `runtime.engine.turns` chooses them; nobody's if all wait for tokens.
 
     Args:
         running: who has a slot, in the order in which they got it.
-        was_chunk: whether the last step was a chunk of a prompt.
+        read: tokens of the chunks that were sent since the last step of those who decode.
         depth: steps that can be under way at once.
     """
     reading = [sequence for sequence in running if sequence.chunks]
     decoding = [sequence for sequence in running if not sequence.chunks]
     ready = sorted((s for s in decoding if s.is_ready), key=lambda sequence: sequence.turn)
-    if reading and not (was_chunk and ready):
+    if reading and (not ready or may_read_on(read, reading[0].chunks[0][0])):
         return reading[:1]
     return ready[: -(-len(decoding) // depth)]
 
@@ -123,7 +123,7 @@ class _Run:
         self.order, self.sent = count(), count()
         self.running: list[Running] = []
         self.next_request = self.num_under_way = 0
-        self.was_chunk = False
+        self.read: list[int] = []
 
     def _chain_of(self, rows: int) -> Chain:
         load = self.plan.workload.model_copy(update={"batch_size": rows})
@@ -162,11 +162,10 @@ class _Run:
         self._admit(now)
         if now < self.free_at[self.stops[0].resource] or self.num_under_way >= self.depth:
             return
-        members = next_members(self.running, was_chunk=self.was_chunk, depth=self.depth)
+        members = next_members(self.running, read=self.read, depth=self.depth)
         if members:
             step = self._step(members)
             self.num_under_way += 1
-            self.was_chunk = step.is_chunk
             self._visit(step, now)
             self._push(self.free_at[self.stops[0].resource], None)
 
@@ -186,10 +185,12 @@ class _Run:
         number, first = next(self.sent), members[0]
         if first.chunks:
             tokens, past = first.chunks.popleft()
+            self.read.append(tokens)
             is_last = not first.chunks
             seconds = self.chain_of(1).chunk_seconds(tokens, past, is_last=is_last)
             bus = self.chain_of(1).chunk_bus_seconds(tokens, past, is_last=is_last)
             return _Step(members, seconds, bus, is_chunk=True, gives_tokens=is_last, number=number)
+        self.read.clear()
         for place, sequence in enumerate(members):
             sequence.is_ready, sequence.turn = False, number * self.num_slots + place
         context = round(sum(sequence.context for sequence in members) / len(members))

@@ -71,6 +71,18 @@ class Sequence:
         return self.position < len(self.request.prompt_ids)
 
     @property
+    def num_next_tokens(self) -> int:
+        """Tokens of the next part.
+
+        Prompts are cut at multiples of the chunk from their own beginning: where they are cut, and so how sums are
+        rounded, does not depend on who else is there.
+        """
+        if not self.is_reading:
+            return 1
+        chunk = self.request.limits.prefill_chunk_tokens or self._num_prompt_tokens
+        return min(chunk - self.position % chunk, self._num_prompt_tokens - self.position)
+
+    @property
     def is_ready(self) -> bool:
         """Whether the next part can be sent without waiting for an answer."""
         return self.position < len(self.token_ids)
@@ -98,14 +110,9 @@ class Sequence:
         )
 
     def next_part(self, *, rope_switch: int | None) -> Part:
-        """Return what is sent next, and count it as sent.
-
-        Prompts are cut at multiples of the chunk from their own beginning: where they are cut, and so how sums are
-        rounded, does not depend on who else is there.
-        """
+        """Return what is sent next, and count it as sent."""
         start, prompt = self.position, self._num_prompt_tokens
-        chunk = self.request.limits.prefill_chunk_tokens or prompt
-        end = min((start // chunk + 1) * chunk, prompt) if self.is_reading else start + 1
+        end = start + self.num_next_tokens
         if rope_switch is not None and start <= rope_switch < end:
             start = 0
         tells = PROMPT if self.request.tells_prompt and end <= prompt else 0

@@ -52,15 +52,15 @@ def steady_plan(execution: Any = "one_process") -> Plan:
 
 
 def test_two_slots_and_three_requests_by_hand() -> None:
-    # Chunks take 1 s, steps of one row 0.25 s and of two rows 0.5 s. The first prompt is read from 0 to 2; then steps
-    # and chunks of the second take turns: step 2.25, chunk 3.25, step 3.5, chunk 4.5, both 5.0. Now the first is done,
-    # and the third comes in: chunk 6, step 6.25 (the second is done), chunk 7.25, and three steps of its own.
+    # Chunks take 1 s, steps of one row 0.25 s and of two rows 0.5 s. The first prompt is read from 0 to 2; after a step
+    # until 2.25 both chunks of the second, until 4.25; two steps of both. Now both are done, and the third comes in at
+    # 5.25: its chunks until 7.25, and three steps of its own.
     coming = [Request(prompt_tokens=8, new_tokens=new) for new in (4, 3, 4)]
     seen = simulate_slots(steady_plan(), requests=coming, slots=2)
-    assert seen.admitted == pytest.approx([0, 0, 5])
-    assert seen.first_token == pytest.approx([2, 4.5, 7.25])
-    assert seen.finished == pytest.approx([5, 6.25, 8])
-    assert sorted(seen.token_gaps) == pytest.approx([0.25, 0.25, 0.25, 0.25, 0.5, 1.25, 1.25, 1.5])
+    assert seen.admitted == pytest.approx([0, 0, 5.25])
+    assert seen.first_token == pytest.approx([2, 4.25, 7.25])
+    assert seen.finished == pytest.approx([5.25, 5.25, 8])
+    assert sorted(seen.token_gaps) == pytest.approx([0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 0.5, 2.5])
     assert seen.busy_seconds["a"] == pytest.approx(4.0)
 
 
@@ -109,25 +109,26 @@ def moments(draw: st.DrawFn) -> list[tuple[Running, Sequence]]:
     found = []
     for number in range(draw(st.integers(0, 6))):
         num_chunks, is_ready, turn = draw(st.integers(0, 2)), draw(st.booleans()), draw(st.integers(-1, 9))
-        chunks = deque((4, 4 * place) for place in range(num_chunks))
-        real = in_engine(Request(prompt_tokens=8, new_tokens=4), chunk_tokens=4)
-        real.position, real.turn = 8 - 4 * num_chunks, turn
+        size = draw(st.sampled_from([4, 128, 200, 300]))
+        chunks = deque((size, size * place) for place in range(num_chunks))
+        real = in_engine(Request(prompt_tokens=2 * size, new_tokens=4), chunk_tokens=size)
+        real.position, real.turn = (2 - num_chunks) * size, turn
         if not chunks and is_ready:
             real.token_ids.append(0)
         found.append((Running(number, 8, chunks, 4, is_ready=not chunks and is_ready, turn=turn), real))
     return found
 
 
-@given(moments(), st.booleans(), st.integers(1, 4))
+@given(moments(), st.lists(st.sampled_from([1, 56, 57, 128, 400]), max_size=3), st.integers(1, 4))
 @settings(max_examples=500, deadline=None)
 def test_the_next_step_has_those_whom_the_engine_takes(
-    everybody: list[tuple[Running, Sequence]], was_chunk: bool, depth: int
+    everybody: list[tuple[Running, Sequence]], read: list[int], depth: int
 ) -> None:
     turns = Turns(depth=depth, reads_first=False)
-    if was_chunk:
-        turns.next([in_engine(Request(prompt_tokens=1, new_tokens=1), chunk_tokens=1)])
+    for tokens in read:
+        turns.next([in_engine(Request(prompt_tokens=tokens, new_tokens=1), chunk_tokens=tokens)])
     real = {mine.number: theirs for mine, theirs in everybody}
-    members = next_members([mine for mine, _theirs in everybody], was_chunk=was_chunk, depth=depth)
+    members = next_members([mine for mine, _theirs in everybody], read=read, depth=depth)
     assert [real[mine.number] for mine in members] == turns.next(real.values())
 
 
@@ -138,11 +139,11 @@ def test_the_engine_would_have_sent_every_step_of_a_run(plan: Plan, coming: list
     turns = Turns(depth=len(plan.stages) if is_chain else 1, reads_first=False)
     real = [in_engine(request, chunk_tokens=plan.workload.prefill_chunk_tokens) for request in coming]
 
-    def compared(running: list[Running], *, was_chunk: bool, depth: int) -> list[Running]:
+    def compared(running: list[Running], *, read: list[int], depth: int) -> list[Running]:
         for mine in running:
             if mine.is_ready and not real[mine.number].is_ready:
                 real[mine.number].token_ids.append(0)
-        members = next_members(running, was_chunk=was_chunk, depth=depth)
+        members = next_members(running, read=read, depth=depth)
         chosen = turns.next([real[mine.number] for mine in running])
         assert [real[mine.number] for mine in members] == chosen
         for sequence in chosen:
@@ -259,5 +260,5 @@ def test_the_command_takes_slots_or_places(run_command: RunCommand, tmp_path: Pa
     path.write_text(steady_plan().to_json())
     done = run_command("llamaplan", "simulate", path, "--requests", "3", "--slots", "2", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["time_to_first_token_seconds"]["p50"] == pytest.approx(4.5)
+    assert json.loads(done.out)["time_to_first_token_seconds"]["p50"] == pytest.approx(4.25)
     assert run_command("llamaplan", "simulate", path, "--slots", "2", "--in-flight", "2").code == 2
