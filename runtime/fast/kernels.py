@@ -11,7 +11,7 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -38,6 +38,8 @@ from runtime.reading.packed import PackedLinear
 
 FAMILIES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """`model_type`s whose layers the kernels compute."""
+
+_Call = TypeVar("_Call", Step, Head)
 
 _WINDOW_FOR_ALL = ("mistral", "phi3")  # their one `sliding_window` holds for every layer
 
@@ -117,6 +119,7 @@ class FastStage:
         self._head: Any = head
         self._logits_scaling = float(getattr(config, "logits_scaling", 1.0))
         self._scratch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._calls: dict[tuple[type[Step] | type[Head], int, int, int], Any] = {}
         self._bound: list[weakref.ref[torch.Tensor]] = []  # weak: an old cache is free to go
         self._capacity = 0
 
@@ -230,7 +233,6 @@ class FastStage:
         (update,) = self._products.linears((attention.o_proj,), found.reshape(*q.shape[:2], -1))
         return update
 
-    @torch.no_grad()
     def ragged(
         self,
         hidden: torch.Tensor,
@@ -240,7 +242,7 @@ class FastStage:
         places: Places,
         threads: int | None = None,
     ) -> torch.Tensor:
-        """Run one new token of each of R sequences through the layers and write its keys and values.
+        """Run one new token of each of R sequences through the stage and write its keys and values.
 
         Args:
             hidden: [R, 1, E].
@@ -250,13 +252,14 @@ class FastStage:
             threads: None takes torch's number.
 
         Returns:
-            Hidden states [R, 1, E].
+            Hidden states [R, 1, E], or logits [R, 1, V] from the head.
         """
         slots, lengths = places.slots, places.lengths
+        threads, has_head = threads or torch.get_num_threads(), self._head is not None
         if not self._layers or not slots:
-            return hidden
+            return self.head(hidden, threads=threads) if has_head else hidden
         assert len(set(slots)) == len(hidden)
-        outputs = torch.empty_like(hidden)
+        outputs = []
         with self._lock:
             self._bind(places.buffers)
             assert max(lengths) < self._capacity
@@ -265,8 +268,9 @@ class FastStage:
                     Piece(sequence=slot, first_row=row, num_rows=1, past=length, start=0)
                     for row, (slot, length) in enumerate(zip(slots[part], lengths[part], strict=True))
                 ]
-                outputs[part] = self._run(hidden[part], cos[part], sin[part], pieces=pieces, threads=threads)
-        return outputs
+                rows = (table[part] for table in (hidden, cos, sin))
+                outputs.append(self._run(*rows, pieces=pieces, threads=threads, goes_on=has_head))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _run(
         self,
@@ -276,35 +280,33 @@ class FastStage:
         *,
         pieces: Sequence[Piece],
         threads: int | None,
+        goes_on: bool = False,
     ) -> torch.Tensor:
-        """Run one native call: at most MAX_ROWS rows, [..., E] and tables alike, of the sequences that are bound."""
+        """Run at most MAX_ROWS rows, [..., E] and tables alike, of the bound sequences; on to the head if asked."""
         assert hidden.dtype == self._dtype
         assert cos.shape[-1] <= self._shape.head_dim
         inputs, cos, sin = (table.to(self._dtype).contiguous() for table in (hidden, cos, sin))
         outputs = torch.empty_like(inputs)
-        rows, threads = inputs[..., 0].numel(), threads or torch.get_num_threads()
         self._shape.rotary_dim = cos.shape[-1]
-        workspace, counters = self._workspace(rows, threads=threads)
-        step = Step(
-            openmp=self._library.openmp_address,
-            threads=threads,
-            num_layers=len(self._layers),
-            rows=rows,
-            num_pieces=len(pieces),
-            capacity=self._capacity,
-            inputs=inputs.data_ptr(),
-            outputs=outputs.data_ptr(),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
-            pieces=ctypes.addressof(table := (Piece * len(pieces))(*pieces)),
-            workspace=workspace,
-            counters=counters,
-        )
+        step = self._call(Step, inputs[..., 0].numel(), threads or torch.get_num_threads())
+        table = (Piece * len(pieces))(*pieces)
+        step.num_pieces, step.capacity, step.pieces = len(pieces), self._capacity, ctypes.addressof(table)
+        step.inputs, step.outputs = inputs.data_ptr(), outputs.data_ptr()
+        step.cos, step.sin = cos.data_ptr(), sin.data_ptr()
+        # Made ready before: Python is slow once the weights of all layers have gone through the processor's caches.
+        head, logits = self._head_call(outputs, threads=step.threads) if goes_on else (None, outputs)
         self._library.decode_layers(self._shape, self._layers, step)
-        del table
-        return outputs
+        if head is not None:
+            self._library.compute_logits(head)
+        return logits
 
-    @torch.no_grad()
+    def _head_call(self, hidden: torch.Tensor, *, threads: int) -> tuple[Head, torch.Tensor]:
+        """Return the call for contiguous rows [..., E], at most MAX_ROWS, and the logits [..., V] that it writes."""
+        logits = hidden.new_empty((*hidden.shape[:-1], self._head.out_features))
+        call = self._call(Head, logits[..., 0].numel(), threads)
+        call.inputs, call.logits = hidden.data_ptr(), logits.data_ptr()
+        return call, logits
+
     def head(self, hidden: torch.Tensor, *, threads: int) -> torch.Tensor:
         """Return the logits [..., V] of hidden states [..., E], in the model's dtype; without threads by torch."""
         assert self._norm is not None
@@ -312,30 +314,13 @@ class FastStage:
         if not threads:
             logits: torch.Tensor = self._head(self._norm(hidden))
             return logits if self._logits_scaling == 1.0 else logits / self._logits_scaling
-        vocab_size, hidden_size = self._head.out_features, self._head.in_features
-        rows = hidden.reshape(-1, hidden_size).contiguous()
-        logits = rows.new_empty((len(rows), vocab_size))
+        rows, found = hidden.reshape(-1, hidden.shape[-1]).contiguous(), []
         with self._lock:
             for part in _slices(len(rows), MAX_ROWS):
-                workspace, counters = self._workspace(part.stop - part.start, threads=threads)
-                step = Head(
-                    openmp=self._library.openmp_address,
-                    threads=threads,
-                    dtype=DTYPES[self._dtype],
-                    rows=part.stop - part.start,
-                    hidden_size=hidden_size,
-                    vocab_size=vocab_size,
-                    norm_eps=self._norm.variance_epsilon,
-                    logits_scaling=self._logits_scaling,
-                    inputs=rows[part].data_ptr(),
-                    norm=self._norm.weight.data_ptr(),
-                    weight=linear_addresses(self._head),
-                    logits=logits[part].data_ptr(),
-                    workspace=workspace,
-                    counters=counters,
-                )
-                self._library.compute_logits(step)
-        return logits.view(*hidden.shape[:-1], vocab_size)
+                call, part_logits = self._head_call(rows[part], threads=threads)
+                self._library.compute_logits(call)
+                found.append(part_logits)
+        return torch.cat(found).view(*hidden.shape[:-1], -1)
 
     def _make_room(self, cache: Sequence[FastLayer], *, batch: int, new_tokens: int) -> None:
         """Point the layers at the cache's buffers, with room for the new tokens."""
@@ -367,6 +352,28 @@ class FastStage:
         pairs = zip(self._bound, buffers, strict=False)
         return len(self._bound) == len(buffers) and all(known() is keys for known, (keys, _) in pairs)
 
+    def _call(self, kind: type[_Call], rows: int, threads: int) -> _Call:
+        """Return what a native call of so many rows is given, with all that is the same every time."""
+        key = (kind, rows, threads, self._shape.rotary_dim)
+        if key not in self._calls:
+            workspace, counters = self._workspace(rows, threads=threads)  # others may have moved
+            same = {"threads": threads, "rows": rows, "workspace": workspace, "counters": counters}
+            same |= {"num_layers": len(self._layers)} if kind is Step else self._head_constants()
+            self._calls[key] = kind(openmp=self._library.openmp_address, **same)
+        found: _Call = self._calls[key]
+        return found
+
+    def _head_constants(self) -> dict[str, Any]:
+        return {
+            "dtype": DTYPES[self._dtype],
+            "hidden_size": self._head.in_features,
+            "vocab_size": self._head.out_features,
+            "norm_eps": self._norm.variance_epsilon,
+            "logits_scaling": self._logits_scaling,
+            "norm": self._norm.weight.data_ptr(),
+            "weight": linear_addresses(self._head),
+        }
+
     def _workspace(self, rows: int, *, threads: int) -> tuple[int, int]:
         """Return the addresses of scratch space and counters."""
         needed = self._library.workspace_floats(self._shape, rows=rows, threads=threads)
@@ -375,6 +382,7 @@ class FastStage:
             count = self._library.num_counters(self._shape, num_layers=len(self._layers), vocab_size=vocab_size)
             counters = torch.empty(count, dtype=torch.int64)
             self._scratch = (torch.empty(needed, dtype=torch.float32), counters)
+            self._calls.clear()
         return self._scratch[0].data_ptr(), self._scratch[1].data_ptr()
 
 

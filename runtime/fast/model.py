@@ -10,7 +10,7 @@ Shapes: B sequences, S new tokens, T = past + S, R sequences of a ragged step, E
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,7 @@ from runtime.fast.kernels import FastStage, first_slots, layer_window
 from runtime.fast.native import MAX_ROWS
 from runtime.fast.slots import Places, SlotCache, is_slot
 from runtime.fast.speed import Choice
-from runtime.reading.devices import one_thread, synchronize
+from runtime.reading.devices import synchronize
 from runtime.stage_time import FAST_PATH, REFERENCE_PATH, StageTime
 
 _KNOWN = {
@@ -98,9 +98,7 @@ class Part:
 
     def threads(self, *, num_rows: int) -> int:
         """Return the threads of the kernels (1 for a graph) for a step of so many rows; 0 where torch multiplies."""
-        if self.fast is None or (isinstance(self.fast, GraphStage) and self.fast.failure is not None):
-            return 0
-        return self.choice.threads(num_rows=num_rows)
+        return self.choice.threads(num_rows=num_rows) if self._is_usable else 0
 
     def serves(self, *, batch: int, new_tokens: int, past: int) -> int:
         """Return the same for one step. Graphs are of one token, on a cache that somebody else has begun."""
@@ -117,8 +115,17 @@ class Part:
 
         Torch takes each sequence alone; so what is faster for some number of rows is so for more.
         """
-        most = max(self.threads(num_rows=count) for count in range(1, MAX_ROWS + 1))
-        return most and (self.threads(num_rows=num_rows) or most)
+        most = _most_threads(self.choice) if self._is_usable else 0
+        return most and (self.choice.threads(num_rows=num_rows) or most)
+
+    @property
+    def _is_usable(self) -> bool:
+        return self.fast is not None and not (isinstance(self.fast, GraphStage) and self.fast.failure is not None)
+
+
+@cache
+def _most_threads(choice: Choice) -> int:
+    return max(choice.threads(num_rows=count) for count in range(1, MAX_ROWS + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +137,28 @@ class _Shared:
     position_ids: torch.Tensor  # [B or 1, S]
     tables: tuple[torch.Tensor, torch.Tensor]  # cos and sin [B or 1, S, rotary_dim]
     masks: dict[bool, torch.Tensor | None]  # by "has a window"; empty when no stage needs them
+
+
+class RotaryTables:
+    """Rotary factors of single positions, looked up: the model's own module makes those of many at a time.
+
+    Only of models that `supports_slots` admits: there the factors of a position depend on nothing else.
+    """
+
+    def __init__(self, rotary: Any) -> None:
+        self._rotary = rotary
+        self._tables: list[torch.Tensor] = []
+
+    def at(self, positions: Sequence[int], *, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin [R, 1, rotary_dim] of R positions, of the dtype of hidden states and on their device."""
+        longest = max(positions)
+        if not self._tables or len(self._tables[0]) <= longest:
+            size = max(STEP_SLOTS, 1 << longest.bit_length())
+            every = torch.arange(size, device=like.device)[None]
+            self._tables = [table[0] for table in self._rotary(like, position_ids=every)]
+        rows = torch.tensor(positions, device=like.device)
+        cos, sin = (table[rows][:, None] for table in self._tables)
+        return cos, sin
 
 
 class FastModel:
@@ -153,6 +182,7 @@ class FastModel:
         self._parts = tuple(parts)
         self._has_kernels = any(part.has_kernels for part in parts)
         self._layers: tuple[Any, ...] = tuple(cast("Any", model.base_model).layers)
+        self._rotary = RotaryTables(cast("Any", model.base_model).rotary_emb)
         self._windows = tuple(layer_window(layer, model.config) for layer in self._layers)
         # The fast path keeps all slots. Some way past a window that would be a waste: then transformers takes over.
         self._max_slots = min((w + STEP_SLOTS for w in self._windows if w), default=None)
@@ -239,10 +269,8 @@ class FastModel:
         threads = [part.ragged_threads(num_rows=len(inputs)) for part in self._parts]
         hidden = self._embed(inputs[:, None])  # [R, 1, E]
         lengths = [cache.length(slot) for slot in slots]
-        positions = torch.tensor(lengths, device=hidden.device)[:, None]
-        with one_thread():  # so little that waiting for a thread, beside the clients of a server, costs far more
-            tables = self._model.base_model.rotary_emb(hidden, position_ids=positions)
-        shared = [] if all(threads) else self._share_alone(hidden, positions, [cache[slot] for slot in slots])
+        tables = self._rotary.at(lengths, like=hidden)
+        shared = [] if all(threads) else self._share_alone(hidden, lengths, [cache[slot] for slot in slots])
 
         def run(part: Part, hidden: torch.Tensor, count: int) -> torch.Tensor:
             if count:
@@ -336,10 +364,11 @@ class FastModel:
         cos, sin = self._model.base_model.rotary_emb(hidden, position_ids=position_ids)
         return _Shared(start, attention_mask, position_ids, (cos, sin), masks)
 
-    def _share_alone(self, hidden: torch.Tensor, positions: torch.Tensor, caches: Sequence[Cache]) -> list[_Shared]:
+    def _share_alone(self, hidden: torch.Tensor, lengths: Sequence[int], caches: Sequence[Cache]) -> list[_Shared]:
         """Return what transformers needs to take each sequence of a ragged step alone."""
         start = torch.zeros(1, dtype=torch.int64)
-        rows = zip(hidden[:, None], positions[:, None], caches, strict=True)
+        positions = torch.tensor(lengths, device=hidden.device)[:, None, None]
+        rows = zip(hidden[:, None], positions, caches, strict=True)
         return [self._share(row, None, position, cache, start=start, needs_masks=True) for row, position, cache in rows]
 
     def _reference(
@@ -392,12 +421,11 @@ def _fast(
 def _fast_rows(
     part: Part, hidden: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], places: Places, *, threads: int
 ) -> torch.Tensor:
-    units = part.units
     assert part.fast is not None
     if isinstance(part.fast, GraphStage):
         hidden = part.fast.ragged(hidden, *tables, places=places)
-    elif units.num_layers:
+    else:
         cos, sin = (table.to("cpu") for table in tables)
         hidden = part.fast.ragged(hidden, cos, sin, places=places, threads=threads)
     places.extend()
-    return part.fast.head(hidden, threads=threads) if isinstance(part.fast, FastStage) and units.has_head else hidden
+    return hidden

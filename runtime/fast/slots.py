@@ -90,8 +90,9 @@ class Places:
     def extend(self) -> None:
         """Count one more token of each sequence in the stage's layers: a step has written it."""
         for slot in self.slots:
-            for layer in self.cache[slot].layers[self.units.start_layer : self.units.end_layer]:
-                cast("SlotLayer", layer).length += 1
+            layers: list[Any] = self.cache[slot].layers
+            for layer in layers[self.units.start_layer : self.units.end_layer]:
+                layer.length += 1
 
 
 class SlotCache:

@@ -5,13 +5,20 @@ Shapes: V vocabulary, R rows of an answer, W numbers per row.
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from plans.errors import NumericalError
 from runtime.generate.rules import Ending
 from runtime.generate.token_chooser import TokenChooser, nothing_left
+from runtime.steps.largest import largest
 from runtime.steps.parts import PROMPT, TOKEN, Answer, Likely, Opening, Part
+
+Rows = NDArray[np.int64]
+"""[R, W]"""
 
 NOTHING = -1
 """In the place of a token: none could be chosen."""
@@ -28,17 +35,19 @@ class Drawer:
         self._chooser = TokenChooser(drawing.sampling(), sequence_index=drawing.sequence_index, ending=ending)
         self._ids = torch.zeros(max(opening.num_tokens, opening.num_prompt_tokens) + 1, dtype=torch.int64)
         self._ids[: len(opening.prompt_ids)] = torch.tensor(opening.prompt_ids, dtype=torch.int64)
+        self._places = self._ids.numpy()
         self._length = opening.num_prompt_tokens
 
-    def rows(self, part: Part, logits: torch.Tensor, *, width: int) -> torch.Tensor:
-        """Return the rows of a part's answer: int64 [R, W].
+    def rows(self, part: Part, logits: torch.Tensor, *, width: int) -> Rows:
+        """Return the rows of a part's answer.
 
         Args:
             part: what was computed.
-            logits: fp32 [R, V], in the order of the tokens; with `PROMPT` and `TOKEN` the last row counts for both.
+            logits: [R, V] on the CPU, in the order of the tokens; with `PROMPT` and `TOKEN` the last row counts for
+                both.
             width: W.
         """
-        rows = torch.zeros((part.num_rows, width), dtype=torch.int64)
+        rows = np.zeros((part.num_rows, width), np.int64)
         if part.gives & PROMPT:
             self._describe(logits, self._ids[part.start + 1 : part.end + 1], rows)
         if part.gives & TOKEN and not part.fault:
@@ -50,22 +59,23 @@ class Drawer:
 
     def _choose(self, logits: torch.Tensor) -> int:
         if self._chooser.is_plain_argmax:
-            token = int(logits.numpy().argmax())  # takes a tenth of the time of torch's
+            token = largest(logits)
         else:
             try:
-                token = self._chooser.choose(logits, token_ids=self._ids[: self._length])
+                token = self._chooser.choose(logits.float(), token_ids=self._ids[: self._length])
             except NumericalError:
                 return NOTHING
-        self._ids[self._length] = token
+        self._places[self._length] = token
         self._length += 1
         return token
 
-    def _describe(self, logits: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor) -> None:
+    def _describe(self, logits: torch.Tensor, token_ids: torch.Tensor, numbers: Rows) -> None:
+        rows = torch.from_numpy(numbers)
         rows[: len(token_ids), 0] = token_ids
         if self.drawing.num_top is None:
             return
         for row, scores, token in zip(rows, logits, token_ids, strict=False):  # one at a time: V may be large
-            likely = torch.log_softmax(scores, dim=-1).double()
+            likely = torch.log_softmax(scores.float(), dim=-1).double()
             row[1] = likely[token].view(torch.int64)
             top = likely.topk(self.drawing.num_top)
             row[2 : 2 + 2 * len(top.indices)] = torch.stack((top.indices, top.values.view(torch.int64)), dim=1).view(-1)
@@ -77,15 +87,15 @@ def width_of(openings: Iterable[Opening]) -> int:
 
 
 def read_answers(parts: Sequence[Part], rows: torch.Tensor, openings: Sequence[Opening]) -> list[Answer]:
-    """Return what rows [R, W] of all parts, one after the other, say; the opposite of `Drawer.rows`."""
-    ends = itertools.accumulate(part.num_rows for part in parts)
+    """Return what rows int64 [R, W] of all parts, one after the other, say; the opposite of `Drawer.rows`."""
+    ends, numbers = itertools.accumulate(part.num_rows for part in parts), rows.numpy()
     return [
-        _answer(part, rows[end - part.num_rows : end], opening)
+        _answer(part, numbers[end - part.num_rows : end], opening)
         for part, opening, end in zip(parts, openings, ends, strict=True)
     ]
 
 
-def _answer(part: Part, rows: torch.Tensor, opening: Opening) -> Answer:
+def _answer(part: Part, rows: Rows, opening: Opening) -> Answer:
     assert opening.drawing is not None
     num_top = opening.drawing.num_top
     likely = [] if num_top is None else [_likely(row, num_top) for row in rows]
@@ -98,8 +108,8 @@ def _answer(part: Part, rows: torch.Tensor, opening: Opening) -> Answer:
     return Answer(part, token, likely[-1] if likely else None, prompt)
 
 
-def _likely(row: torch.Tensor, num_top: int) -> Likely:
-    numbers = row.view(torch.float64).tolist()
+def _likely(row: NDArray[np.int64], num_top: int) -> Likely:
+    numbers: list[Any] = row.view(np.float64).tolist()
     ids = row.tolist()
     top = tuple((ids[at], numbers[at + 1]) for at in range(2, 2 + 2 * num_top, 2))
     return Likely(ids[0], numbers[1], top)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
@@ -14,6 +15,7 @@ from plans.errors import PeerError
 from runtime.fast.slots import SlotCache
 from runtime.reading.devices import one_thread
 from runtime.steps.choice import Drawer, width_of
+from runtime.steps.largest import is_finite
 from runtime.steps.parts import PROMPT, Opening, Part
 from runtime.steps.units import Caches, OwnCaches
 
@@ -120,12 +122,16 @@ class StageRunner:
         Raises:
             PeerError: a step that is stale, repeated or out of order.
         """
-        pieces = torch.split(inputs, [part.count for part in parts])
-        last = self._extend_each(parts, inputs)  # [parts, 1, E or V]
-        outputs = list(last) if last is not None else list(map(self._extend, parts, pieces))
+        last = self._extend_each(parts, inputs)  # [parts, E or V]
+        if last is None:
+            pieces = torch.split(inputs, [part.count for part in parts])
+            outputs = list(map(self._extend, parts, pieces))
         with one_thread():
-            is_finite = last is not None and _is_finite(last)
-            checked = list(parts) if is_finite else list(map(self._checked, parts, outputs))
+            if last is not None:
+                last = self._moved(last)
+                outputs = list(last[:, None])
+            is_well = last is not None and is_finite(last)
+            checked = list(parts) if is_well else list(map(self._checked, parts, outputs))
             return self._answers(checked, outputs)
 
     def _answers(self, checked: list[Part], outputs: Sequence[torch.Tensor]) -> tuple[list[Part], torch.Tensor]:
@@ -135,7 +141,7 @@ class StageRunner:
         width = width_of(self.opening(part.sequence) for part in checked)
         drawers = [drawer for part in checked if (drawer := self._held[part.sequence].drawer) is not None]
         rows = [d.rows(p, logits, width=width) for d, p, logits in zip(drawers, checked, outputs, strict=True)]
-        return checked, torch.cat(rows)
+        return checked, torch.from_numpy(np.concatenate(rows))
 
     def _extend_each(self, parts: Sequence[Part], inputs: torch.Tensor) -> torch.Tensor | None:
         """Run the newest tokens of several sequences together; None if that is not what the parts are, or can be.
@@ -149,11 +155,10 @@ class StageRunner:
         outputs = self._units.extend_each(inputs, slots=[one.opening.slot for one in held], cache=cache)
         for one, part in zip(held, parts, strict=True):
             one.length = part.end
-        return self._moved(outputs)[:, None]
+        return outputs
 
     def _moved(self, outputs: torch.Tensor) -> torch.Tensor:
-        with one_thread():
-            return outputs.to(device="cpu", dtype=torch.float32) if self._units.has_head else outputs
+        return outputs.to("cpu") if self._units.has_head else outputs
 
     def _extend(self, part: Part, inputs: torch.Tensor) -> torch.Tensor:
         held = self._held[part.sequence]
@@ -181,9 +186,4 @@ class StageRunner:
         return held
 
     def _checked(self, part: Part, output: torch.Tensor) -> Part:
-        return part if part.fault or _is_finite(output[-1]) else replace(part, fault=1 + self._number)
-
-
-def _is_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite; a sum costs less than looking at each, and only seldom overflows."""
-    return bool(torch.isfinite(values.sum(dtype=torch.float32)) or torch.isfinite(values).all())
+        return part if part.fault or is_finite(output[-1]) else replace(part, fault=1 + self._number)

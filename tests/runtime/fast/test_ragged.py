@@ -14,12 +14,13 @@ from replay import Replays
 from test_cuda_graph import recorded_model
 from test_fast import CONFIGS, VOCAB_SIZE, distance, fast_model, make_model
 from transformers import DynamicCache, LlamaConfig, Phi3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from plans.checkpoint.folder import open_checkpoint
 from runtime import load
 from runtime.fast import model as fast_module
 from runtime.fast.kernels import FastStage
-from runtime.fast.model import FastModel, Part
+from runtime.fast.model import FastModel, Part, RotaryTables
 from runtime.fast.native import MAX_ROWS, Library, Unavailable, find_compiler, load_from
 from runtime.fast.slots import SlotCache, supports_slots
 from runtime.fast.speed import Choice
@@ -280,3 +281,20 @@ def test_rotary_frequencies_of_a_whole_batch_are_refused_with_the_reason() -> No
     factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
     long = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096, **factors}
     assert "longrope" in str(supports_slots(Phi3Config(rope_parameters=long)))
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_factors_that_are_looked_up_are_those_of_the_position_alone(
+    rope: dict[str, Any], dtype: torch.dtype
+) -> None:
+    parameters = {"rope_type": "default", "rope_theta": 10000.0, **rope}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=parameters)
+    rotary, like = LlamaRotaryEmbedding(config), torch.zeros(1, 1, 64, dtype=dtype)
+    tables = RotaryTables(rotary)
+    for positions in ([0], [255, 3], [256], [70, 2999, 1024], [1]):
+        cos, sin = tables.at(positions, like=like)
+        for row, position in enumerate(positions):
+            alone = rotary(like, position_ids=torch.tensor([[position]]))
+            assert torch.equal(cos[row : row + 1], alone[0])
+            assert torch.equal(sin[row : row + 1], alone[1])
