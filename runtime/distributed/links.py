@@ -80,6 +80,14 @@ class Place:
         return (self.rank + 1) % self.num_ranks
 
 
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """A message under way: header, table and payload, which have to stay, and what tells that each has been sent."""
+
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    works: Sequence[Any]
+
+
 class Links:
     """Connections of one epoch, with one thread that sends and one that receives.
 
@@ -114,7 +122,7 @@ class Links:
         self._is_waiting = False
         self._ends = _connect(place, c10d.PrefixStore(f"epoch{stamp.epoch}", store), on_linked)
         self._nccl = _nccl(place, c10d.PrefixStore(f"nccl{stamp.epoch}", store)) if place.uses_nccl else None
-        self._outbox: queue.Queue[tuple[Header, list[list[int]], torch.Tensor] | None] = queue.Queue()
+        self._outbox: queue.Queue[_Sending | Exception | None] = queue.Queue()
         self._room = threading.Semaphore(MAX_WAITING_MESSAGES)
         self._threads = [
             threading.Thread(target=self._guard, args=(loop, peer), daemon=True, name=loop.__name__)
@@ -124,14 +132,21 @@ class Links:
             thread.start()
 
     def send(self, header: Header, parts: Sequence[Part], payload: torch.Tensor) -> None:
-        """Hand a payload to the sending thread; waits while too many are under way."""
+        """Begin to send a payload; waits while too many are under way.
+
+        The sending thread only waits for the end: to begin there would take until this one lets go of the interpreter,
+        in the middle of its next step.
+        """
         tensor = payload.contiguous() if self._nccl else payload.to("cpu").contiguous()
         while parts and not self._room.acquire(timeout=0.5):
             if self._is_broken.is_set() or self._is_over():
                 return
         table = write_table(parts)
         header = replace(header, table=checksum([word for row in table for word in row]))
-        self._outbox.put((header, table, tensor))
+        try:
+            self._outbox.put(self._begin(header, table, tensor))
+        except Exception as error:  # the sending thread reports it
+            self._outbox.put(error)
 
     def counts(self) -> LinkCounts:
         """Return how far data has come."""
@@ -171,22 +186,25 @@ class Links:
             if not self._is_broken.is_set():
                 self._report(peer, error)
 
-    def _send_all(self) -> None:
+    def _begin(self, header: Header, table: list[list[int]], payload: torch.Tensor) -> "_Sending":
         group = self._ends[self._place.rank].group
-        while (item := self._outbox.get()) is not None and not self._is_broken.is_set():
-            header, table, payload = item
-            words = torch.tensor(pack(header, self._stamp), dtype=torch.int64)
-            self._num_sent += 1
-            group.send([words], RECEIVER, 0).wait()
-            if table:
-                group.send([torch.tensor(table, dtype=torch.int64)], RECEIVER, 2).wait()
-            if header.payload_bytes:
-                nccl: Any = self._nccl if payload.is_cuda else None
-                if nccl:
-                    nccl.send([payload], self._place.next, 1).wait()
-                else:
-                    group.send([payload], RECEIVER, 1).wait()
-            if table:
+        words, rows = torch.tensor(pack(header, self._stamp), dtype=torch.int64), torch.tensor(table, dtype=torch.int64)
+        self._num_sent += 1
+        works = [group.send([words], RECEIVER, 0)]
+        if table:
+            works.append(group.send([rows], RECEIVER, 2))
+        if header.payload_bytes:
+            nccl: Any = self._nccl if payload.is_cuda else None
+            works.append(nccl.send([payload], self._place.next, 1) if nccl else group.send([payload], RECEIVER, 1))
+        return _Sending((words, rows, payload), works)
+
+    def _send_all(self) -> None:
+        while (sending := self._outbox.get()) is not None and not self._is_broken.is_set():
+            if isinstance(sending, Exception):
+                raise sending
+            for work in sending.works:
+                work.wait()
+            if len(sending.tensors[1]):
                 self._room.release()
 
     def _receive_all(self) -> None:

@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -35,7 +35,7 @@ from runtime.serve.requests import (
     TokenizeRequest,
     read_request,
 )
-from runtime.serve.running import Running
+from runtime.serve.running import Mailbox, Running
 
 WRITE_SECONDS = 60.0
 """A client that takes nothing for so long is left."""
@@ -55,6 +55,7 @@ class Service:
         name: what clients call the model.
         has_reuse: whether the beginning of a prompt may be taken over from an earlier request with the same key.
         chunk_tokens: prompt tokens per step.
+        mailbox: how the engine's thread tells what happens.
     """
 
     prepared: Prepared
@@ -63,6 +64,7 @@ class Service:
     name: str
     has_reuse: bool
     chunk_tokens: int | None
+    mailbox: Mailbox = field(default_factory=Mailbox)
 
     async def chat(self, body: bytes, key: str) -> Response | Events:
         """`POST /v1/chat/completions`."""
@@ -139,7 +141,7 @@ class Service:
         )
         requests = self._requests(asked, [ids for ids, _echo in prompts])
         choices = [Choice(i, echo=prompts[i // num][1]) for i in range(len(requests))]
-        running = Running(self.engine, choices)
+        running = Running(self.engine, self.mailbox, choices)
         running.submit(requests, reuse_key=key if self.has_reuse else None)
         if asked.stream:
             return _stream(running, form, choices, tells_usage=asked.tells_usage, num_per_prompt=num)

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Self
 
 from plans.errors import LlamaplanError
@@ -16,16 +18,49 @@ Told = PromptRead | Token | Done
 """What a request that goes well consists of."""
 
 
+DELIVERY_SECONDS = 0.002
+"""What the engine needs of the interpreter between two steps of many sequences."""
+
+
+class Mailbox:
+    """Brings calls from the engine's thread to the event loop, once for all calls of a step.
+
+    They come a moment late: while the engine makes its next step ready both would wait for the interpreter, turn by
+    turn; afterwards native code computes without it.
+    """
+
+    def __init__(self) -> None:
+        self._calls: deque[Callable[[], None]] = deque()
+        self._is_waking = False
+
+    def put(self, call: Callable[[], None], loop: asyncio.AbstractEventLoop) -> None:
+        """Let `loop`, always the same, make a call; from any thread.
+
+        Raises:
+            RuntimeError: the loop has ended.
+        """
+        self._calls.append(call)
+        if not self._is_waking:
+            self._is_waking = True
+            loop.call_soon_threadsafe(loop.call_later, DELIVERY_SECONDS, self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_waking = False  # before the calls: whatever comes after the last of them wakes the loop again
+        while self._calls:
+            self._calls.popleft()()
+
+
 class Running:
     """Submits requests together, and gives up whatever is not done when the block is left.
 
     Args:
         engine: who runs them.
+        mailbox: how events come from its thread.
         choices: what is made of each request.
     """
 
-    def __init__(self, engine: Engine, choices: Sequence[Choice]) -> None:
-        self._engine, self._choices = engine, choices
+    def __init__(self, engine: Engine, mailbox: Mailbox, choices: Sequence[Choice]) -> None:
+        self._engine, self._mailbox, self._choices = engine, mailbox, choices
         self._events: asyncio.Queue[tuple[Choice, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
 
@@ -40,7 +75,7 @@ class Running:
 
             def tell(event: Event, choice: Choice = choice) -> None:
                 with contextlib.suppress(RuntimeError):  # the server has ended
-                    loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))
+                    self._mailbox.put(partial(self._events.put_nowait, (choice, event)), loop)
 
             try:
                 self._tickets.append(self._engine.submit(request, on_event=tell, reuse_key=reuse_key))
