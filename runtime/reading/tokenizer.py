@@ -1,5 +1,6 @@
 """Load a checkpoint's tokenizer and turn prompts into token ids, refusing what would go wrong later."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ TOKENIZER_NAME = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 128 << 20
 MAX_TOKENIZER_VALUES = 16_000_000
 MAX_TOKENIZER_STEPS = 16
-"""Of each kind: byte-level steps one after the other double what stands before them, and hundreds never end."""
+"""Of each kind."""
+MAX_TEXT_GROWTH = 256
+"""Times the bytes of a text that all steps of a kind may make; usual ones triple spaces, or double some letters."""
 MAX_PROMPT_BYTES = 64 << 20
 CHARACTERS_PER_TOKEN = 32
 """No tokens are longer than this on average."""
@@ -89,18 +92,32 @@ def _check_vocabulary(path: Path, vocab_size: int) -> None:
 
 def _check_steps(document: dict[str, Any], *, where: Path) -> None:
     for kind in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        num_steps, left = 0, [document.get(kind)]
+        steps, left = [], [document.get(kind)]
         while left:
             value = left.pop()
-            num_steps += isinstance(value, dict) and "type" in value
+            steps += [value] if isinstance(value, dict) and "type" in value else []
             left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        if num_steps > MAX_TOKENIZER_STEPS:
-            raise InputError(
-                f"{kind} has {num_steps} steps",
-                where=where,
-                expected=f"at most {MAX_TOKENIZER_STEPS}",
-                code="E-TOKENIZER",
-            )
+        growth = math.prod(map(_growth, steps[: MAX_TOKENIZER_STEPS + 1]))
+        for what, found, most in (
+            (f"has {len(steps)} steps", len(steps), MAX_TOKENIZER_STEPS),
+            ("makes text many times as long", growth, MAX_TEXT_GROWTH),
+        ):
+            if found > most:
+                raise InputError(f"{kind} {what}", where=where, expected=f"at most {most}", code="E-TOKENIZER")
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """Return how many bytes a step of a tokenizer can make of one."""
+    if step["type"] == "ByteLevel":
+        return 2
+    new = step.get("content") if step["type"] == "Replace" else step.get("replacement")
+    if not isinstance(new, str):
+        return 1
+    pattern = step.get("pattern")
+    old = pattern.get("String") if isinstance(pattern, dict) else None
+    size = len(new.encode("utf-8", "surrogatepass"))
+    # A regular expression may match between any two characters.
+    return -(-size // max(1, len(old.encode("utf-8", "surrogatepass")))) if isinstance(old, str) and old else 1 + size
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, parses_special: bool) -> list[int]:
