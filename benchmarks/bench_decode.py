@@ -105,11 +105,12 @@ def _variants(folder: Path, batch: int) -> tuple[dict[str, Variant], Callable[[]
     import torch
     from transformers import AutoModelForCausalLM
 
+    from plans.native.building import Unavailable
     from runtime import load
     from runtime.fast import native
 
     kernels = native.load(on_build=print)
-    if isinstance(kernels, native.Unavailable):
+    if isinstance(kernels, Unavailable):
         raise SystemExit(kernels.reason)
     chains = {
         name: load(folder, stages=_stages(folder, NUM_STAGES.get(name, 1)), speed=speed)

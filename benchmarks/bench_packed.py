@@ -101,11 +101,12 @@ class Ours:
     def __init__(self, export: Path) -> None:
         import torch
 
+        from plans.native.building import Unavailable
         from runtime import load
         from runtime.fast import native
 
         kernels = native.load(on_build=print)
-        if isinstance(kernels, native.Unavailable):
+        if isinstance(kernels, Unavailable):
             raise SystemExit(kernels.reason)
         self._chain: Any = load(export, speed="auto")
         table = {"model.embed_tokens.weight"} - ({"lm_head.weight"} if self._is_tied else set())

@@ -20,13 +20,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from plans.commands.user_cache import cache_folder
 from plans.errors import LlamaplanError
+from plans.native.building import Unavailable
 from plans.packed.scheme import Scheme
 from plans.reading.strict import SchemaVersion, StrictModel
 from plans.stages import StageRange
 from runtime.fast.cache import FastLayer
 from runtime.fast.graphs import GraphStage, Recorder
 from runtime.fast.kernels import FastStage
-from runtime.fast.native import Library, Unavailable
+from runtime.fast.native import Library
 from runtime.fast.products import packed_layers
 from runtime.fast.speed import Choice
 from runtime.reading.devices import synchronize

@@ -1,25 +1,16 @@
-"""The compiled decode kernels: built once per machine from `kernels.c`, loaded with ctypes, called with raw pointers.
+"""The decode kernels: `kernels.c`, loaded with ctypes, called with raw pointers.
 
-Nothing of torch or Python is compiled in, so the build takes seconds and one library serves every shape and dtype.
-A machine where it cannot be built or loaded gets `Unavailable` with the reason, never an exception.
+Nothing of torch is compiled in, so the build takes seconds and one library serves every shape and dtype.
 """
 
-import contextlib
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from plans.commands.user_cache import cache_folder, is_private_file
+from plans.native import building
+from plans.native.building import Source, Unavailable
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes of weights and cache -> their number in `kernels.c`."""
@@ -31,21 +22,15 @@ MAX_HEAD_DIM = 256
 
 _COUNTERS = 24  # of a product
 
-_SOURCE = Path(__file__).with_name("kernels.c")
-_SOURCES = (_SOURCE, *(_SOURCE.with_name(name) for name in ("packed.h", "tiles.h", "between.h", "products.h")))
-_COMPILERS = ("cc", "gcc", "clang")
-_OPTIONS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_MACHINE_OPTIONS = ("-march=native", "-mcpu=native", "")  # the spelling depends on compiler and processor
-_COMPILE_SECONDS = 120.0
+_FOLDER = Path(__file__).parent
+SOURCE = Source(
+    "kernels",
+    "decode kernels",
+    _FOLDER / "kernels.c",
+    headers=tuple(_FOLDER / name for name in ("packed.h", "tiles.h", "between.h", "products.h")),
+)
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int64
-
-
-@dataclass(frozen=True, slots=True)
-class Unavailable:
-    """Why there is no fast path here; shown once, after which the reference path serves."""
-
-    reason: str
 
 
 class _OpenMP(ctypes.Structure):
@@ -183,7 +168,7 @@ class Library:
     """
 
     def __init__(self, path: Path) -> None:
-        """Load a library built by `build`.
+        """Load a library built of `SOURCE`.
 
         Raises:
             OSError: it cannot be loaded on this machine, or torch brings no OpenMP runtime.
@@ -270,92 +255,7 @@ def load(*, on_build: Callable[[str], None] | None = None) -> Library | Unavaila
         >>> isinstance(kernels, Library) or bool(kernels.reason)
         True
     """
-    compiler = find_compiler()
-    if isinstance(compiler, Unavailable):
-        return compiler
-    try:
-        name = f"kernels-{_fingerprint(compiler)}.so"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Unavailable(f"{compiler[0]} does not run: {error}")
-    try:
-        folder = cache_folder()
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        return _load_private(compiler, name, reason=str(error), on_build=on_build)
-    return load_from(folder / name, compiler=compiler, on_build=on_build)
-
-
-def load_from(
-    path: Path, *, compiler: Sequence[str], on_build: Callable[[str], None] | None = None
-) -> Library | Unavailable:
-    """Load the library at `path`, building it there if it is missing, not this user's own, or cannot be loaded."""
-    if is_private_file(path):
-        with contextlib.suppress(OSError):
-            return Library(path)
-    if on_build is not None:
-        on_build(f"compiling the decode kernels with {compiler[0]} (once per machine)")
-    failure = build(path, compiler=compiler)
-    if failure is not None:
-        return failure
-    try:
-        return Library(path)
-    except OSError as error:
-        return Unavailable(f"the compiled kernels cannot be loaded: {error}")
-
-
-def build(path: Path, *, compiler: Sequence[str]) -> Unavailable | None:
-    """Compile `kernels.c` into `path`: complete or absent at any moment, whoever else builds it at the same time."""
-    failures = []
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-        partial = Path(folder) / path.name
-        for machine_option in _MACHINE_OPTIONS:
-            command = [*compiler, *_OPTIONS, *machine_option.split(), str(_SOURCE), "-o", str(partial), "-lm"]
-            try:
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
-                partial.chmod(0o700)
-                partial.replace(path)
-                return None
-            except subprocess.CalledProcessError as error:
-                failures.append(next(iter(error.stderr.splitlines()), f"exit status {error.returncode}"))
-            except (OSError, subprocess.TimeoutExpired) as error:
-                failures.append(str(error))
-    return Unavailable(f"{compiler[0]} cannot compile the decode kernels: {failures[0]}")
-
-
-def find_compiler() -> tuple[str, ...] | Unavailable:
-    """Return the command of the C compiler: $CC if set, else the first of cc, gcc and clang on the PATH."""
-    wanted = os.environ.get("CC", "").split()
-    for name, *options in [wanted] if wanted else [[name] for name in _COMPILERS]:
-        if path := shutil.which(name):
-            return (path, *options)
-    return Unavailable(f"there is no C compiler here (looked for {wanted[0] if wanted else ', '.join(_COMPILERS)})")
-
-
-def _load_private(
-    compiler: Sequence[str], name: str, *, reason: str, on_build: Callable[[str], None] | None
-) -> Library | Unavailable:
-    """Without a usable cache folder, build for this process only; a loaded library needs its file no more."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="llamaplan-") as folder:
-            return load_from(Path(folder) / name, compiler=compiler, on_build=on_build)
-    except OSError as error:
-        return Unavailable(f"no folder can hold the compiled kernels: {reason}; {error}")
-
-
-def _fingerprint(compiler: Sequence[str]) -> str:
-    """Hash everything the compiled code depends on."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=_COMPILE_SECONDS)
-    sources = (source.read_bytes() for source in _SOURCES)
-    parts = (*sources, shlex.join(compiler).encode(), version.stdout, _processor().encode())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    wanted = ("flags", "Features", "model name", "CPU part")
-    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(wanted)})])
+    return building.load(SOURCE, Library, on_build=on_build)
 
 
 def _torch_openmp() -> _OpenMP:

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from plans.native.building import Unavailable
 from plans.stages import StageRange
 from runtime.fast import native
 from runtime.fast.choice import ROWS, choose, try_graphs
 from runtime.fast.graphs import CudaRecorder, GraphStage, Recorder, supports_graphs
 from runtime.fast.kernels import FastStage, supports, supports_weights
 from runtime.fast.model import FastModel, Part
-from runtime.fast.native import Library, Unavailable
+from runtime.fast.native import Library
 from runtime.fast.products import attach, has_packed
 from runtime.fast.speed import Choice, Speed
 

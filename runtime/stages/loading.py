@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from plans.native.building import Unavailable
 from plans.stages import StageRange
-from runtime.fast.native import Unavailable
 from runtime.fast.setup import set_up
 from runtime.fast.speed import Speed, parse_speed
 from runtime.reading.tensors import place_stages, torch_dtype

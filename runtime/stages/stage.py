@@ -16,10 +16,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from plans.native.building import Unavailable
 from plans.stages import StageRange
 from runtime.fast.cache import adopt
 from runtime.fast.model import FastModel
-from runtime.fast.native import Unavailable
 from runtime.fast.setup import set_up
 from runtime.fast.slots import SlotCache
 from runtime.fast.speed import Speed, parse_speed

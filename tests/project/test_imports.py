@@ -33,6 +33,7 @@ FLOORS = {
             "cuts",
             "reading",
             "commands",
+            "native",
             "engines",
             "packed",
             "config",

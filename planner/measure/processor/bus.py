@@ -131,6 +131,7 @@ def _reader(reading: Reading) -> Callable[[], int]:
     """Return what reads the next block of memory and says how many bytes that were."""
     import torch
 
+    from plans.native.building import Unavailable
     from runtime.fast import native
 
     torch.set_num_threads(reading.threads)
@@ -140,7 +141,7 @@ def _reader(reading: Reading) -> Callable[[], int]:
 
     def read() -> int:
         block = next(blocks)
-        if not isinstance(kernels, native.Unavailable):
+        if not isinstance(kernels, Unavailable):
             return kernels.read_memory([block], threads=reading.threads)
         block.sum()
         return block.nbytes

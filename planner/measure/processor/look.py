@@ -66,7 +66,7 @@ def look() -> Look:
     import torch
 
     from planner.measure.calm import CalmMeter
-    from runtime.fast.native import Unavailable, find_compiler
+    from plans.native.building import Unavailable, find_compiler
 
     meter = CalmMeter()
     read = _read_rate()

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GemmaConfig, MixtralConfig
 
+from plans.native.building import Unavailable
 from plans.stages import StageRange
 from runtime import load
 from runtime.fast import setup as fast_setup
@@ -22,7 +23,7 @@ from runtime.fast.cache import STEP_SLOTS, FastLayer
 from runtime.fast.choice import STEP_ROWS, try_graphs
 from runtime.fast.graphs import GraphStage, Recorder, supports_graphs
 from runtime.fast.model import FastModel, Part
-from runtime.fast.native import Library, Unavailable
+from runtime.fast.native import Library
 from runtime.fast.setup import recorded, set_up
 from runtime.fast.speed import Choice, Speed
 from runtime.generate.clock import stage_clock

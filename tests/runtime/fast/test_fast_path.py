@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from plans.checkpoint.folder import open_checkpoint
 from plans.errors import UsageError
+from plans.native.building import Unavailable
 from plans.stages import StageRange
 from runtime import load
 from runtime import load as load_anything
@@ -23,7 +24,7 @@ from runtime.fast import model as fast_model
 from runtime.fast.cache import FastLayer, adopt
 from runtime.fast.choice import ROWS, choose, measure, recall
 from runtime.fast.model import FastModel, Part
-from runtime.fast.native import Library, Unavailable
+from runtime.fast.native import Library
 from runtime.fast.setup import set_up
 from runtime.fast.speed import Choice, Speed
 from runtime.reading.tensors import FolderTensors, torch_dtype

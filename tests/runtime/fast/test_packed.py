@@ -11,10 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM as Auto
 from transformers import DynamicCache, GemmaConfig
 
+from plans.native.building import Unavailable
 from plans.packed.scheme import INT4, INT8, Scheme
 from plans.stages import StageRange
 from runtime.fast.kernels import supports_weights
-from runtime.fast.native import Library, Unavailable
+from runtime.fast.native import Library
 from runtime.fast.products import Products, attach, packed_layers
 from runtime.fast.setup import set_up
 from runtime.fast.speed import Speed

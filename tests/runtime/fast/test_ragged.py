@@ -17,11 +17,12 @@ from transformers import DynamicCache, LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from plans.checkpoint.folder import open_checkpoint
+from plans.native.building import Unavailable, find_compiler, load_from
 from runtime import load
 from runtime.fast import model as fast_module
 from runtime.fast.kernels import FastStage
 from runtime.fast.model import FastModel, Part, RotaryTables
-from runtime.fast.native import MAX_ROWS, Library, Unavailable, find_compiler, load_from
+from runtime.fast.native import MAX_ROWS, SOURCE, Library
 from runtime.fast.slots import SlotCache, supports_slots
 from runtime.fast.speed import Choice
 from runtime.reading.tensors import FolderTensors
@@ -163,7 +164,7 @@ def other_kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     compiler = find_compiler()
     assert not isinstance(compiler, Unavailable), compiler.reason
     path = tmp_path_factory.mktemp("other") / "kernels.so"
-    found = load_from(path, compiler=(*compiler, *request.param.split()))
+    found = load_from(path, SOURCE, Library, compiler=(*compiler, *request.param.split()))
     assert isinstance(found, Library), found.reason
     return found
 

@@ -1,0 +1,1 @@
+"""How does C of ours come to run here?"""
