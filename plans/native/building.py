@@ -41,6 +41,13 @@ class Source:
     file: Path
     headers: tuple[Path, ...] = ()
     """What it includes of ours."""
+    options: tuple[str, ...] = ()
+    """Of the compiler, beside those that all libraries have."""
+
+    @property
+    def all_options(self) -> tuple[str, ...]:
+        """What the compiler is told but for the machine and the files."""
+        return (*_OPTIONS, *self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,10 @@ def load(source: Source, opened: Open[Opened], *, on_build: Say | None = None) -
         folder = cache_folder()
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         return _load_private(name, source, opened, compiler=compiler, reason=str(error), on_build=on_build)
-    return load_from(folder / name, source, opened, compiler=compiler, on_build=on_build)
+    try:
+        return load_from(folder / name, source, opened, compiler=compiler, on_build=on_build)
+    except OSError as error:  # such as a full disk
+        return _load_private(name, source, opened, compiler=compiler, reason=str(error), on_build=on_build)
 
 
 def load_from(
@@ -96,7 +106,8 @@ def build(path: Path, source: Source, *, compiler: Sequence[str]) -> Unavailable
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
         partial = Path(folder) / path.name
         for machine_option in _MACHINE_OPTIONS:
-            command = [*compiler, *_OPTIONS, *machine_option.split(), str(source.file), "-o", str(partial), "-lm"]
+            options = (*source.all_options, *machine_option.split())
+            command = [*compiler, *options, str(source.file), "-o", str(partial), "-lm"]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
                 partial.chmod(0o700)
@@ -133,7 +144,7 @@ def _fingerprint(source: Source, compiler: Sequence[str]) -> str:
     """Hash everything the compiled code depends on."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=_COMPILE_SECONDS)
     texts = (file.read_bytes() for file in (source.file, *source.headers))
-    parts = (*texts, shlex.join(compiler).encode(), version.stdout, _processor().encode())
+    parts = (*texts, shlex.join((*compiler, *source.all_options)).encode(), version.stdout, _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from plans.native import building
 from plans.native.building import Source, Unavailable, build, find_compiler, load, load_from
 
 
@@ -134,6 +135,26 @@ def test_a_folder_that_others_can_write_or_nobody_can_is_not_used(
     monkeypatch.setenv("CC", quick_compiler[0])
     assert isinstance(load(built.source, Seven), Seven)
     assert list(folder.iterdir()) == []
+
+
+def test_a_cache_folder_that_takes_nothing_does_not_stop_a_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Built, quick_compiler: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(building, "cache_folder", lambda: tmp_path / "gone")
+    monkeypatch.setenv("CC", quick_compiler[0])
+    assert isinstance(load(built.source, Seven), Seven)
+
+
+def test_options_of_a_library_reach_the_compiler_and_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Built
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    (tmp_path / "six.c").write_text("int seven(void) { return NUMBER; }\n")
+    for number in (6, 5):
+        found = load(Source("six", "numbers", tmp_path / "six.c", options=(f"-DNUMBER={number}",)), Seven)
+        assert isinstance(found, Seven)
+        assert found.call() == number
 
 
 @pytest.mark.usefixtures("no_compiler")
