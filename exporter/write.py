@@ -1,7 +1,7 @@
 """Plan + checkpoint -> export: the orchestration. Bytes are copied or rounded, hashed and flushed."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from exporter.binding import Say, bind, choose_dtype
@@ -12,7 +12,7 @@ from exporter.foreign.origin import Origin
 from exporter.job import Job, Progress, start_workers
 from exporter.layout import Layout, lay_out, scale_dtype
 from exporter.packers import Packing, calibration_text
-from exporter.packing.nearest import MAX_THREADS
+from exporter.packing.nearest import MAX_THREADS, slow_words
 from exporter.packing.packable import check_packable, unpacked_lines
 from exporter.root_files import RootFiles, collect
 from exporter.sources import Sources
@@ -82,9 +82,9 @@ def export(
     if bound.weights is not None:
         check_packable(bound.weights, checkpoint=checkpoint, dtype=target_dtype or bound.profile.dtype)
     layout = lay_out(bound, checkpoint=checkpoint, dtype=target_dtype)
-    for line in unpacked_lines(bound.weights, layout=layout) if bound.weights is not None else ():
-        note(line)
     chosen = _chosen(stages, layout)
+    for line in _packing_lines(bound, layout):
+        note(line)
     root = collect(origin, layout=layout, plan=bound)
     for line in root.warnings:
         warn(line)
@@ -111,6 +111,16 @@ def export(
     if origin.errors.words:
         note(origin.errors.words)
     return manifest
+
+
+def _packing_lines(plan: Plan, layout: Layout) -> Iterator[str]:
+    """Yield what is worth knowing before weights are packed; errors as `unpacked_lines`."""
+    if plan.weights is None:
+        return
+    yield from unpacked_lines(plan.weights, layout=layout)
+    slow = slow_words()  # asked before there are threads: compiling happens once
+    if slow is not None:
+        yield slow
 
 
 def _refuse_lost_scales(checkpoint: Checkpoint) -> None:

@@ -10,6 +10,7 @@ from exporter.layout import Piece
 from exporter.packing.ordered import in_order
 from exporter.sources import Sources
 from plans.dtypes import STORED_DTYPES
+from plans.native.building import Unavailable
 
 if TYPE_CHECKING:
     from plans.packed.rounding import Rounded
@@ -18,6 +19,16 @@ RUN_ELEMENTS = 1 << 19
 """Weights per task; whole groups, and few enough that all threads' runs take little memory."""
 MAX_THREADS = 8
 """Beyond, hashing is what takes longest."""
+
+
+def slow_words() -> str | None:
+    """Return why rounding takes several times as long here as it could; None where it does not."""
+    from plans.packed.kernel import find_kernel  # imports numpy
+
+    kernel = find_kernel()
+    if not isinstance(kernel, Unavailable):
+        return None
+    return f"weights are rounded several times slower without compiled code: {kernel.reason}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.header import read_header
 from plans.errors import InputError, IntegrityError, LlamaplanError, UsageError
 from plans.export.opening import open_export
+from plans.packed import rounding
+from plans.packed.kernel import find_kernel
 from tests.exporter.disk.test_export_atomic import Counter, count_calls, in_child, watched
 
 Models = Callable[..., Path]
@@ -63,6 +65,52 @@ def test_equal_input_gives_equal_bytes_whatever_the_threads_and_runs(
     for threads in (2, 4):
         assert export(plan, model=model, output=tmp_path / str(threads), threads=threads) == whole
     assert tree(tmp_path / "1") == tree(tmp_path / "2") == tree(tmp_path / "4")
+
+
+@pytest.fixture
+def fresh_kernel() -> Iterator[None]:
+    """Nobody has looked for the compiled rounding yet, and what is found is forgotten."""
+    find_kernel.cache_clear()
+    yield
+    find_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_kernel")
+@pytest.mark.parametrize("compiler", [None, "exit 3", 'while [ "$1" != -o ]; do shift; done; echo odd > "$2"'])
+def test_without_a_compiler_that_works_the_bytes_are_the_same_and_the_reason_is_said(
+    compiler: str | None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, said = packed_plan(model, [1, 2], bits=[4, 8, 4], head_bits=8), []
+    manifest = export(plan, model=model, output=tmp_path / "compiled", note=said.append)
+    assert not said
+    find_kernel.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    if compiler is not None:
+        (tmp_path / "cc").write_text(f"#!/bin/sh\n{compiler}\n")
+        (tmp_path / "cc").chmod(0o755)
+    assert export(plan, model=model, output=tmp_path / "numpy", note=said.append) == manifest
+    assert tree(tmp_path / "numpy") == tree(tmp_path / "compiled")
+    (line,) = said
+    assert line.startswith("weights are rounded several times slower without compiled code: ")
+    assert str(tmp_path / "cc") in line or "rounding" in line
+    assert verify(tmp_path / "compiled", model=model).method == "nearest"
+
+
+@pytest.mark.usefixtures("fresh_kernel")
+@pytest.mark.parametrize("cache", ["new", "a file in its place"])
+def test_where_there_is_a_compiler_its_code_rounds_and_checks_what_was_rounded(
+    cache: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("numpy was asked")
+
+    if cache != "new":
+        (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(rounding, "round_blocks", refuse)
+    export(packed_plan(model, [2, 1], bits=4), model=model, output=tmp_path / "out")
+    assert verify(tmp_path / "out", model=model).method == "nearest"
 
 
 @pytest.mark.parametrize(
