@@ -1,8 +1,9 @@
 """`llamaplan export` against copying the files, and against loading and saving the model with transformers.
 
-Weights go out as they are, and rounded to int8 and int4.
+Weights go out as they are, and rounded to int8 and int4; the int4 export is also verified against its model.
 
 Run: python -m benchmarks export          needs 12 GB of free disk; 36 GB with the 7B shape
+     python -m benchmarks.bench_export --quick          without transformers, and 5 GB of memory less
 
 Every variant ends with the bytes on disk (fsync or sync) and runs as a process of its own, in turn with the others.
 The 7B checkpoint is made of holes: it measures memory, not time.
@@ -34,7 +35,7 @@ subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)
 elapsed, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
 print(elapsed, used.ru_utime + used.ru_stime, used.ru_maxrss << 10)
 """
-_EXPORT = "from planner.cli import main; main()"
+_LLAMAPLAN = "from planner.cli import main; main()"
 _SAVE = """
 import os, sys, torch
 from transformers import AutoModelForCausalLM
@@ -62,16 +63,18 @@ def main() -> None:
         plans = {width: _plan(model, folder, layers=[8, 7, 7], weights=width) for width in WIDTHS}
         size = sum(path.stat().st_size for path in model.iterdir())
         print(f"{size / 1e9:.2f} GB bf16 in 3 stages; median of {ROUNDS} interleaved runs, ended by fsync or sync")
-        target = folder / "target"
-        _report(
-            {
-                "cp + sync": lambda: _run(["sh", "-c", f"cp -r '{model}' '{target}' && sync"]),
-                "export": lambda: _run(_export(plan, model, target)),
-                **{f"export {width}": partial(_exported, plans[width], model, target) for width in WIDTHS},
-                "save_pretrained": lambda: _run([sys.executable, "-c", _SAVE, str(model), str(target)]),
-            },
-            target,
-        )
+        target, packed = folder / "target", folder / "packed"
+        _run(_export(plans["int4"], model, packed))
+        variants = {
+            "cp + sync": lambda: _run(["sh", "-c", f"cp -r '{model}' '{target}' && sync"]),
+            "export": lambda: _run(_export(plan, model, target)),
+            **{f"export {width}": partial(_exported, plans[width], model, target) for width in WIDTHS},
+            "verify int4": lambda: _run(_llamaplan("verify", packed, "--model", model)),
+            "save_pretrained": lambda: _run([sys.executable, "-c", _SAVE, str(model), str(target)]),
+        }
+        if "--quick" in sys.argv[1:]:
+            del variants["save_pretrained"]
+        _report(variants, target)
         if "--7b" in sys.argv[1:] or shutil.disk_usage(folder).free > 60 << 30:
             _seven_billion(folder)
 
@@ -95,8 +98,11 @@ def _report(variants: dict[str, Callable[[], Used]], target: Path) -> None:
 
 
 def _export(plan: Path, model: Path, target: Path) -> list[str]:
-    command = [sys.executable, "-c", _EXPORT, "export", str(plan), "--model", str(model), "-o", str(target)]
-    return [*command, "-q", "--force"]
+    return _llamaplan("export", plan, "--model", model, "-o", target, "-q", "--force")
+
+
+def _llamaplan(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", _LLAMAPLAN, *map(str, arguments)]
 
 
 def _exported(plan: Path, model: Path, target: Path) -> Used:
