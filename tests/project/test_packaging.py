@@ -37,14 +37,15 @@ def clean_bin(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def test_the_wheel_holds_the_packages_templates_and_type_markers(wheel: Path) -> None:
+def test_the_wheel_holds_the_packages_templates_c_sources_and_type_markers(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for package in ("plans", "planner", "exporter", "runtime"):
         assert f"{package}/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
-    sources = {p.relative_to(ROOT).as_posix() for home in ("exporter", "planner") for p in (ROOT / home).rglob("*.j2")}
-    assert sources
-    assert sources <= set(names)
+    for home, pattern in (("exporter", "*.j2"), ("planner", "*.j2"), ("plans", "*.c"), ("runtime", "*.[ch]")):
+        sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / home).rglob(pattern)}
+        assert sources
+        assert sources <= set(names)
 
 
 @pytest.mark.row("P16")
