@@ -22,7 +22,7 @@ def check_packable(choice: WeightChoice, *, checkpoint: Checkpoint, dtype: str) 
 
     Raises:
         InputError: the weights are packed already, or of a dtype that is not rounded.
-        UsageError: a tied head in 8 bits, or weights beside them in fp32.
+        UsageError: experts, a tied head in 8 bits, or weights beside them in fp32.
     """
     config = checkpoint.config
     if config.quantization is not None:
@@ -31,6 +31,14 @@ def check_packable(choice: WeightChoice, *, checkpoint: Checkpoint, dtype: str) 
             where=checkpoint.path,
             hint="export the checkpoint it was made of, or solve without --weights",
             code="E-QUANT",
+        )
+    if config.num_experts:
+        raise UsageError(
+            f"the plan wants {choice.kind} weights, and most are those of {config.num_experts} experts, which are not "
+            "packed",
+            where=checkpoint.path,
+            hint="solve without --weights",
+            code="E-WEIGHTS",
         )
     if config.tie_word_embeddings and choice.head_bits != AS_STORED:
         raise UsageError(

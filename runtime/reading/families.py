@@ -82,11 +82,27 @@ def parse_model_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
             refuses a value.
     """
     check_family(raw.get("model_type"))
-    read_packing(raw)
+    packing = read_packing(raw)
     with _named_refusals():
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(without_foreign_code(raw)))
+    if packing is not None:
+        _refuse_experts(config, packing)
     _check_what_runs(config)
     return config
+
+
+def _refuse_experts(config: PreTrainedConfig, packing: Packing) -> None:
+    """Refuse packed weights beside experts, which transformers' class computes with as one tensor of all of them."""
+    num_experts = getattr(config, "num_local_experts", 0)
+    if num_experts:
+        raise InputError(
+            f"{packing.words} weights of a model with {num_experts} experts are not run",
+            where="config.json:/quantization_config",
+            expected=f"no packed weights with num_local_experts {num_experts}",
+            hint="analyze, solve and export still take it, for an engine that runs it "
+            "('llamaplan emit PLAN --for vllm'); to run it here, take its bf16 original",
+            code="E-QUANT",
+        )
 
 
 def _check_what_runs(config: PreTrainedConfig) -> None:

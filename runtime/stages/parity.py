@@ -69,13 +69,24 @@ def load_unsplit(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
             if is_packed:
                 loaded[0](torch.zeros(1, 1, dtype=torch.int64))  # the first step unpacks everything, for good
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise InputError(
-            f"transformers does not load it: {printable(error, limit=300)}", where=folder, code="E-MODEL"
-        ) from None
+        raise _not_loaded(error, folder) from None
+    except RuntimeError as error:
+        if _NOT_CONVERTED not in str(error):
+            raise
+        raise _not_loaded(error, folder) from None
     model: PreTrainedModel = loaded[0]
     _refuse_random_weights(loaded[1]["missing_keys"], folder)
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+_NOT_CONVERTED = "conversion of the weights"
+"""What transformers says of tensors that do not become its own, such as plain experts beside packed layers."""
+
+
+def _not_loaded(error: Exception, folder: Path) -> InputError:
+    what = f"transformers does not load it: {printable(error, limit=300)}"
+    return InputError(what, where=folder, code="E-MODEL")
 
 
 def _refuse_random_weights(missing: Collection[str], folder: Path) -> None:

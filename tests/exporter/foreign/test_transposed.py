@@ -56,13 +56,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def quantised(models: Models, folder: Path, kind: str, *, zero: int = 8) -> tuple[Path, dict[str, torch.Tensor]]:
     """Write a model of this kind; return it, and its weights by the formula (number - zero) x scale."""
-    source = models(**BASE)
+    return quantised_copy(models(**BASE), folder, kind, zero=zero)
+
+
+def quantised_copy(source: Path, folder: Path, kind: str, *, zero: int = 8) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The same of a given model, all of whose layers' matrices but routers are replaced."""
     folder.mkdir()
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     (folder / "quantize_config.json").write_text("{}")
     edit_json(folder / "config.json", quantization_config=CONFIGS[kind])
     found, weights = load_file(source / "model.safetensors"), {}
-    for name in [name for name in found if name.endswith("proj.weight")]:
+    for name in [name for name in found if name.endswith("proj.weight") or ".experts." in name]:
         out, inputs = found.pop(name).shape
         module = name.removesuffix(".weight")
         numbers = torch.randint(0, 16, (inputs, out))
@@ -90,6 +94,32 @@ def test_symmetric_weights_are_repacked_to_the_bit(kind: str, models: Models, tm
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["format"] == "pack-quantized"
     assert not (tmp_path / "out" / "quantize_config.json").exists()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_repacked_experts_are_loaded_by_transformers_as_their_numbers_times_scales(kind: str, tmp_path: Path) -> None:
+    """llamarun refuses them; the export is for other engines."""
+    from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        **BASE, num_attention_heads=4, num_key_value_heads=2, vocab_size=96, num_local_experts=4, pad_token_id=0
+    )
+    MixtralForCausalLM(config).half().save_pretrained(tmp_path / "source")
+    model, weights = quantised_copy(tmp_path / "source", tmp_path / "model", kind)
+    origin = open_origin(model)
+    plan = recut(make_plan(model, [1, 1]), build_profile(origin.checkpoint))
+    export(plan, model=origin, output=tmp_path / "out")
+    assert len([module for module in weights if ".experts." in module]) == 2 * 4 * 3
+    assert sum(stage.weight_bytes for stage in plan.stages) == sum(map(len, tensor_bytes(tmp_path / "out").values()))
+    path = tmp_path / "source" / "model.safetensors"
+    plain = {f"{module}.weight": weight.contiguous() for module, weight in weights.items()}
+    save_file(load_file(path) | plain, path, metadata={"format": "pt"})
+    with torch.inference_mode():
+        ours, expected = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()(torch.arange(9)[None]).logits
+            for folder in (tmp_path / "out", tmp_path / "source")
+        )
+    assert torch.equal(ours, expected)
 
 
 def change(**tensors_: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:

@@ -234,6 +234,19 @@ def test_what_cannot_be_rounded_is_refused_by_name_and_nothing_is_left(
     assert names(tmp_path) == ["broken"]
 
 
+def test_a_plan_that_wants_packed_experts_is_not_exported(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=96, num_local_experts=4, dtype="bfloat16",
+    )  # fmt: skip
+    MixtralForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match=r"int4 weights, and most are those of 4 experts"):
+        export(packed_plan(tmp_path / "model", [3]), model=tmp_path / "model", output=tmp_path / "out")
+    assert names(tmp_path) == ["model"]
+
+
 def test_a_packed_export_is_no_model_to_be_packed_again(model: Path, tmp_path: Path) -> None:
     plan = packed_plan(model, [3])
     export(plan, model=model, output=tmp_path / "out")
