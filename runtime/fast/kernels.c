@@ -398,8 +398,8 @@ INLINE void multiply_strip(int dtype, const char *w, const Order *order, size_t 
                            floats *sums) {
     size_t size = size_of(dtype), pitch = order->columns * size, chunk = order->chunk;
     size_t whole = order->columns / BLOCK * BLOCK, width = whole - k < chunk ? whole - k : chunk;
-    /* Memory is read fastest one weight row after the other, if one chain of sums keeps up with it. */
-    int is_single = order->rows == 1 && LANES == 16;
+    /* Memory is read fastest one weight row after the other, if the few sums under way keep up with it. */
+    int is_single = order->rows <= STREAM_ROWS && LANES == 16;
     size_t num_chunks = (whole + chunk - 1) / chunk, further = num_chunks > 2 ? 2 : 1, left = num_chunks - k / chunk;
     /* Fetched is what comes two chunks of a strip later, in this strip or the next; where they are rows, some rows on. */
     ptrdiff_t ahead = further < left ? further * chunk * size : STRIP * pitch - (num_chunks - further) * chunk * size;
