@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 
 from planner.model import formula
-from planner.model.packing import stored_rows
+from planner.model.packing import can_hold, stored_rows
 from plans.checkpoint.names import EMBEDDING, HEAD, local_name, prefix_of, unit_of
+from plans.checkpoint.scales import PACKED_NAMES
 from plans.checkpoint.units import Checkpoint, StoredTensor, UnitTable, unexpected_tensors, unit_tables
 from plans.config.config import ModelConfig
 from plans.errors import InputError
@@ -27,6 +28,8 @@ def differences(checkpoint: Checkpoint) -> tuple[Difference, ...]:
         for table in unit_tables(checkpoint):
             rows = stored_rows(_expected(table, config, layer), config, prefix=prefix_of(table.key))
             found += _unit_differences(checkpoint, table, {name: shape for name, (_, shape) in rows.items()})
+    elif formula.is_known(config):
+        _check_quantised(checkpoint)
     return tuple(sorted(found, key=lambda difference: difference.name))
 
 
@@ -72,6 +75,33 @@ def _unit_differences(
             )
     for name in held.keys() - expected.keys():
         yield _difference(prefix + name, held[name], "not part of this family's layers; counted with its unit")
+
+
+def _check_quantised(checkpoint: Checkpoint) -> None:
+    """Weights in somebody else's format: every module is there, and nothing of it belongs to a model of other sizes."""
+    layer = formula.layer_shapes(checkpoint.config)
+    for table in unit_tables(checkpoint):
+        held = {local_name(name): (stored.entry.dtype, stored.entry.shape) for name, stored in table.tensors.items()}
+        modules = {name.rpartition(".")[0] for name in held} | {name.split(".weight.")[0] for name in held}
+        for name, shape in _expected(table, checkpoint.config, layer).items():
+            module, full = name.removesuffix(".weight"), f"{prefix_of(table.key)}{name}"
+            if name not in held and module not in modules:
+                raise InputError(
+                    f"no tensor of {full}, quantised or not",
+                    where=checkpoint.path,
+                    expected=f"one that holds {list(shape)} weights, as config.json implies",
+                    code="E-TENSOR",
+                )
+            for part in PACKED_NAMES:
+                row = held.get(name if part == "weight" else f"{module}.{part}")
+                is_sparse = f"{module}.meta" in held  # 2:4: half of the weights, in tiles
+                if row is not None and not is_sparse and not can_hold(row, shape):
+                    raise InputError(
+                        f"{full.removesuffix('weight')}{part} is {row[0]} of shape {list(row[1])}, which cannot hold "
+                        f"the {list(shape)} weights that config.json implies",
+                        where=checkpoint.path,
+                        code="E-SHAPE",
+                    )
 
 
 def _difference(name: str, stored: StoredTensor, note: str) -> Difference:

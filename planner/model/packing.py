@@ -18,6 +18,8 @@ Shape = tuple[int, ...]
 Row = tuple[str, Shape]
 WORD_BITS = 32
 VALUES_PER_BYTE = 2
+BITS_PER_BYTE = 8
+MAX_GROUP = 1 << 20
 MATRIX = 2
 _SCALES = re.compile(
     r".*(_scales?(_inv|_2)?|\.scales|\.qzeros|\.g_idx|\.input_scale|\.absmax|\.nested_absmax|\.quant_map"
@@ -66,11 +68,10 @@ def logical_shape(name: str, row: Row, rows: Mapping[str, Row], config: ModelCon
         return (*shape[:-2], shape[-2] * shape[-1] * VALUES_PER_BYTE)
     if STORED_DTYPES[dtype].is_float or len(shape) < MATRIX:
         return shape
-    bits = _bits(config)
     if dtype == "U8" and config.quantization == "bitsandbytes" and f"{name}.absmax" in rows:
         return (math.prod(shape) * VALUES_PER_BYTE, 1)
-    if dtype == "I32" and name.endswith((".qweight", ".weight_packed")) and bits:
-        return (*shape[:-1], shape[-1] * WORD_BITS // bits)
+    if dtype == "I32" and name.endswith((".qweight", ".weight_packed")) and _said(config, "bits", "num_bits") > 0:
+        return _unpacked(name, shape, rows, config)
     raise InputError(
         f"{printable(name)} holds {dtype} of shape {list(shape)} (quant_method {config.quantization or 'none'}), and "
         "how many weights that is is not understood",
@@ -80,18 +81,68 @@ def logical_shape(name: str, row: Row, rows: Mapping[str, Row], config: ModelCon
     )
 
 
+def can_hold(row: Row, weights: Shape) -> bool:
+    """Return whether a stored tensor can be the weights of this shape, in whatever way they are quantised.
+
+    Floats lie as they are; whole numbers take a whole number of bits for each weight, and words of 32 bits leave one
+    side of a matrix as it is.
+
+    >>> can_hold(("I32", (8, 24)), (24, 64)), can_hold(("I32", (8, 48)), (24, 64)), can_hold(("F16", (8, 8)), (4, 8))
+    (True, False, False)
+    """
+    dtype, shape = row
+    if STORED_DTYPES[dtype].is_float or len(weights) != MATRIX:
+        return shape == weights
+    stored_bits, count = math.prod(shape) * STORED_DTYPES[dtype].size_bytes * BITS_PER_BYTE, math.prod(weights)
+    if stored_bits % count or not 0 < stored_bits // count <= BITS_PER_BYTE:
+        return False
+    if dtype != "I32" or len(shape) != MATRIX:
+        return True
+    (out, in_), bits = weights, stored_bits // count
+    down, along = (in_ * bits // WORD_BITS, out), (in_, out * bits // WORD_BITS)  # GPTQ, AWQ
+    return shape in {down, along, (out, in_ * bits // WORD_BITS)}
+
+
 def _has_packed_sibling(name: str, rows: Mapping[str, Row]) -> bool:
     return name.endswith("_scales") and name[:-6] + "blocks" in rows
 
 
-def _bits(config: ModelConfig) -> int:
-    """Bits per weight, from where GPTQ, AWQ or compressed-tensors say it; 0 where nothing does."""
+def _unpacked(name: str, shape: Shape, rows: Mapping[str, Row], config: ModelConfig) -> Shape:
+    """The shape that `bits` and the scales agree on: one of a group of columns for every output.
+
+    Layers may be packed in other bits than the configuration's own (GPTQModel's `dynamic`, AutoRound's `extra_config`);
+    the scales tell on them.
+    """
+    bits, group = _said(config, "bits", "num_bits"), _said(config, "group_size")
+    module, _, part = name.rpartition(".")
+    per_output = "weight_scale" if part == "weight_packed" else "scales"
+    _, scale = rows.get(f"{module}.{per_output}", ("", ()))
+    *stack, first, last = shape
+    if part == "weight_packed":
+        ways = [(first, last * WORD_BITS, scale[-2:])]  # outputs, columns in bits, one scale per output and group
+    else:  # scales lie across: GPTQ packs down the columns, AWQ along the outputs
+        ways = [(last, first * WORD_BITS, scale[-2:][::-1])]
+        if last * WORD_BITS % bits == 0:
+            ways.append((last * WORD_BITS // bits, first * bits, scale[-2:][::-1]))
+    for out, in_bits, found in ways:
+        in_ = in_bits // bits
+        if in_bits % bits == 0 and found == (out, -(-in_ // group) if group > 0 else 1):
+            return (*stack, out, in_)
+    raise InputError(
+        f"{printable(name)} of shape {list(shape)} and {printable(module)}.{per_output} of shape {list(scale)} are not "
+        f"{bits} bits in groups of {group if group > 0 else 'a whole row'}, as config.json says",
+        where="config.json:/quantization_config",
+        hint="this model cannot be sized here",
+        code="E-PACKED",
+    )
+
+
+def _said(config: ModelConfig, *names: str) -> int:
+    """A number from where GPTQ, AWQ or compressed-tensors say it; 0 where nothing does."""
     table: Any = config.raw.get("quantization_config")
-    if not isinstance(table, dict):
-        return 0
-    groups = table.get("config_groups")
+    groups = table.get("config_groups") if isinstance(table, dict) else None
     if isinstance(groups, dict) and len(groups) == 1:
         group = next(iter(groups.values()))
         table = group.get("weights") if isinstance(group, dict) else None
-    found = (table.get("bits") or table.get("num_bits")) if isinstance(table, dict) else None
-    return found if type(found) is int and 0 < found <= WORD_BITS else 0
+    found = next((table[name] for name in names if table.get(name)), 0) if isinstance(table, dict) else 0
+    return found if type(found) is int and 0 < found <= MAX_GROUP else 0

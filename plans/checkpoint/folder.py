@@ -20,7 +20,7 @@ from plans.checkpoint.names import (
 )
 from plans.checkpoint.packed import check_packed
 from plans.checkpoint.same import has_own_head
-from plans.checkpoint.scales import is_stored
+from plans.checkpoint.scales import check_scales_are_meant, is_stored
 from plans.checkpoint.units import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -85,8 +85,11 @@ def _open_folder(folder: Path) -> Checkpoint:
         warnings += ("an adapter lies beside the weights; it is not applied: merge it first if it is wanted",)
     tensors, left_out = _text_tensors(config, _merge(folder, weights))
     _check_units(folder, config, tensors, weights)
+    entries = {name: stored.entry for name, stored in tensors.items()}
     if config.packing is not None:
-        check_packed({name: stored.entry for name, stored in tensors.items()}, config.packing, where=folder)
+        check_packed(entries, config.packing, where=folder)
+    elif config.quantization is None:
+        check_scales_are_meant(entries, where=folder)
     opened = Checkpoint(folder, folder, config, weights.shards, tensors, (*warnings, *left_out), weights.index_dtype)
     return _with_ties_compared(opened, folder)
 

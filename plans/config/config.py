@@ -327,7 +327,9 @@ def _quantization(fields: Fields) -> str | None:
     if table is None:
         return None
     method = table.get("quant_method") if isinstance(table, dict) else None
-    return printable(method, limit=40) if isinstance(method, str) else "unknown"
+    if method is not None and not isinstance(method, str):
+        raise fields.error("quantization_config/quant_method", f"is {printable(method, limit=40)}", expected="a name")
+    return printable(method, limit=40) if method else "unknown"
 
 
 def _packing(raw: Mapping[str, Any], *, num_experts: int) -> Packing | None:

@@ -1,0 +1,171 @@
+"""Weights in other people's formats: as many as the original has, in the bytes that are stored, or refused by name."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planner.model.profile import build_profile
+from plans.checkpoint.folder import open_checkpoint
+from plans.dtypes import STORED_DTYPES
+from plans.errors import InputError
+from plans.profile import ModelProfile
+from tests.planner.model.test_other_families import write_headers
+
+pytestmark = pytest.mark.row("P2")
+Row = tuple[str, tuple[int, ...]]
+Pack = Callable[[str, int, int], Mapping[str, Row]]
+"""(module, outputs, inputs) -> the tensors it is stored in."""
+
+HIDDEN, VOCAB, GROUP = 128, 96, 64
+KNOWN, OTHER = "llama", "seed_oss"
+MATRICES = {
+    "self_attn.q_proj": (128, 128),
+    "self_attn.k_proj": (64, 128),
+    "self_attn.v_proj": (64, 128),
+    "self_attn.o_proj": (128, 128),
+    "mlp.gate_proj": (192, 128),
+    "mlp.up_proj": (192, 128),
+    "mlp.down_proj": (128, 192),
+}
+PARAMETERS = 2 * VOCAB * HIDDEN + HIDDEN + 2 * (2 * HIDDEN + sum(map(math.prod, MATRICES.values())))
+
+
+def gptq(bits: int) -> Pack:
+    return lambda _module, out, in_: {
+        "qweight": ("I32", (in_ * bits // 32, out)),
+        "qzeros": ("I32", (in_ // GROUP, out * bits // 32)),
+        "scales": ("F16", (in_ // GROUP, out)),
+        "g_idx": ("I32", (in_,)),
+    }
+
+
+def awq(_module: str, out: int, in_: int) -> Mapping[str, Row]:
+    return {"qweight": ("I32", (in_, out // 8)), "scales": ("F16", (in_ // GROUP, out))}
+
+
+def pack_quantized(_module: str, out: int, in_: int) -> Mapping[str, Row]:
+    scale = ("BF16", (out, in_ // GROUP))
+    return {"weight_packed": ("I32", (out, in_ // 8)), "weight_scale": scale, "weight_shape": ("I64", (2,))}
+
+
+def fp8(_module: str, out: int, in_: int) -> Mapping[str, Row]:
+    return {"weight": ("F8_E4M3", (out, in_)), "weight_scale_inv": ("F32", (-(-out // 128), -(-in_ // 128)))}
+
+
+def eight_bits(_module: str, out: int, in_: int) -> Mapping[str, Row]:
+    return {"weight": ("I8", (out, in_)), "SCB": ("F32", (out,))}
+
+
+def plain(_module: str, out: int, in_: int) -> Mapping[str, Row]:
+    return {"weight": ("F16", (out, in_))}
+
+
+def larger_in_eight_bits(module: str, out: int, in_: int) -> Mapping[str, Row]:
+    return gptq(8)(module, out, in_) if module.startswith("mlp.") else gptq(4)(module, out, in_)
+
+
+def said(method: str, **more: Any) -> dict[str, Any]:
+    return {"quant_method": method} | more
+
+
+BITS_4 = {"bits": 4, "group_size": GROUP}
+GROUPS = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": GROUP, "type": "int"}}}}
+
+
+def profile_of(folder: Path, family: str, pack: Pack, quantization: Mapping[str, Any] | None) -> ModelProfile:
+    table: dict[str, Row] = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), ("F16", (VOCAB, HIDDEN)))
+    table["model.norm.weight"] = ("F16", (HIDDEN,))
+    for layer in range(2):
+        at = f"model.layers.{layer}."
+        table |= {f"{at}{n}.weight": ("F16", (HIDDEN,)) for n in ("input_layernorm", "post_attention_layernorm")}
+        for module, sides in MATRICES.items():
+            table |= {f"{at}{module}.{part}": row for part, row in pack(module, *sides).items()}
+    config: dict[str, Any] = {
+        "model_type": family, "architectures": ["Model"], "hidden_size": HIDDEN, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192, "vocab_size": VOCAB,
+        "tie_word_embeddings": False, "max_position_embeddings": 64, "torch_dtype": "float16",
+    }  # fmt: skip
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    profile = build_profile(open_checkpoint(write_headers(folder, config, table)))
+    assert profile.total_weight_bytes == sum(
+        STORED_DTYPES[dtype].size_bytes * math.prod(shape) for dtype, shape in table.values()
+    )
+    return profile
+
+
+RIGHT: dict[str, tuple[Pack, dict[str, Any]]] = {
+    "GPTQ": (gptq(4), said("gptq", **BITS_4)),
+    "GPTQ in 8 bits": (gptq(8), said("gptq", bits=8, group_size=GROUP)),
+    "GPTQ in 3 bits, which words do not divide": (gptq(3), said("gptq", bits=3, group_size=GROUP)),
+    "AWQ": (awq, said("awq", **BITS_4)),
+    "compressed-tensors": (pack_quantized, said("compressed-tensors", **GROUPS)),
+    "FP8 in blocks": (fp8, said("fp8", weight_block_size=[128, 128])),
+}
+
+
+@pytest.mark.parametrize("family", [KNOWN, OTHER])
+@pytest.mark.parametrize("name", RIGHT)
+def test_packed_weights_are_as_many_as_the_originals(name: str, family: str, tmp_path: Path) -> None:
+    assert profile_of(tmp_path, family, *RIGHT[name]).total_parameters == PARAMETERS
+
+
+@pytest.mark.parametrize("quantization", [said("gptq", **BITS_4, dynamic={}), said("auto-round", **BITS_4)], ids=str)
+def test_layers_in_other_bits_than_said_are_refused_or_known_by_their_family(
+    quantization: dict[str, Any], tmp_path: Path
+) -> None:
+    assert profile_of(tmp_path / "known", KNOWN, larger_in_eight_bits, quantization).total_parameters == PARAMETERS
+    with pytest.raises(InputError, match=r"gate_proj\.qweight of shape .* are not 4 bits in groups of 64"):
+        profile_of(tmp_path / "other", OTHER, larger_in_eight_bits, quantization)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_bits_that_contradict_the_scales_are_refused(bits: int, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"q_proj\.qweight of shape .* are not {bits} bits"):
+        profile_of(tmp_path, OTHER, gptq(4), said("gptq", bits=bits, group_size=GROUP))
+
+
+@pytest.mark.row("P6")
+@pytest.mark.parametrize("family", [KNOWN, OTHER])
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv"])
+def test_fp8_weights_with_scales_and_no_word_on_them_are_not_read_as_floats(
+    scale: str, family: str, tmp_path: Path
+) -> None:
+    def pack(_module: str, out: int, in_: int) -> Mapping[str, Row]:
+        return {"weight": ("F8_E4M3", (out, in_)), scale: ("F32", ())}
+
+    with pytest.raises(InputError, match=rf"q_proj\.weight is F8_E4M3 with a scale .*{scale}.*hf_quant_config\.json"):
+        profile_of(tmp_path, family, pack, None)
+
+
+OF_ANOTHER_MODEL: dict[str, tuple[Pack, dict[str, Any]]] = {
+    "GPTQ": (lambda m, out, in_: gptq(4)(m, 2 * out, in_), said("gptq", **BITS_4)),
+    "AWQ": (lambda m, out, in_: awq(m, out, 2 * in_), said("awq", **BITS_4)),
+    "FP8": (lambda m, out, in_: fp8(m, out, 2 * in_), said("fp8")),
+    "8 bits": (lambda m, out, in_: eight_bits(m, 3 * out, in_), said("bitsandbytes", load_in_8bit=True)),
+    "not quantised": (lambda m, out, in_: plain(m, 2 * out, in_), said("bitsandbytes", load_in_4bit=True)),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_MODEL)
+def test_quantised_weights_of_a_model_of_other_sizes_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"self_attn\.q_proj\.q?weight is .* cannot hold the \[128, 128\] weights"):
+        profile_of(tmp_path, KNOWN, *OF_ANOTHER_MODEL[name])
+
+
+def test_a_quantised_module_that_is_not_there_is_named(tmp_path: Path) -> None:
+    def pack(module: str, out: int, in_: int) -> Mapping[str, Row]:
+        return {} if module == "mlp.down_proj" else eight_bits(module, out, in_)
+
+    with pytest.raises(InputError, match=r"no tensor of model\.layers\.0\.mlp\.down_proj\.weight, quantised or not"):
+        profile_of(tmp_path, KNOWN, pack, said("bitsandbytes", load_in_8bit=True))
+
+
+@pytest.mark.row("P20")
+@pytest.mark.parametrize("method", [4, ["fp8"], True])
+def test_a_method_that_is_no_name_is_refused(method: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="/quantization_config/quant_method: is "):
+        profile_of(tmp_path, KNOWN, gptq(4), {"quant_method": method, **BITS_4})
