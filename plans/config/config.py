@@ -50,13 +50,35 @@ ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
 """Known rope types and the numbers each cannot do without."""
 
 FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "gemma": {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
-    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "mixtral": {"num_key_value_heads": 8, "num_local_experts": 8},
-    "qwen2": {"num_key_value_heads": 32, "attention_bias": True, "use_sliding_window": False},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
-    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True, "use_sliding_window": False},
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True, "max_position_embeddings": 8192},
+    "gemma2": {
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+        "sliding_window": 4096,
+        "max_position_embeddings": 8192,
+    },
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    "mixtral": {"num_key_value_heads": 8, "num_local_experts": 8, "max_position_embeddings": 131072},
+    "phi3": {"max_position_embeddings": 4096},
+    "qwen2": {
+        "num_key_value_heads": 32,
+        "attention_bias": True,
+        "use_sliding_window": False,
+        "max_position_embeddings": 32768,
+    },
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "use_sliding_window": False,
+        "max_position_embeddings": 32768,
+    },
+    "smollm3": {
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "max_position_embeddings": 32768,
+    },
 }
 """What transformers' configuration classes assume for a key that is absent (not for one that is null)."""
 
@@ -144,7 +166,9 @@ def read_config(path: Path) -> ModelConfig:
 def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> ModelConfig:
     """Check a configuration that is already parsed, of a larger model its text part; errors as `read_config`."""
     raw, part_of = text_part(raw)
-    check_values(raw, CONFIG_VALUES, where=where)
+    # What a null means is the class's matter; those of families on the list were tried.
+    stated = raw if _is_supported(raw) else {key: value for key, value in raw.items() if value is not None}
+    check_values(stated, CONFIG_VALUES, where=where)
     fields = Fields(_with_family_defaults(raw), where)
     if _is_supported(raw) and raw.get("tie_word_embeddings", False) is None:  # transformers refuses it too
         raise fields.error("tie_word_embeddings", "is null", expected="true or false")

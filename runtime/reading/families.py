@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -88,6 +88,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     if packing is not None:
         _refuse_experts(config, packing)
     _check_what_runs(config)
+    _check_windows(config)
     return config
 
 
@@ -130,6 +131,19 @@ def _check_what_runs(config: PreTrainedConfig) -> None:
             f"token id {pad} is outside the vocabulary",
             where="config.json:/pad_token_id",
             expected=f"0 to {config.vocab_size - 1}",
+            code="E-CONFIG",
+        )
+
+
+def _check_windows(config: PreTrainedConfig) -> None:
+    """Refuse windows of one token: transformers' cache keeps the last N - 1 tokens, and for none of them all."""
+    kept = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    if 1 in kept:
+        raise InputError(
+            f"is 1, and layer {kept.index(1)} would see no token but the last",
+            where="config.json:/sliding_window",
+            expected="an integer above 1",
+            hint="analyze and solve still size it",
             code="E-CONFIG",
         )
 

@@ -118,6 +118,9 @@ def compare_models(
         num_tokens: greedy tokens to compare for every prompt.
         chunk_tokens: size of the pieces of the chunked prefill.
     """
+    for model in (chain, unsplit):
+        if getattr(model.config, "output_router_logits", False):
+            model.config.output_router_logits = False  # for training; transformers fails at it beside a cache
     ids, mask = _left_pad(prompts)
     longest = torch.tensor([max(prompts, key=len)])
     with torch.inference_mode():

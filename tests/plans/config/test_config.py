@@ -162,6 +162,7 @@ def test_absent_keys_mean_what_transformers_classes_mean(family: str) -> None:
     assert ours.num_key_value_heads == live.num_key_value_heads
     assert ours.head_dim == (getattr(live, "head_dim", None) or 4096 // 32)
     assert ours.tie_word_embeddings == live.tie_word_embeddings
+    assert ours.max_position_embeddings == live.max_position_embeddings
     assert ours.num_experts == getattr(live, "num_local_experts", 0)
     window = getattr(live, "sliding_window", None)
     assert ours.sliding_windows[0] == window
@@ -224,6 +225,13 @@ def test_layers_that_slide_need_the_size_of_their_window(family: str) -> None:
     if family == "gemma2":
         with pytest.raises(InputError, match=message):
             parse_config(raw | {"layer_types": None}, where="x")
+
+
+@pytest.mark.row("P20")
+def test_a_null_is_refused_where_the_class_is_known_to_refuse_it() -> None:
+    with pytest.raises(InputError, match="/rms_norm_eps: is null"):
+        parse(rms_norm_eps=None)
+    assert parse(model_type="cohere2_moe", rms_norm_eps=None).model_type == "cohere2_moe"  # as transformers writes it
 
 
 @pytest.mark.row("P20")

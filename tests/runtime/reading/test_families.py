@@ -192,3 +192,29 @@ def test_layers_that_the_one_mask_of_a_family_does_not_fit_are_refused_by_key(fa
     with pytest.raises(InputError, match=r"config\.json:/layer_types: mixes full_attention and sliding_attention"):
         parse_model_config(raw)
     assert parse_model_config(raw | {"layer_types": kinds[1:] * 2}).layer_types == kinds[1:] * 2
+
+
+@pytest.mark.row("P20")
+@pytest.mark.parametrize("features", ["mistral", "gemma2", "qwen2 tied, with windows in some layers"])
+def test_a_window_of_one_token_is_refused_which_transformers_takes_for_none(features: str) -> None:
+    raw = family_config(features).to_dict() | {"sliding_window": 1}
+    with pytest.raises(InputError, match=r"config\.json:/sliding_window: is 1, and layer \d would see no token"):
+        parse_model_config(raw)
+    assert parse_model_config(raw | {"sliding_window": 2}).sliding_window == 2
+
+
+@pytest.mark.row("P20")
+def test_a_window_that_no_layer_has_is_nobodys_matter() -> None:
+    raw = {"model_type": "qwen2", "sliding_window": 1, "use_sliding_window": False, "pad_token_id": 0}
+    assert parse_model_config(raw).sliding_window is None
+
+
+@pytest.mark.row("P20")
+def test_check_compares_a_model_whose_configuration_asks_for_the_routers_logits(
+    make_checkpoint: Callable[[PreTrainedConfig], Path], run_command: RunCommand
+) -> None:
+    config = family_config("mixtral")
+    config.output_router_logits = True
+    folder = make_checkpoint(config)
+    done = run_command("llamarun", "check", folder, "--against", folder, "-n", 3)
+    assert (done.code, "bit for bit" in done.err) == (0, True), done.err

@@ -67,13 +67,14 @@ def test_a_command_runs_up_to_where_the_scaling_reaches(scaled: Path, run_comman
 
 
 @pytest.mark.row("P19", "P8")
-@pytest.mark.parametrize("command", ["generate", "chat", "batch", "bench"])
+@pytest.mark.parametrize("command", ["generate", "chat", "batch", "bench", "serve"])
 def test_every_command_that_runs_refuses_one_token_more(
     command: str, scaled: Path, run_command: RunCommand, tmp_path: Path
 ) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"prompt": "x"}\n')
-    rest = {"generate": ["-p", "x"], "chat": [], "batch": [lines, "-o", tmp_path / "out.jsonl"], "bench": []}[command]
+    batch = [lines, "-o", tmp_path / "out.jsonl"]
+    rest = {"generate": ["-p", "x"], "batch": batch, "serve": ["--port", 0]}.get(command, [])
     done = run_command("llamarun", command, scaled, *rest, "-c", 4097)
     assert done.code == 2
     assert "4097 tokens are more than the model was trained for (1024) and its rope scaling reaches 4096" in done.err
