@@ -1,5 +1,6 @@
 """What lies in a folder that holds no weights we can read, and what to do about it."""
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from plans.reading.strict import parse_json
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 _ADAPTERS = (ADAPTER_CONFIG_NAME, "adapter_model.safetensors", "adapter_model.bin")
 _MAX_ADAPTER_BYTES = 1 << 20
-_OTHER_FORMATS = (".bin", ".pt", ".pth")
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".nemo", ".npz", ".onnx")
+_PART = re.compile(r".*-\d+-of-\d+\.safetensors")
 
 
 def holds_adapter(names: Collection[str]) -> bool:
@@ -41,11 +43,14 @@ def foreign_weights(folder: Path, names: Collection[str]) -> InputError | None:
     unknown = sorted(name for name in names if name.endswith(".safetensors"))
     if not unknown:
         return None
+    is_part = _PART.fullmatch(unknown[0]) is not None
     return InputError(
         f"holds {printable(unknown[0])}, which is neither {SINGLE_NAME} nor listed by an index",
         where=folder,
         expected=f"{SINGLE_NAME} or {INDEX_NAME}",
-        hint=f"if it is the whole model, rename it to {SINGLE_NAME}",
+        hint="it is a part: fetch the index that came with it, too"
+        if is_part
+        else f"if it is the whole model, rename it to {SINGLE_NAME}",
         code="E-FORMAT",
     )
 

@@ -168,6 +168,10 @@ INSTEAD: dict[str, tuple[dict[str, str], str]] = {
     "an adapter with a broken configuration": ({"adapter_config.json": "{"}, "holds an adapter, not a model"),
     "consolidated safetensors": ({"consolidated.safetensors": "", "params.json": "{}"}, "vendor's own format.*convert"),
     "consolidated parts": ({"consolidated.00.pth": "", "params.json": "{}"}, "consolidated.00.pth.*vendor's own"),
+    "Flax": ({"flax_model.msgpack": ""}, "flax_model.msgpack, which is not safetensors.*save_pretrained"),
+    "TensorFlow": ({"tf_model.h5": ""}, "tf_model.h5, which is not safetensors"),
+    "NumPy": ({"weights.npz": ""}, "weights.npz, which is not safetensors"),
+    "parts without their index": ({"model-1-of-2.safetensors": ""}, "model-1-of-2.*neither.*fetch the index"),
     "another name": ({"weights.safetensors": ""}, "weights.safetensors, which is neither.*rename"),
 }
 
