@@ -107,7 +107,7 @@ def _check_steps(document: dict[str, Any], *, where: Path) -> None:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """Return how many bytes a step of a tokenizer can make of one."""
+    """Return how many bytes a step of a tokenizer can make of one, at least 1: another byte may not be touched."""
     if step["type"] == "ByteLevel":
         return 2
     new = step.get("content") if step["type"] == "Replace" else step.get("replacement")
@@ -116,8 +116,9 @@ def _growth(step: dict[str, Any]) -> int:
     pattern = step.get("pattern")
     old = pattern.get("String") if isinstance(pattern, dict) else None
     size = len(new.encode("utf-8", "surrogatepass"))
-    # A regular expression may match between any two characters.
-    return -(-size // max(1, len(old.encode("utf-8", "surrogatepass")))) if isinstance(old, str) and old else 1 + size
+    if isinstance(old, str) and old:
+        return max(1, -(-size // len(old.encode("utf-8", "surrogatepass"))))
+    return 1 + size  # a regular expression may match between any two characters
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, parses_special: bool) -> list[int]:

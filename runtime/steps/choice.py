@@ -35,7 +35,7 @@ class Drawer:
         self._chooser = TokenChooser(drawing.sampling(), sequence_index=drawing.sequence_index, ending=ending)
         self._ids = torch.zeros(max(opening.num_tokens, opening.num_prompt_tokens) + 1, dtype=torch.int64)
         self._ids[: len(opening.prompt_ids)] = torch.tensor(opening.prompt_ids, dtype=torch.int64)
-        self._places = self._ids.numpy()
+        self._ids_in_numpy = self._ids.numpy()  # the same memory, quicker to write to
         self._length = opening.num_prompt_tokens
 
     def rows(self, part: Part, logits: torch.Tensor, *, width: int) -> Rows:
@@ -65,7 +65,7 @@ class Drawer:
                 token = self._chooser.choose(logits.float(), token_ids=self._ids[: self._length])
             except NumericalError:
                 return NOTHING
-        self._places[self._length] = token
+        self._ids_in_numpy[self._length] = token
         self._length += 1
         return token
 
