@@ -36,7 +36,7 @@
 #define LANES 4
 #endif
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 /* Keep a loaded value in its register: the compiler would rather load it again for every use. */
 #if defined(__AVX512F__)
 #define KEEP(value) __asm__("" : "+v"(value))
@@ -436,6 +436,7 @@ static void panel(int dtype, const void *w, const Order *order, int count, const
 
 #include "packed.h"
 #include "tiles.h"
+#include "many.h"
 
 /* Activations of all rows, as each kind of weights reads them. */
 typedef struct {
@@ -1009,7 +1010,7 @@ void compute_logits(const Head *head) {
     head->openmp->parallel(head_body, (void *)head, (unsigned)head->threads, 0);
 }
 
-#include "between.h"
+#include "reading.h"
 #include "products.h"
 
 /* ---- The machine's limit: read memory and do nothing else. ---- */

@@ -1,4 +1,4 @@
-"""The CPU fast path: steps of a stage in one native call, on the weights where they are; prompts with torch's products.
+"""The CPU fast path: steps of a stage in one native call, on the weights where they are; prompts layer by layer.
 
 Transformers and kernels extend one and the same cache (`runtime.fast.cache`). Values are rounded where the
 reference rounds them, only the order of sums differs: greedy tokens are the same up to ties within that rounding.
@@ -16,9 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from runtime.fast.between import Between
 from runtime.fast.cache import FastLayer
 from runtime.fast.native import (
     DTYPES,
@@ -32,7 +30,8 @@ from runtime.fast.native import (
     Shape,
     Step,
 )
-from runtime.fast.products import PACKED_COLUMNS, Products, linear_addresses, packed_layers, takes_groups
+from runtime.fast.passage import Passage, attend
+from runtime.fast.products import PACKED_COLUMNS, linear_addresses, packed_layers, takes_groups
 from runtime.fast.slots import Buffers, Places
 from runtime.reading.packed import PackedLinear
 
@@ -114,7 +113,6 @@ class FastStage:
         first: Any = norm if norm is not None else layers[0].input_layernorm
         self._dtype: torch.dtype = first.weight.dtype
         self._shape = _shape(layers[0] if len(layers) else None, config, self._dtype)
-        self._between, self._products = Between(library, self._shape), Products(library)
         self._norm: Any = norm
         self._head: Any = head
         self._logits_scaling = float(getattr(config, "logits_scaling", 1.0))
@@ -180,7 +178,7 @@ class FastStage:
         masks: Mapping[bool, torch.Tensor | None],
         cache: Sequence[FastLayer],
     ) -> torch.Tensor:
-        """Do what `decode` does with torch's products and attention, which read many rows faster where it has them.
+        """Do what `decode` does with products of many rows and torch's attention, which read prompts faster.
 
         Args:
             hidden: [B, S, E].
@@ -195,43 +193,27 @@ class FastStage:
         batch, new_tokens, _ = hidden.shape
         if not self._layers or batch == 0 or new_tokens == 0:
             return hidden
-        hidden, update = hidden.clone(memory_format=torch.contiguous_format), None
-        cos, sin = (table.to(self._dtype).expand(batch, -1, -1).contiguous() for table in (cos, sin))
         with self._lock:
             self._make_room(cache, batch=batch, new_tokens=new_tokens)
-            self._shape.rotary_dim = cos.shape[-1]
-            for layer, entry, kept in zip(self._modules, self._layers, cache, strict=False):
-                normed = self._between.join(hidden, update, layer.input_layernorm)
-                q, k, v = self._queries_keys_values(layer.self_attn, normed)
-                self._between.place(entry, q, k, v, tables=(cos, sin), past=kept.length, capacity=self._capacity)
+            past, rows = cache[0].length, batch * new_tokens
+            pieces = [
+                Piece(sequence=sequence, first_row=sequence * new_tokens, num_rows=new_tokens, past=past)
+                for sequence in range(batch)
+            ]
+            cos, sin = (table.expand(batch, -1, -1).reshape(rows, -1) for table in (cos, sin))
+            passage = self._passage(hidden.reshape(rows, -1), cos, sin, pieces=pieces)
+            for entry, module, kept in zip(self._layers, self._modules, cache, strict=False):
+                queries = passage.begin(entry).view(batch, new_tokens, -1, module.self_attn.head_dim)
                 kept.length += new_tokens
-                update = self._attended(layer.self_attn, q, kept, masks[bool(entry.window)])
-                normed = self._between.join(hidden, update, layer.post_attention_layernorm)
-                activated = self._between.activate(*self._gates(layer.mlp, normed))
-                (update,) = self._products.linears((layer.mlp.down_proj,), activated)
-            return self._between.join(hidden, update, None)
+                passage.finish(entry, attend(module.self_attn, queries, kept, masks[bool(entry.window)]))
+            return passage.end().view_as(hidden)
 
-    def _queries_keys_values(self, attention: Any, normed: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return queries [B, S, H D], keys and values [B, S, K D] of normed hidden states [B, S, E]."""
-        if not hasattr(attention, "qkv_proj"):
-            return self._products.linears((attention.q_proj, attention.k_proj, attention.v_proj), normed)
-        heads = (self._shape.num_heads, self._shape.num_kv_heads, self._shape.num_kv_heads)
-        (fused,) = self._products.linears((attention.qkv_proj,), normed)
-        return torch.split(fused, [count * attention.head_dim for count in heads], dim=-1)
-
-    def _gates(self, mlp: Any, normed: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return gates and what they let through, [B, S, F] each."""
-        if not hasattr(mlp, "gate_up_proj"):
-            return self._products.linears((mlp.gate_proj, mlp.up_proj), normed)
-        return self._products.linears((mlp.gate_up_proj,), normed)[0].chunk(2, dim=-1)
-
-    def _attended(self, attention: Any, q: torch.Tensor, kept: FastLayer, mask: torch.Tensor | None) -> torch.Tensor:
-        """Let queries [B, S, H D] look back on a layer's cache, their own slots included; [B, S, E] after `o_proj`."""
-        queries = q.view(*q.shape[:2], -1, attention.head_dim).transpose(1, 2)
-        attend: Any = sdpa_attention_forward
-        found, _ = attend(attention, queries, kept.keys, kept.values, mask, scaling=attention.scaling)
-        (update,) = self._products.linears((attention.o_proj,), found.reshape(*q.shape[:2], -1))
-        return update
+    def _passage(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, pieces: Sequence[Piece]
+    ) -> Passage:
+        self._shape.rotary_dim = cos.shape[-1]
+        tables = tuple(table.to(self._dtype).contiguous() for table in (cos, sin))
+        return Passage(self._library, self._shape, hidden, tables, pieces=pieces, capacity=self._capacity)
 
     def ragged(
         self,

@@ -20,14 +20,17 @@ MAX_ROWS = 16
 
 MAX_HEAD_DIM = 256
 
-_COUNTERS = 24  # of a product
+MANY_ROWS = 512
+"""Rows of prompts that one call takes: what it needs as scratch space does not grow with the prompt."""
+
+PRODUCT_COUNTERS, READING_COUNTERS = 24, 80
 
 _FOLDER = Path(__file__).parent
 SOURCE = Source(
     "kernels",
     "decode kernels",
     _FOLDER / "kernels.c",
-    headers=tuple(_FOLDER / name for name in ("packed.h", "tiles.h", "between.h", "products.h")),
+    headers=tuple(_FOLDER / name for name in ("packed.h", "tiles.h", "many.h", "reading.h", "products.h")),
 )
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int64
@@ -102,50 +105,26 @@ class Head(ctypes.Structure):
     )
 
 
-_CREW = (("openmp", _Pointer), ("threads", _Int), ("rows", _Int), ("counters", _Pointer))
-
-
-class Join(ctypes.Structure):
-    """Rows of the residual stream [R, E], what is added to them, and where their norm goes."""
+class Reading(ctypes.Structure):
+    """Many rows on their way from one layer's attention to the next one's; `layer` is finished and `next` begun."""
 
     _fields_ = (
-        *_CREW,
-        *((name, _Int) for name in ("dtype", "columns")),
-        *((name, ctypes.c_double) for name in ("norm_eps", "multiplier")),
-        *((name, _Pointer) for name in ("hidden", "update", "norm", "result", "workspace")),
-    )
-
-
-class Placement(ctypes.Structure):
-    """Queries, keys and values of some rows, and where they go in a layer's cache; pitches count numbers."""
-
-    _fields_ = (
-        *_CREW,
-        *((name, _Pointer) for name in ("shape", "layer")),
-        *((name, _Int) for name in ("new_tokens", "past", "capacity", "q_pitch", "k_pitch", "v_pitch")),
-        *((name, _Pointer) for name in ("q", "k", "v", "cos", "sin")),
-    )
-
-
-class Activation(ctypes.Structure):
-    """Gates and what they let through, some rows [R, F] each, `pitch` numbers from row to row."""
-
-    _fields_ = (
-        *_CREW,
-        *((name, _Int) for name in ("dtype", "columns", "pitch")),
-        *((name, _Pointer) for name in ("gate", "up", "result")),
+        ("openmp", _Pointer),
+        *((name, _Int) for name in ("threads", "rows", "num_pieces", "capacity")),
+        *((name, _Pointer) for name in ("shape", "layer", "next", "hidden", "attended", "qkv", "cos", "sin")),
+        *((name, _Pointer) for name in ("pieces", "workspace", "counters")),
     )
 
 
 class Product(ctypes.Structure):
-    """One linear layer and its activations; `result` [R, O], or [O, I] to unpack the weights."""
+    """One linear layer, its activations and its `result` [R, O]."""
 
     _fields_ = (
         ("openmp", _Pointer),
         *((name, _Int) for name in ("threads", "dtype", "rows", "columns", "outputs")),
         ("inputs", _Pointer),
         ("weight", Linear),
-        *((name, _Pointer) for name in ("result", "workspace", "counters", "also")),
+        *((name, _Pointer) for name in ("result", "workspace", "counters")),
     )
 
 
@@ -164,7 +143,6 @@ class Library:
     Attributes:
         path: the file they were loaded from.
         openmp_address: what every call's `openmp` field takes.
-        has_tiles: whether this processor has matrix tiles for more than MAX_ROWS rows of bf16 and packed weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -179,11 +157,12 @@ class Library:
         self._functions.workspace_floats.argtypes = (ctypes.POINTER(Shape), _Int, _Int)
         self._functions.num_counters.restype = _Int
         self._functions.num_counters.argtypes = (ctypes.POINTER(Shape), _Int, _Int)
+        self._functions.reading_floats.restype = _Int
+        self._functions.reading_floats.argtypes = (ctypes.POINTER(Shape), _Int, _Int)
         self._functions.product_floats.restype = _Int
-        self._functions.allow_tiles.restype = _Int
         self._openmp = _torch_openmp()
         self.openmp_address = ctypes.addressof(self._openmp)
-        self.has_tiles = bool(self._functions.allow_tiles())
+        self._functions.look_at_processor()
 
     def workspace_floats(self, shape: Shape, *, rows: int, threads: int) -> int:
         """Return how many fp32 numbers a call needs as scratch space."""
@@ -201,30 +180,20 @@ class Library:
         """Run the final norm and the output projection."""
         self._functions.compute_logits(ctypes.byref(head))
 
-    def join_rows(self, join: Join) -> None:
-        """Add to rows of the residual stream, and norm them."""
-        self._functions.join_rows(ctypes.byref(join))
+    def reading_floats(self, shape: Shape, *, rows: int, threads: int) -> int:
+        """Return how many fp32 numbers `read_rows` needs as scratch space."""
+        return int(self._functions.reading_floats(ctypes.byref(shape), rows, threads))
 
-    def place_heads(self, placement: Placement) -> None:
-        """Turn queries and keys by their positions, and write keys and values into the cache."""
-        self._functions.place_heads(ctypes.byref(placement))
-
-    def activate_rows(self, activation: Activation) -> None:
-        """Compute SiLU(gate) * up."""
-        self._functions.activate_rows(ctypes.byref(activation))
+    def read_rows(self, reading: Reading) -> None:
+        """Finish a layer and begin the next one, for many rows."""
+        self._functions.read_rows(ctypes.byref(reading))
 
     def multiply_linear(self, product: Product) -> None:
-        """Multiply activations with a linear layer: up to MAX_ROWS rows, and more in bf16 where there are tiles."""
+        """Multiply activations with a linear layer."""
         floats = self._functions.product_floats(ctypes.byref(product))
-        workspace, counters = torch.empty(floats, dtype=torch.float32), torch.empty(_COUNTERS, dtype=torch.int64)
+        workspace, counters = torch.empty(floats, dtype=torch.float32), torch.empty(PRODUCT_COUNTERS, dtype=torch.int64)
         product.workspace, product.counters = workspace.data_ptr(), counters.data_ptr()
         self._functions.multiply_linear(ctypes.byref(product))
-
-    def unpack_weights(self, product: Product) -> None:
-        """Write the weights of a packed layer as numbers of its dtype."""
-        counters = torch.empty(_COUNTERS, dtype=torch.int64)
-        product.counters = counters.data_ptr()
-        self._functions.unpack_weights(ctypes.byref(product))
 
     def read_memory(self, tensors: Sequence[torch.Tensor], *, threads: int) -> int:
         """Read every byte of contiguous `tensors` once and return how many there were: the machine's limit to time."""

@@ -167,14 +167,18 @@ def test_a_layer_alone_gives_what_its_unpacked_weights_give(scheme: Scheme, rows
 def test_natively_unpacked_weights_are_those_of_the_reference_path(scheme: Scheme, kernels: Library) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         layer = _layer(scheme, dtype=dtype)
-        assert torch.equal(Products(kernels).unpack(layer), layer.unpack(dtype))
+        layer.bias = None
+        with torch.no_grad():
+            found = Products(kernels)(layer, torch.eye(640, dtype=dtype))
+        assert found is not None
+        assert torch.equal(found.T, layer.unpack(dtype))
 
 
 def test_a_row_of_a_prompt_does_not_depend_on_the_rows_beside_it(kernels: Library) -> None:
     layer, inputs = _layer(INT4, dtype=torch.bfloat16), torch.randn(70, 640).bfloat16()
     attach([layer], kernels)
     with torch.no_grad():
-        assert torch.equal(layer(inputs)[40:60], layer(inputs[40:60])) or not kernels.has_tiles
+        assert torch.equal(layer(inputs)[40:60], layer(inputs[40:60]))
 
 
 def test_layers_of_a_family_without_kernels_are_native(kernels: Library) -> None:

@@ -1,4 +1,4 @@
-"""Prompts: torch's products, or matrix tiles, with native code between them, against transformers itself."""
+"""Prompts: native products of many rows with torch's attention between them, against transformers itself."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from transformers import DynamicCache
 
 from runtime.fast.cache import FastLayer
 from runtime.fast.model import FastModel
-from runtime.fast.native import MAX_ROWS, Library
-from runtime.fast.products import Products
+from runtime.fast.native import DTYPES, MAX_ROWS, Library, Product
+from runtime.fast.products import linear_addresses
 from runtime.fast.setup import whole
 from runtime.fast.speed import Choice
 
-PROMPTS_BY_TORCH = Choice(((MAX_ROWS, 2), (MAX_ROWS + 1, 0)))
+PROMPTS_LAYER_BY_LAYER = Choice(((MAX_ROWS, 2), (MAX_ROWS + 1, 0)))
 
 
-def reader(model: Any, kernels: Library, choice: Choice = PROMPTS_BY_TORCH) -> FastModel:
+def reader(model: Any, kernels: Library, choice: Choice = PROMPTS_LAYER_BY_LAYER) -> FastModel:
     return whole(model, kernels, choice)
 
 
@@ -85,24 +85,58 @@ def test_no_layer_of_transformers_runs_where_there_are_kernels(kernels: Library)
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *_: pytest.fail("a layer of transformers ran"))
     ids, mask = prompt(1, length=30)
-    for choice in (PROMPTS_BY_TORCH, Choice(((1000, 2),)), Choice(((1000, 0),))):
+    for choice in (PROMPTS_LAYER_BY_LAYER, Choice(((1000, 2),)), Choice(((1000, 0),))):
         cache = DynamicCache(config=model.config)
         assert read(reader(model, kernels, choice), ids, mask, cache).shape == (1, 30, VOCAB_SIZE)
         assert cache.get_seq_length() == 30
 
 
+def multiply(layer: nn.Linear, inputs: torch.Tensor, kernels: Library) -> torch.Tensor:
+    """The kernels' product of rows [R, I] with a layer, [R, O]."""
+    found = inputs.new_empty(len(inputs), layer.out_features)
+    kernels.multiply_linear(
+        Product(
+            openmp=kernels.openmp_address,
+            threads=2,
+            dtype=DTYPES[inputs.dtype],
+            rows=len(inputs),
+            columns=layer.in_features,
+            outputs=layer.out_features,
+            inputs=inputs.data_ptr(),
+            weight=linear_addresses(layer),
+            result=found.data_ptr(),
+        )
+    )
+    return found
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("outputs", [(64,), (96, 32, 32), (50, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(160, 64), (96, 50), (1100, 7), (33, 129)])
 @pytest.mark.parametrize("rows", [17, 32, 70])
-def test_layers_with_the_same_inputs_give_what_each_gives_alone(
-    rows: int, outputs: tuple[int, ...], has_bias: bool, kernels: Library
+def test_a_product_of_many_rows_is_exact_but_for_its_last_rounding(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, has_bias: bool, kernels: Library
 ) -> None:
     torch.manual_seed(3)
-    layers = [nn.Linear(160, count, bias=has_bias, dtype=torch.bfloat16) for count in outputs]
-    inputs = torch.randn(1, rows, 160, dtype=torch.bfloat16)
+    layer, states = nn.Linear(inputs, outputs, bias=has_bias, dtype=dtype), torch.randn(rows, inputs).to(dtype)
     with torch.no_grad():
-        found = Products(kernels).linears(layers, inputs)
-        for layer, result in zip(layers, found, strict=True):
-            exact = layer.float()(inputs.float())
-            assert result.shape == exact.shape
-            assert (result.float() - exact).abs().max() <= 2**-8 * exact.abs().max()
+        found, exact = multiply(layer, states, kernels), layer.double()(states.double())
+    unit = max(torch.finfo(dtype).eps, 2**-17)
+    assert (found.double() - exact).abs().max() <= unit * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_row_s_product_does_not_depend_on_how_many_rows_are_beside_it(dtype: torch.dtype, kernels: Library) -> None:
+    torch.manual_seed(4)
+    layer, states = nn.Linear(640, 80, dtype=dtype), torch.randn(90, 640).to(dtype)
+    together = multiply(layer, states, kernels)
+    for first, count in ((0, 17), (5, 40), (73, 17), (1, 89)):
+        assert torch.equal(multiply(layer, states[first : first + count], kernels), together[first : first + count])
+
+
+def test_a_long_prompt_is_the_same_however_many_rows_a_call_takes(kernels: Library, monkeypatch: Any) -> None:
+    model = make_model(dtype=torch.bfloat16)
+    ids, mask = prompt(2, length=60)
+    whole_prompt = read(reader(model, kernels), ids, mask, DynamicCache(config=model.config))
+    monkeypatch.setattr("runtime.fast.passage.MANY_ROWS", 37)
+    assert torch.equal(read(reader(model, kernels), ids, mask, DynamicCache(config=model.config)), whole_prompt)
