@@ -1,4 +1,4 @@
-"""For which steps are kernels or graphs faster here, and with how many threads? Measured on the model's own weights.
+"""With how many threads are the kernels fastest here, and are graphs faster? Measured on the model's own weights.
 
 For kernels the answer is kept in the user's cache folder, one small file per machine, shape, dtype and number of
 threads; a file that is damaged or about something else is measured anew. Graphs are measured whenever a model is
@@ -10,7 +10,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,14 @@ from plans.stages import StageRange
 from runtime.fast.cache import FastLayer
 from runtime.fast.graphs import GraphStage, Recorder
 from runtime.fast.kernels import FastStage
-from runtime.fast.native import Library
+from runtime.fast.native import MAX_ROWS, Library
 from runtime.fast.products import packed_layers
 from runtime.fast.speed import Choice
 from runtime.reading.devices import synchronize
 
-STEP_ROWS = (1, 2, 4, 8, 16, 32)
-PROMPT_ROWS = (128, 512)
-ROWS = (*STEP_ROWS, *PROMPT_ROWS)
-"""Numbers of rows that are measured: sequences of one token each, then prompts; the last stands for all longer ones."""
+GRAPH_ROWS = (1, 2, 4, 8, 16, 32)
+ROWS = (1, 2, 4, 8, MAX_ROWS)
+"""Numbers of sequences, of one token each, whose steps are measured; more rows are read as prompts are."""
 REPEATS = 3
 MOST_SECONDS = 1.0
 """For one number of rows; the slowest ways are then timed fewer times."""
@@ -68,7 +67,7 @@ class Subject(StrictModel):
 
 
 class Entry(StrictModel):
-    """Up to so many rows: so many threads for the kernels, 0 for torch's products."""
+    """Up to so many rows: so many threads for the kernels."""
 
     rows: int
     threads: int
@@ -85,7 +84,7 @@ class Remembered(StrictModel):
 def choose(
     model: PreTrainedModel, stage: StageRange, library: Library, *, progress: Callable[[str], None] | None = None
 ) -> Choice:
-    """Return for which steps the kernels multiply faster than torch on this machine.
+    """Return with how many threads the kernels compute which steps fastest on this machine.
 
     Args:
         model: a model whose weights are on the CPU.
@@ -99,7 +98,7 @@ def choose(
     if known is not None:
         return known
     if progress is not None:
-        progress("measuring which path is faster (once per machine and model shape)")
+        progress("measuring how many threads are fastest (once per machine and model shape)")
     choice = measure(model, stage, library)
     if path is not None:
         remember(path, subject, choice)
@@ -113,16 +112,21 @@ def recall(path: Path, subject: Subject) -> Choice | None:
     except LlamaplanError:
         return None
     is_sensible = [entry.rows for entry in found.entries] == list(ROWS) and all(
-        0 <= entry.threads <= subject.threads for entry in found.entries
+        0 < entry.threads <= subject.threads for entry in found.entries
     )
     if found.subject != subject or not is_sensible:
         return None
-    return Choice(tuple((entry.rows, entry.threads) for entry in found.entries))
+    return for_steps((entry.rows, entry.threads) for entry in found.entries)
+
+
+def for_steps(threads_by_rows: Iterable[tuple[int, int]]) -> Choice:
+    """Return a choice for steps, by which prompts go layer by layer."""
+    return Choice((*threads_by_rows, (MAX_ROWS + 1, 0)))
 
 
 def remember(path: Path, subject: Subject, choice: Choice) -> None:
     """Write a choice, whole or not at all; where that is not possible the next run measures again."""
-    entries = tuple(Entry(rows=rows, threads=threads) for rows, threads in choice.threads_by_rows)
+    entries = tuple(Entry(rows=rows, threads=threads) for rows, threads in choice.threads_by_rows if threads)
     text = Remembered(subject=subject, entries=entries).to_json()
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="choice-") as folder:
@@ -134,15 +138,15 @@ def remember(path: Path, subject: Subject, choice: Choice) -> None:
 
 
 def measure(model: PreTrainedModel, stage: StageRange, library: Library) -> Choice:
-    """Time both for every number of rows, in turns."""
+    """Time every number of rows with different numbers of threads, in turns."""
     sample = _Sample(model, stage)
     native = FastStage(library, sample.layers, model.config, norm=sample.norm, head=sample.head)
     candidates = tuple(_thread_counts())
     found = []
     for rows in ROWS:
         steps = {count: sample.native_step(native, rows, count) for count in candidates}
-        found.append((rows, _fastest(sample, rows, {0: sample.read_step(native, rows)} | steps)))
-    return Choice(tuple(found))
+        found.append((rows, _fastest(sample, steps)))
+    return for_steps(found)
 
 
 def try_graphs(
@@ -158,19 +162,19 @@ def try_graphs(
     """
     sample, found = _Sample(model, stage), []
     graphs = GraphStage(sample.layers, model.config, recorder=recorder, norm=sample.norm, head=sample.head)
-    for rows in STEP_ROWS if is_measured else (1,):
+    for rows in GRAPH_ROWS if is_measured else (1,):
         step = sample.graph_step(graphs, rows)
         with torch.inference_mode():
             step()
             step()  # this one is recorded
         if graphs.failure is not None:
             return Unavailable(graphs.failure)
-        found.append((rows, _fastest(sample, rows, {0: sample.reference_step(rows), 1: step}) if is_measured else 1))
+        found.append((rows, _fastest(sample, {0: sample.reference_step(rows), 1: step}) if is_measured else 1))
     return Choice(tuple(found))
 
 
 @torch.inference_mode()
-def _fastest(sample: "_Sample", rows: int, steps: dict[int, Callable[[], object]]) -> int:
+def _fastest(sample: "_Sample", steps: dict[int, Callable[[], object]]) -> int:
     """Return the number of threads whose step is fastest; 0 only if that is faster still."""
     seconds = dict.fromkeys(steps, float("inf"))
     began = time.perf_counter()
@@ -181,10 +185,10 @@ def _fastest(sample: "_Sample", rows: int, steps: dict[int, Callable[[], object]
         started = time.perf_counter()
         step()
         synchronize(sample.device)
-        if repeat >= 0 or rows in PROMPT_ROWS:  # the first touches weights that may still be on disk; prompts come last
+        if repeat >= 0:  # the first touches weights that may still be on disk
             seconds[threads] = min(seconds[threads], time.perf_counter() - started)
     best = min((threads for threads in steps if threads), key=lambda threads: seconds[threads])
-    return best if seconds[best] <= seconds[0] else 0
+    return best if seconds[best] <= seconds.get(0, float("inf")) else 0
 
 
 def _thread_counts() -> Iterator[int]:
@@ -237,14 +241,6 @@ class _Sample:
             return lambda: native.head(hidden, threads=threads)
         return lambda: native.decode(hidden, cos, sin, start=start, cache=cache, threads=threads)
 
-    def read_step(self, native: FastStage, rows: int) -> Callable[[], object]:
-        """Return the same step with torch's products."""
-        hidden, cos, sin, _ = self._inputs(rows)
-        cache, masks = self._cache(len(hidden)), dict.fromkeys((False, True))
-        if self.head is not None:
-            return lambda: native.head(hidden, threads=0)
-        return lambda: native.read(hidden, cos, sin, masks=masks, cache=cache)
-
     def graph_step(self, graphs: GraphStage, rows: int) -> Callable[[], object]:
         """Return the same step as a graph; the second call records it."""
         hidden, cos, sin, _ = self._inputs(rows)
@@ -258,10 +254,9 @@ class _Sample:
         return cache
 
     def _inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch, new_tokens = (1, rows) if rows in PROMPT_ROWS else (rows, 1)
-        size = (batch, new_tokens, self._model.config.hidden_size)
+        size = (rows, 1, self._model.config.hidden_size)
         hidden = torch.ones(size, dtype=self._model.dtype, device=self.device)
-        positions = torch.arange(PAST_TOKENS, PAST_TOKENS + new_tokens, device=self.device).expand(batch, -1)
+        positions = torch.full((rows, 1), PAST_TOKENS, device=self.device)
         rotary = self._model.base_model.rotary_emb
         cos, sin = rotary(hidden.to(rotary.inv_freq.device), position_ids=positions.to(rotary.inv_freq.device))
         return hidden, cos.to(self.device), sin.to(self.device), positions

@@ -35,7 +35,8 @@ class Choice:
 
     Attributes:
         threads_by_rows: up to so many rows (sequences x new tokens) -> so many threads of kernels (1 for a CUDA graph),
-            0 where torch's products are faster; in order of rows. The last entry holds for more rows too.
+            0 for those that are read layer by layer, or that transformers computes; in order of rows. The last entry
+            holds for more rows too.
 
     >>> Choice(((1, 2), (16, 0))).threads(num_rows=1)
     2
@@ -44,7 +45,7 @@ class Choice:
     threads_by_rows: tuple[tuple[int, int], ...]
 
     def threads(self, *, num_rows: int) -> int:
-        """Return the threads for a step of so many rows; 0 lets torch multiply."""
+        """Return the threads for a step of so many rows; 0 where it is no single call."""
         last = self.threads_by_rows[-1][1] if self.threads_by_rows else 0
         return next((threads for most, threads in self.threads_by_rows if num_rows <= most), last)
 

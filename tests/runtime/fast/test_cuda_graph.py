@@ -20,7 +20,7 @@ from plans.stages import StageRange
 from runtime import load
 from runtime.fast import setup as fast_setup
 from runtime.fast.cache import STEP_SLOTS, FastLayer
-from runtime.fast.choice import STEP_ROWS, try_graphs
+from runtime.fast.choice import GRAPH_ROWS, try_graphs
 from runtime.fast.graphs import GraphStage, Recorder, supports_graphs
 from runtime.fast.model import FastModel, Part
 from runtime.fast.native import Library
@@ -385,7 +385,7 @@ def test_measuring_decides_for_every_batch(edges: tuple[int, ...], shipped: Path
     stage = [as_stage(a, b, num_layers=7) for a, b in pairwise(edges)][-1]
     choice = try_graphs(load(shipped), stage, Replays(), is_measured=True)
     assert isinstance(choice, Choice)
-    assert [rows for rows, _ in choice.threads_by_rows] == list(STEP_ROWS)
+    assert [rows for rows, _ in choice.threads_by_rows] == list(GRAPH_ROWS)
     assert {threads for _, threads in choice.threads_by_rows} <= {0, 1}
 
 

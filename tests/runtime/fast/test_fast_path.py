@@ -213,13 +213,15 @@ def test_the_choice_covers_every_number_of_rows_and_ends_with_the_last() -> None
 
 
 @pytest.mark.parametrize("edges", [(0, 9), (0, 8, 9)], ids=["layers", "head alone"])
-def test_measuring_gives_a_thread_count_or_zero_for_every_number_of_rows(
+def test_measuring_gives_a_thread_count_for_every_number_of_sequences_and_more_rows_go_layer_by_layer(
     edges: tuple[int, ...], shipped: Path, kernels: Library
 ) -> None:
     chain = load(shipped)
     choice = measure(chain, cut(edges)[-1], kernels)
-    assert [rows for rows, _ in choice.threads_by_rows] == list(ROWS)
-    assert {threads for _, threads in choice.threads_by_rows} <= {0, *range(1, torch.get_num_threads() + 1)}
+    *steps, prompts = choice.threads_by_rows
+    assert [rows for rows, _ in steps] == list(ROWS)
+    assert {threads for _, threads in steps} <= {*range(1, torch.get_num_threads() + 1)}
+    assert prompts == (ROWS[-1] + 1, 0)
 
 
 def test_a_choice_is_measured_once_and_a_file_that_makes_no_sense_is_ignored(
