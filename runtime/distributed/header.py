@@ -1,10 +1,11 @@
-"""The fixed header before every payload on the data plane.
+"""What stands at the beginning of every message on the data plane: a fixed header, and a table of a step's sequences.
 
-gloo accepts a shorter or differently typed message silently and ends the process on a longer one. So every payload is
-announced by a header of fixed size, checked in full, and then received into a buffer of exactly the announced size.
-Between the two comes a table of the sequences that the step is made of.
+gloo accepts a shorter or differently typed message silently and ends the process on a longer one. So all messages are
+received into buffers of one fixed size. What does not fit in there comes after it, into a buffer of exactly the size
+that the header announces, which was checked in full by then.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
@@ -16,6 +17,8 @@ from runtime.steps.parts import PROMPT, TOKEN, Part
 MAGIC = 0x6C6C616D6172756E  # "llamarun"
 NUM_WORDS = 14
 PART_WORDS = 5
+_WORD_BYTES = 8
+HEADER_BYTES = NUM_WORDS * _WORD_BYTES
 
 STEP, TOKENS, CLOSE = 1, 2, 3
 """Kinds: hidden states for the next stage; what the last stage answers, for the driver; the end of a sequence, which
@@ -61,12 +64,17 @@ class Header:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the payload."""
-        return (self.rows, self.width)
+        return (0, 0) if self.kind == CLOSE else (self.rows, self.width)
+
+    @property
+    def table_bytes(self) -> int:
+        """Size of the table."""
+        return self.parts * PART_WORDS * _WORD_BYTES
 
     @property
     def payload_bytes(self) -> int:
         """Size of the payload."""
-        return 0 if self.kind == CLOSE else self.rows * self.width * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)

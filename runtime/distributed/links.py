@@ -2,6 +2,9 @@
 
 Point-to-point messages of torch.distributed and nothing else: no collectives, no pickle. A blocked receive of gloo
 cannot be cancelled, so breaking the links shuts its sockets down, which wakes it with an error.
+
+A step is one message, and buffers wait for the next ones: gloo sends what nobody has asked for only once both ends have
+heard of each other, and every thread on the way waits for a processor that computes.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import stat
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -26,7 +30,7 @@ from runtime.distributed.control.messages import LinkCounts
 from runtime.distributed.control.store import SharedStore
 from runtime.distributed.header import (
     DTYPE_CODES,
-    NUM_WORDS,
+    HEADER_BYTES,
     PART_WORDS,
     Header,
     Stamp,
@@ -36,6 +40,7 @@ from runtime.distributed.header import (
     unpack,
     write_table,
 )
+from runtime.distributed.message import MESSAGE_BYTES, Pieces, pack_pieces
 from runtime.steps.parts import Part
 
 FOREVER = timedelta(days=365)
@@ -50,7 +55,7 @@ Expect = Callable[[Header, list[Part]], None]
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A payload and how long it took from its header to its end."""
+    """A payload and how long it took from its header to its end: no time if it was in the same message."""
 
     header: Header
     parts: list[Part]
@@ -82,10 +87,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    """A message under way: header, table and payload, which have to stay, and what tells that each has been sent."""
+    """A message under way: what has to stay until then, and what tells that it has been sent."""
 
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    tensors: Sequence[torch.Tensor]
     works: Sequence[Any]
+    is_step: bool
 
 
 class Links:
@@ -141,10 +147,8 @@ class Links:
         while parts and not self._room.acquire(timeout=0.5):
             if self._is_broken.is_set() or self._is_over():
                 return
-        table = write_table(parts)
-        header = replace(header, table=checksum([word for row in table for word in row]))
         try:
-            self._outbox.put(self._begin(header, table, tensor))
+            self._outbox.put(self._begin(header, parts, tensor))
         except Exception as error:  # the sending thread reports it
             self._outbox.put(error)
 
@@ -186,17 +190,18 @@ class Links:
             if not self._is_broken.is_set():
                 self._report(peer, error)
 
-    def _begin(self, header: Header, table: list[list[int]], payload: torch.Tensor) -> "_Sending":
+    def _begin(self, header: Header, parts: Sequence[Part], payload: torch.Tensor) -> _Sending:
         group = self._ends[self._place.rank].group
-        words, rows = torch.tensor(pack(header, self._stamp), dtype=torch.int64), torch.tensor(table, dtype=torch.int64)
+        nccl: Any = self._nccl if payload.is_cuda else None
+        table = [word for row in write_table(parts) for word in row]
+        words = pack(replace(header, table=checksum(table)), self._stamp)
+        pieces = list(torch.split(_bytes(torch.tensor([*words, *table])), [HEADER_BYTES, header.table_bytes]))
+        messages = pack_pieces(pieces if nccl else [*pieces, _bytes(payload)])
         self._num_sent += 1
-        works = [group.send([words], RECEIVER, 0)]
-        if table:
-            works.append(group.send([rows], RECEIVER, 2))
-        if header.payload_bytes:
-            nccl: Any = self._nccl if payload.is_cuda else None
-            works.append(nccl.send([payload], self._place.next, 1) if nccl else group.send([payload], RECEIVER, 1))
-        return _Sending((words, rows, payload), works)
+        works = [group.send([message], RECEIVER, min(number, 1)) for number, message in enumerate(messages)]
+        if nccl:
+            works.append(nccl.send([payload], self._place.next, 1))
+        return _Sending([*messages, payload], works, is_step=bool(parts))
 
     def _send_all(self) -> None:
         while (sending := self._outbox.get()) is not None and not self._is_broken.is_set():
@@ -204,46 +209,55 @@ class Links:
                 raise sending
             for work in sending.works:
                 work.wait()
-            if len(sending.tensors[1]):
+            if sending.is_step:
                 self._room.release()
 
     def _receive_all(self) -> None:
-        words = torch.zeros(NUM_WORDS, dtype=torch.int64)
-        group = self._ends[self._place.previous].group
+        buffers = [torch.empty(MESSAGE_BYTES, dtype=torch.uint8) for _ in range(MAX_WAITING_MESSAGES)]
+        coming = deque((self._ask_for(buffer, 0), buffer) for buffer in buffers)
         while not self._is_broken.is_set():
-            self._is_waiting = True
-            group.recv([words], SENDER, 0).wait()
-            self._is_waiting = False
-            header = unpack(words.tolist(), self._stamp)
-            self._is_waiting = True
-            parts = self._receive_table(header, group)
-            self._is_waiting = False
-            self._expect(header, parts)
-            started = time.perf_counter()
-            self._is_waiting = True
-            payload = self._receive_payload(header, group)
-            self._is_waiting = False
+            work, buffer = coming.popleft()
+            self._wait(work)
+            arrival = self._read(Pieces(buffer, receive=self._receive))
             self._num_received += 1
-            self._put(self._inbox, Arrival(header, parts, payload, time.perf_counter() - started))
+            coming.append((self._ask_for(buffer, 0), buffer))
+            self._put(self._inbox, arrival)
 
-    def _receive_table(self, header: Header, group: Any) -> list[Part]:
-        if not header.parts:
-            return []
-        table = torch.zeros((header.parts, PART_WORDS), dtype=torch.int64)
-        group.recv([table], SENDER, 2).wait()
-        return read_table(header, table.tolist())
+    def _ask_for(self, buffer: torch.Tensor, tag: int) -> Any:
+        buffer[:HEADER_BYTES] = 0  # what is sent may be shorter: nothing is read twice
+        return self._ends[self._place.previous].group.recv([buffer], SENDER, tag)
 
-    def _receive_payload(self, header: Header, group: Any) -> torch.Tensor:
+    def _wait(self, work: Any) -> None:
+        self._is_waiting = True
+        work.wait()
+        self._is_waiting = False
+
+    def _receive(self, num_bytes: int) -> torch.Tensor:
+        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        self._wait(self._ask_for(buffer, 1))
+        return buffer
+
+    def _read(self, pieces: Pieces) -> Arrival:
+        header = unpack(pieces.take(HEADER_BYTES).view(torch.int64).tolist(), self._stamp)
+        rows = pieces.take(header.table_bytes).view(torch.int64).view(-1, PART_WORDS)
+        parts = read_table(header, rows.tolist()) if header.parts else []
+        self._expect(header, parts)
+        started = time.perf_counter()
+        payload = self._read_payload(header, pieces)
+        return Arrival(header, parts, payload, time.perf_counter() - started)
+
+    def _read_payload(self, header: Header, pieces: Pieces) -> torch.Tensor:
         dtype = TORCH_DTYPES[header.dtype]
-        if not header.payload_bytes:
-            return torch.empty(0, dtype=dtype)
-        nccl = self._nccl if dtype.is_floating_point else None
-        payload = torch.empty(header.shape, dtype=dtype, device=self._place.device if nccl else "cpu")
-        if nccl:
-            nccl.recv([payload], self._place.previous, 1).wait()
-        else:
-            group.recv([payload], SENDER, 1).wait()
-        return payload.to(self._place.device) if dtype.is_floating_point else payload
+        if not dtype.is_floating_point or not header.payload_bytes or self._nccl is None:
+            payload = pieces.take(header.payload_bytes).view(dtype).view(header.shape)
+            return payload.to(self._place.device) if dtype.is_floating_point else payload
+        payload = torch.empty(header.shape, dtype=dtype, device=self._place.device)
+        self._wait(self._nccl.recv([payload], self._place.previous, 1))
+        return payload
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 TORCH_DTYPES: dict[int, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPE_CODES.items()}

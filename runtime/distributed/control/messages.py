@@ -12,7 +12,7 @@ from plans.errors import ExitCode, PeerError
 from plans.reading.strict import MAX_KEYS, StrictModel, parse_json
 from runtime.steps.parts import Natural, Opening
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of both planes; driver and workers must agree."""
 
 Text = Annotated[str, Field(max_length=4000)]

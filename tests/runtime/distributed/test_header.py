@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,8 @@ from runtime.distributed.header import (
     unpack,
     write_table,
 )
-from runtime.distributed.links import Links, Place, _connect
+from runtime.distributed.links import MAX_WAITING_MESSAGES, Links, Place, _connect
+from runtime.distributed.message import MESSAGE_BYTES
 from runtime.generate.limits import Limits
 from runtime.generate.request import Request
 from runtime.generate.sampling import Sampling
@@ -165,30 +167,65 @@ class Pair:
         self.evil = made[0][0].group
         assert linked == [0, 1]
 
-    def send(self, words: list[int], payload: torch.Tensor | None = None) -> None:
-        self.evil.send([torch.tensor(words)], 1, 0).wait()
-        self.evil.send([torch.tensor(TABLE)], 1, 2).wait()
-        if payload is not None:
-            self.evil.send([payload], 1, 1).wait()
+    def send(self, words: list[int], table: list[list[int]], *payload: torch.Tensor) -> None:
+        numbers = torch.tensor([*words, *(word for row in table for word in row)])
+        self.evil.send([torch.cat([tensor.view(-1).view(torch.uint8) for tensor in (numbers, *payload)])], 1, 0).wait()
 
 
-def test_real_links_take_what_is_announced_and_refuse_the_rest() -> None:
-    pair = Pair()
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    made = Pair()
+    yield made
+    made.links.close()
+
+
+def test_real_links_take_what_is_announced_and_refuse_the_rest(pair: Pair) -> None:
     payload = torch.arange(48.0).reshape(6, 8)
-    pair.send(pack(HEADER, STAMP), payload)
+    pair.send(pack(HEADER, STAMP), TABLE, payload)
     arrived = pair.inbox.get(timeout=20)
     assert torch.equal(arrived.payload, payload)
     assert arrived.parts == PARTS
     assert pair.links.counts().received == 1
     assert pair.links.counts().received_bytes > 8 * NUM_WORDS + payload.nbytes
-    pair.send(pack(replace(HEADER, kind=TOKENS, rows=1), STAMP))
+    pair.send(pack(replace(HEADER, kind=TOKENS, rows=1), STAMP), TABLE)
     assert "kind" in str(pair.reports.get(timeout=20))
     assert pair.inbox.empty()
-    pair.links.close()
 
 
-def test_closing_wakes_a_receive_that_gloo_cannot_cancel() -> None:
-    pair = Pair()
+def test_a_payload_without_room_comes_by_itself_and_steps_stay_in_order(pair: Pair) -> None:
+    long = [PARTS[0], replace(PARTS[1], count=MESSAGE_BYTES // 32)]
+    table = write_table(long)
+    header = replace(HEADER, rows=1 + long[1].count, table=checksum([word for row in table for word in row]))
+    payload = torch.arange(8.0 * header.rows).reshape(header.rows, 8)
+    for number in range(6):  # more than there are buffers
+        pair.send(pack(replace(HEADER, step=2 * number), STAMP), TABLE, payload[:6] + number)
+        pair.send(pack(replace(header, step=2 * number + 1), STAMP), table)
+        pair.evil.send([payload + number], 1, 1).wait()
+    for number in range(6):
+        short, whole = pair.inbox.get(timeout=20), pair.inbox.get(timeout=20)
+        assert (short.header.step, whole.header.step) == (2 * number, 2 * number + 1)
+        assert torch.equal(short.payload, payload[:6] + number)
+        assert torch.equal(whole.payload, payload + number)
+        assert whole.parts == long
+
+
+@pytest.mark.parametrize("length", [1, 8 * NUM_WORDS - 1])
+def test_a_message_too_short_for_a_header_is_refused_and_no_earlier_one_is_read_again(pair: Pair, length: int) -> None:
+    for step in range(2 * MAX_WAITING_MESSAGES):  # every buffer has held a good one
+        pair.send(pack(replace(HEADER, step=step), STAMP), TABLE, torch.zeros(6, 8))
+        assert pair.inbox.get(timeout=20).header.step == step
+    words = torch.tensor(pack(HEADER, STAMP)).view(torch.uint8)
+    pair.evil.send([words[:length].clone()], 1, 0).wait()
+    pair.reports.get(timeout=20)
+    assert pair.inbox.empty()
+
+
+def test_a_table_that_does_not_fit_its_header_is_refused_before_its_payload_is_waited_for(pair: Pair) -> None:
+    pair.send(pack(replace(HEADER, rows=MESSAGE_BYTES), STAMP), TABLE)
+    assert "rows" in str(pair.reports.get(timeout=20))
+
+
+def test_closing_wakes_a_receive_that_gloo_cannot_cancel(pair: Pair) -> None:
     threads = pair.links._threads
     assert all(thread.is_alive() for thread in threads)
     pair.links.close()
