@@ -7,7 +7,8 @@ that the header announces, which was checked in full by then.
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 
 from plans.dtypes import STORED_DTYPES
 from plans.errors import PeerError
@@ -16,9 +17,8 @@ from runtime.steps.parts import PROMPT, TOKEN, Part
 
 MAGIC = 0x6C6C616D6172756E  # "llamarun"
 NUM_WORDS = 14
+HEADER_BYTES = 8 * NUM_WORDS
 PART_WORDS = 5
-_WORD_BYTES = 8
-HEADER_BYTES = NUM_WORDS * _WORD_BYTES
 
 STEP, TOKENS, CLOSE = 1, 2, 3
 """Kinds: hidden states for the next stage; what the last stage answers, for the driver; the end of a sequence, which
@@ -67,14 +67,13 @@ class Header:
         return (0, 0) if self.kind == CLOSE else (self.rows, self.width)
 
     @property
-    def table_bytes(self) -> int:
-        """Size of the table."""
-        return self.parts * PART_WORDS * _WORD_BYTES
-
-    @property
     def payload_bytes(self) -> int:
         """Size of the payload."""
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+# `dataclasses.astuple` copies what it finds, and takes ten times as long.
+_header_words, _part_words = (attrgetter(*(field.name for field in fields(kind))) for kind in (Header, Part))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ def pack(header: Header, stamp: Stamp) -> list[int]:
     >>> len(pack(Header(STEP, 0, 1, 1, 5, 64, 2), Stamp(7, 0))) == NUM_WORDS
     True
     """
-    words = [MAGIC, PROTOCOL, stamp.model, stamp.epoch, *astuple(header), header.payload_bytes]
+    words = [MAGIC, PROTOCOL, stamp.model, stamp.epoch, *_header_words(header), header.payload_bytes]
     return [*words, checksum(words)]
 
 
@@ -122,7 +121,7 @@ def unpack(words: Sequence[int], stamp: Stamp) -> Header:
     if header.dtype not in _ITEM_BYTES:
         raise _wrong("dtype", header.dtype, "a known code")
     is_empty = header.kind != CLOSE and min(header.parts, header.width) < 1
-    if min(astuple(header)) < 0 or is_empty or header.parts > MAX_PARTS:
+    if min(_header_words(header)) < 0 or is_empty or header.parts > MAX_PARTS:
         raise _wrong("shape", (header.parts, *header.shape), "counts above 0")
     if header.payload_bytes != words[-2] or header.payload_bytes > MAX_PAYLOAD_BYTES:
         raise _wrong("payload", words[-2], header.payload_bytes)
@@ -134,22 +133,22 @@ def closing(sequence: int, *, slot: int, keeps: bool, sender: int) -> Header:
     return Header(CLOSE, sender, sequence, 0, slot, int(keeps), DTYPE_CODES["int64"])
 
 
-def write_table(parts: Sequence[Part]) -> list[list[int]]:
-    """Return the table that says whose tokens a step is made of."""
-    return [list(astuple(part)) for part in parts]
+def write_table(parts: Sequence[Part]) -> list[int]:
+    """Return the words of the table that says whose tokens a step is made of, one row after the other."""
+    return [word for part in parts for word in _part_words(part)]
 
 
-def read_table(header: Header, rows: Sequence[Sequence[int]]) -> list[Part]:
-    """Check a table against its header.
+def read_table(header: Header, words: Sequence[int]) -> list[Part]:
+    """Check the words of a table against its header.
 
     Raises:
         PeerError: a row that makes no sense, or a table that was not announced.
     """
-    if checksum([word for row in rows for word in row]) != header.table:
+    if checksum(words) != header.table:
         raise _wrong("table", "a checksum of its own", header.table)
-    parts = [Part(*row) for row in rows]
+    parts = [Part(*words[at : at + PART_WORDS]) for at in range(0, len(words), PART_WORDS)]
     for part in parts:
-        if min(astuple(part)) < 0 or part.count < 1 or part.gives > TOKEN + PROMPT:
+        if min(_part_words(part)) < 0 or part.count < 1 or part.gives > TOKEN + PROMPT:
             raise _wrong("part", part, "counts above 0")
     if len({part.sequence for part in parts}) < len(parts):
         raise _wrong("table", "a sequence twice", "each once")

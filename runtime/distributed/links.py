@@ -31,6 +31,7 @@ from runtime.distributed.control.store import SharedStore
 from runtime.distributed.header import (
     DTYPE_CODES,
     HEADER_BYTES,
+    NUM_WORDS,
     PART_WORDS,
     Header,
     Stamp,
@@ -40,14 +41,14 @@ from runtime.distributed.header import (
     unpack,
     write_table,
 )
-from runtime.distributed.message import MESSAGE_BYTES, Pieces, pack_pieces
+from runtime.distributed.message import MESSAGE_BYTES, Pieces, pack_pieces, tensor_piece, words_piece
 from runtime.steps.parts import Part
 
 FOREVER = timedelta(days=365)
 """An idle chat is no fault. Whoever watches over the run finds the link that is silent; see `control.silence`."""
 
 MAX_WAITING_MESSAGES = 4
-"""Steps a stage may be ahead of the next one, or behind the one before."""
+"""Messages that a process has asked for before they come, and as many that have come and wait there."""
 
 Expect = Callable[[Header, list[Part]], None]
 """Raises PeerError unless this header, with this table, is what must come next."""
@@ -87,15 +88,15 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    """A message under way: what has to stay until then, and what tells that it has been sent."""
+    """A message under way: the step it is, or comes before; what has to stay; and what tells that it was sent."""
 
+    step: int
     tensors: Sequence[torch.Tensor]
     works: Sequence[Any]
-    is_step: bool
 
 
 class Links:
-    """Connections of one epoch, with one thread that sends and one that receives.
+    """Connections of one epoch, with a thread that receives.
 
     Args:
         place: this process in the chain.
@@ -105,7 +106,6 @@ class Links:
         expect: checks a header against what must come next, before its payload is received.
         inbox: gets what arrives; if it is bounded and full, the sender has to wait.
         report: told once, with the peer's rank and a sentence, when a connection breaks.
-        is_over: asked while sending has to wait; once true, nothing more is sent.
     """
 
     def __init__(
@@ -118,39 +118,33 @@ class Links:
         expect: Expect,
         inbox: "queue.Queue[Any]",
         report: Callable[[int, Exception], None],
-        is_over: Callable[[], bool],
     ) -> None:
         self._place, self._stamp = place, stamp
         self._expect, self._inbox, self._report = expect, inbox, report
-        self._is_over = is_over
         self._is_broken = threading.Event()
-        self._num_sent = self._num_received = 0
+        self._num_sent = self._num_received = self._num_steps = 0
         self._is_waiting = False
         self._ends = _connect(place, c10d.PrefixStore(f"epoch{stamp.epoch}", store), on_linked)
         self._nccl = _nccl(place, c10d.PrefixStore(f"nccl{stamp.epoch}", store)) if place.uses_nccl else None
-        self._outbox: queue.Queue[_Sending | Exception | None] = queue.Queue()
-        self._room = threading.Semaphore(MAX_WAITING_MESSAGES)
-        self._threads = [
-            threading.Thread(target=self._guard, args=(loop, peer), daemon=True, name=loop.__name__)
-            for loop, peer in ((self._send_all, place.next), (self._receive_all, place.previous))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._under_way: deque[_Sending] = deque()
+        self._thread = threading.Thread(target=self._receive_all, daemon=True, name="receive")
+        self._thread.start()
 
     def send(self, header: Header, parts: Sequence[Part], payload: torch.Tensor) -> None:
-        """Begin to send a payload; waits while too many are under way.
+        """Begin to send a payload, in the thread that computed it: another one would have to get the interpreter first.
 
-        The sending thread only waits for the end: to begin there would take until this one lets go of the interpreter,
-        in the middle of its next step.
+        The driver sends no step before the answer to the one as many steps ago as there are stages. So a message that
+        is older has arrived, nobody has to wait until it is sent, and never more than these are under way.
         """
         tensor = payload.contiguous() if self._nccl else payload.to("cpu").contiguous()
-        while parts and not self._room.acquire(timeout=0.5):
-            if self._is_broken.is_set() or self._is_over():
-                return
         try:
-            self._outbox.put(self._begin(header, parts, tensor))
-        except Exception as error:  # the sending thread reports it
-            self._outbox.put(error)
+            while self._under_way and self._under_way[0].step <= self._num_steps - self._place.num_ranks:
+                for work in self._under_way.popleft().works:
+                    work.wait()
+            self._under_way.append(self._begin(header, parts, tensor))
+        except Exception as error:
+            self._tell(self._place.next, error)
+        self._num_steps += bool(parts)
 
     def counts(self) -> LinkCounts:
         """Return how far data has come."""
@@ -163,14 +157,12 @@ class Links:
         )
 
     def close(self) -> None:
-        """Break every connection and end both threads."""
+        """Break every connection and end the thread."""
         self._is_broken.set()
-        self._outbox.put(None)
         for end in self._ends.values():
             end.shut_down()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout=1.0)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=1.0)
         if self._nccl is not None:
             self._nccl.abort()
         for end in self._ends.values():
@@ -183,81 +175,67 @@ class Links:
                 target.put(item, timeout=0.5)
                 return
 
-    def _guard(self, loop: Callable[[], None], peer: int) -> None:
-        try:
-            loop()
-        except Exception as error:  # a thread that ends unheard would leave everybody waiting
-            if not self._is_broken.is_set():
-                self._report(peer, error)
+    def _tell(self, peer: int, error: Exception) -> None:
+        if not self._is_broken.is_set():
+            self._report(peer, error)
 
     def _begin(self, header: Header, parts: Sequence[Part], payload: torch.Tensor) -> _Sending:
         group = self._ends[self._place.rank].group
         nccl: Any = self._nccl if payload.is_cuda else None
-        table = [word for row in write_table(parts) for word in row]
+        table = write_table(parts)
         words = pack(replace(header, table=checksum(table)), self._stamp)
-        pieces = list(torch.split(_bytes(torch.tensor([*words, *table])), [HEADER_BYTES, header.table_bytes]))
-        messages = pack_pieces(pieces if nccl else [*pieces, _bytes(payload)])
+        pieces = [words_piece(words), words_piece(table)]
+        messages = pack_pieces(pieces if nccl else [*pieces, tensor_piece(payload)])
         self._num_sent += 1
         works = [group.send([message], RECEIVER, min(number, 1)) for number, message in enumerate(messages)]
         if nccl:
             works.append(nccl.send([payload], self._place.next, 1))
-        return _Sending([*messages, payload], works, is_step=bool(parts))
-
-    def _send_all(self) -> None:
-        while (sending := self._outbox.get()) is not None and not self._is_broken.is_set():
-            if isinstance(sending, Exception):
-                raise sending
-            for work in sending.works:
-                work.wait()
-            if sending.is_step:
-                self._room.release()
+        return _Sending(self._num_steps, [*messages, payload], works)
 
     def _receive_all(self) -> None:
-        buffers = [torch.empty(MESSAGE_BYTES, dtype=torch.uint8) for _ in range(MAX_WAITING_MESSAGES)]
-        coming = deque((self._ask_for(buffer, 0), buffer) for buffer in buffers)
-        while not self._is_broken.is_set():
-            work, buffer = coming.popleft()
-            self._wait(work)
-            arrival = self._read(Pieces(buffer, receive=self._receive))
-            self._num_received += 1
-            coming.append((self._ask_for(buffer, 0), buffer))
-            self._put(self._inbox, arrival)
+        try:
+            coming = deque(self._ask_for(bytearray(MESSAGE_BYTES)) for _ in range(MAX_WAITING_MESSAGES))
+            while not self._is_broken.is_set():
+                work, buffer = coming.popleft()
+                self._wait(work)
+                arrival = self._read(Pieces(buffer, receive=self._receive))
+                self._num_received += 1
+                self._put(self._inbox, arrival)
+                buffer[:HEADER_BYTES] = bytes(HEADER_BYTES)  # the next one may be shorter: nothing is read twice
+                coming.append(self._ask_for(buffer))
+        except Exception as error:  # a thread that ends unheard would leave everybody waiting
+            self._tell(self._place.previous, error)
 
-    def _ask_for(self, buffer: torch.Tensor, tag: int) -> Any:
-        buffer[:HEADER_BYTES] = 0  # what is sent may be shorter: nothing is read twice
-        return self._ends[self._place.previous].group.recv([buffer], SENDER, tag)
+    def _ask_for(self, buffer: bytearray, tag: int = 0) -> tuple[Any, bytearray]:
+        tensor = torch.frombuffer(buffer, dtype=torch.uint8)
+        return self._ends[self._place.previous].group.recv([tensor], SENDER, tag), buffer
 
     def _wait(self, work: Any) -> None:
         self._is_waiting = True
         work.wait()
         self._is_waiting = False
 
-    def _receive(self, num_bytes: int) -> torch.Tensor:
-        buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        self._wait(self._ask_for(buffer, 1))
+    def _receive(self, num_bytes: int) -> bytearray:
+        work, buffer = self._ask_for(bytearray(num_bytes), 1)
+        self._wait(work)
         return buffer
 
     def _read(self, pieces: Pieces) -> Arrival:
-        header = unpack(pieces.take(HEADER_BYTES).view(torch.int64).tolist(), self._stamp)
-        rows = pieces.take(header.table_bytes).view(torch.int64).view(-1, PART_WORDS)
-        parts = read_table(header, rows.tolist()) if header.parts else []
+        header = unpack(pieces.words(NUM_WORDS), self._stamp)
+        parts = read_table(header, pieces.words(header.parts * PART_WORDS)) if header.parts else []
         self._expect(header, parts)
         started = time.perf_counter()
         payload = self._read_payload(header, pieces)
         return Arrival(header, parts, payload, time.perf_counter() - started)
 
     def _read_payload(self, header: Header, pieces: Pieces) -> torch.Tensor:
-        dtype = TORCH_DTYPES[header.dtype]
-        if not dtype.is_floating_point or not header.payload_bytes or self._nccl is None:
-            payload = pieces.take(header.payload_bytes).view(dtype).view(header.shape)
-            return payload.to(self._place.device) if dtype.is_floating_point else payload
-        payload = torch.empty(header.shape, dtype=dtype, device=self._place.device)
+        dtype, device = TORCH_DTYPES[header.dtype], self._place.device
+        if not dtype.is_floating_point or self._nccl is None:
+            payload = pieces.tensor(header.shape, dtype)
+            return payload.to(device) if dtype.is_floating_point else payload
+        payload = torch.empty(header.shape, dtype=dtype, device=device)
         self._wait(self._nccl.recv([payload], self._place.previous, 1))
         return payload
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1).view(torch.uint8)
 
 
 TORCH_DTYPES: dict[int, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPE_CODES.items()}

@@ -86,7 +86,6 @@ class Worker:
             expect=self._expect,
             inbox=inbox,
             report=lambda peer, error: self._report(form, peer, error),
-            is_over=lambda: self._control.form is not form,
         )
 
     def _expect(self, header: Header, parts: Sequence[Part]) -> None:

@@ -152,7 +152,6 @@ class ProcessSession:
                         expect=self._pipeline.expect,
                         inbox=self._team.faults.events,
                         report=self._report,
-                        is_over=lambda: self._team.faults.fault is not None or self._team.faults.loss is not None,
                     )
                 )
             except Exception as error:  # it belongs to whoever waits

@@ -17,6 +17,7 @@ from runtime.distributed.control.messages import Beat, Open, decode, encode
 from runtime.distributed.control.store import SharedStore
 from runtime.distributed.header import (
     NUM_WORDS,
+    PART_WORDS,
     STEP,
     TOKENS,
     Header,
@@ -24,6 +25,7 @@ from runtime.distributed.header import (
     check_against,
     check_parts,
     checksum,
+    closing,
     pack,
     read_table,
     unpack,
@@ -41,7 +43,7 @@ pytestmark = pytest.mark.row("N10")
 STAMP = Stamp.of("ab" * 32, epoch=3)
 PARTS = [Part(4, 7, 1, TOKEN), Part(9, 0, 5, 0)]
 TABLE = write_table(PARTS)
-HEADER = Header(STEP, 0, 2, 2, 6, 8, 1, checksum([word for row in TABLE for word in row]))
+HEADER = Header(STEP, 0, 2, 2, 6, 8, 1, checksum(TABLE))
 WORDS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 
 
@@ -94,13 +96,13 @@ def test_a_table_says_what_was_written() -> None:
 @pytest.mark.parametrize(("row", "word", "value"), [(0, 1, 8), (0, 2, 0), (1, 2, -5), (1, 3, 4), (1, 0, 4), (1, 2, 6)])
 def test_a_table_with_any_other_word_is_refused(row: int, word: int, value: int) -> None:
     """Also where its checksum says otherwise: a count below 1, an unknown wish, a sequence twice, too many tokens."""
-    table = [list(numbers) for numbers in TABLE]
-    table[row][word] = value
+    table = list(TABLE)
+    table[row * PART_WORDS + word] = value
     with pytest.raises(PeerError):
         read_table(HEADER, table)
     if (row, word) != (0, 1):
         with pytest.raises(PeerError):
-            read_table(replace(HEADER, table=checksum([number for numbers in table for number in numbers])), table)
+            read_table(replace(HEADER, table=checksum(table)), table)
 
 
 def test_an_answer_to_another_step_is_refused() -> None:
@@ -161,14 +163,14 @@ class Pair:
             expect=lambda header, _parts: check_against(header, kind=STEP, parts=2, width=8),
             inbox=self.inbox,
             report=lambda _peer, error: self.reports.put(error),
-            is_over=lambda: False,
         )
         helper.join()
-        self.evil = made[0][0].group
+        self.ends = made[0]
+        self.evil = self.ends[0].group
         assert linked == [0, 1]
 
-    def send(self, words: list[int], table: list[list[int]], *payload: torch.Tensor) -> None:
-        numbers = torch.tensor([*words, *(word for row in table for word in row)])
+    def send(self, words: list[int], table: list[int], *payload: torch.Tensor) -> None:
+        numbers = torch.tensor([*words, *table])
         self.evil.send([torch.cat([tensor.view(-1).view(torch.uint8) for tensor in (numbers, *payload)])], 1, 0).wait()
 
 
@@ -195,7 +197,7 @@ def test_real_links_take_what_is_announced_and_refuse_the_rest(pair: Pair) -> No
 def test_a_payload_without_room_comes_by_itself_and_steps_stay_in_order(pair: Pair) -> None:
     long = [PARTS[0], replace(PARTS[1], count=MESSAGE_BYTES // 32)]
     table = write_table(long)
-    header = replace(HEADER, rows=1 + long[1].count, table=checksum([word for row in table for word in row]))
+    header = replace(HEADER, rows=1 + long[1].count, table=checksum(table))
     payload = torch.arange(8.0 * header.rows).reshape(header.rows, 8)
     for number in range(6):  # more than there are buffers
         pair.send(pack(replace(HEADER, step=2 * number), STAMP), TABLE, payload[:6] + number)
@@ -225,9 +227,33 @@ def test_a_table_that_does_not_fit_its_header_is_refused_before_its_payload_is_w
     assert "rows" in str(pair.reports.get(timeout=20))
 
 
+def answer(pair: Pair, step: int) -> None:
+    pair.links.send(
+        replace(HEADER, kind=TOKENS, rows=2, width=1, dtype=4, step=step), PARTS, torch.tensor([[3], [step]])
+    )
+
+
+def test_what_has_been_sent_is_let_go_and_the_end_of_a_sequence_with_it(pair: Pair) -> None:
+    for step in range(9):
+        answer(pair, step)
+        pair.links.send(closing(step, slot=0, keeps=True, sender=1), [], torch.empty(0))
+        for words in (NUM_WORDS + 2 * PART_WORDS + 2, NUM_WORDS):
+            told = torch.zeros(words, dtype=torch.int64)
+            pair.ends[1].group.recv([told.view(torch.uint8)], 0, 0).wait()
+            assert unpack(told.tolist()[:NUM_WORDS], STAMP).step == step
+    assert len(pair.links._under_way) <= 2 * 2  # a step, and the end of a sequence, for each of two stages
+    assert pair.links.counts().sent == 18
+
+
+def test_whoever_sends_tells_of_a_connection_that_broke(pair: Pair) -> None:
+    pair.ends[1].shut_down()
+    for step in range(100):
+        answer(pair, step)
+    assert not pair.reports.empty()
+
+
 def test_closing_wakes_a_receive_that_gloo_cannot_cancel(pair: Pair) -> None:
-    threads = pair.links._threads
-    assert all(thread.is_alive() for thread in threads)
+    assert pair.links._thread.is_alive()
     pair.links.close()
-    assert not any(thread.is_alive() for thread in threads)
+    assert not pair.links._thread.is_alive()
     assert pair.reports.empty()
