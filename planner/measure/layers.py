@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import torch
@@ -42,17 +42,21 @@ Point = tuple[int, ...]
 Visit = Callable[["Samples", "Samples"], None]
 
 ROUNDS = 3
-"""Every point is visited this often, far apart in time, so that a busy second spoils one visit and not the median."""
-STEPS_PER_ROUND = 3
+"""Every point is visited this often, far apart in time; the least of the visits counts, as nothing but the machine's
+other work makes a visit longer."""
+REPEATS = 3
+"""A visit is the median of so many decode steps, or prompts."""
+PROMPT_SECONDS = 0.1
+"""A visit begins no further prompt after this."""
 AGREEMENT = 1.03
-"""Two readings of a prompt that are this close need no third; prompts take most of the time."""
+"""Two visits of a prompt that are this close need no third; prompts take most of the time."""
 LAYERS, HEAD_STAGE = 1, 2
 """Places in the chain: the embedding is stage 0."""
 
 
 @dataclass(slots=True)
 class Samples:
-    """What was measured so far: seconds by point."""
+    """What was measured so far: seconds by point, one number for each visit."""
 
     decode: dict[Point, list[float]] = field(default_factory=dict)
     """By (context, batch)."""
@@ -95,8 +99,7 @@ def measure_device(
 ) -> Measured | None:
     """Time the shape on one device of this machine.
 
-    Every point is visited several times, far apart. What was read while other programs kept the processor busy counts
-    only where there is nothing better.
+    Every point is visited several times, far apart, and the least visit counts.
 
     Args:
         checkpoint: what `profile` was made from, or a stand-in (`planner.measure.stand_in`).
@@ -168,42 +171,58 @@ def _visits(chain: Chain, reader: Chain, points: Points) -> Iterator[Visit]:
 
 def _visit_steps(chain: Chain, context: int, batch: int, _known: Samples, found: Samples) -> None:
     """Make whole steps, choice of the token included: what is neither layers nor head is paid once per step."""
-    request = _request(context, new_tokens=STEPS_PER_ROUND + 2)
+    request = _request(context, new_tokens=REPEATS + 2)
     traces: list[StepTrace] = []
     run = generate_requests(BareChain(chain), [request] * batch, on_step=traces.append, measure_stages=True)
-    for seconds, trace in list(zip(run.step_seconds, traces[1:], strict=True))[1:]:
-        head = trace.stages[HEAD_STAGE].compute_seconds
-        rest = seconds - head - trace.stages[LAYERS].compute_seconds
-        found.head.setdefault((batch,), []).append(head)
-        found.embedding.setdefault((batch,), []).append(rest)
+    steps = list(zip(run.step_seconds, traces[1:], strict=True))[1:]
+    _add_visit(found.head, (batch,), [trace.stages[HEAD_STAGE].compute_seconds for _seconds, trace in steps])
+    _add_visit(found.embedding, (batch,), [_rest(seconds, trace.stages) for seconds, trace in steps])
 
 
 def _visit_decode(chain: Chain, context: int, batch: int, _known: Samples, found: Samples) -> None:
-    past = max(context - 1 - STEPS_PER_ROUND // 2, 0)
-    runner = _filled_runner(chain, past=past, batch=batch, prompt_tokens=past, tokens=STEPS_PER_ROUND + 1)
+    past = max(context - 1 - REPEATS // 2, 0)
+    runner = _filled_runner(chain, past=past, batch=batch, prompt_tokens=past, tokens=REPEATS + 1)
+    seconds: list[float] = []
     with stage_clock(chain) as totals:
-        for step in range(STEPS_PER_ROUND + 1):
+        for step in range(REPEATS + 1):
             before = [total.copy() for total in totals]
             runner.run([Part(row, past + step, 1, TOKEN) for row in range(batch)], torch.ones(batch, dtype=torch.int64))
-            if step:  # the first step meets a cache that was just made
-                found.decode.setdefault((context, batch), []).append(_layer_seconds(chain, since(totals, before)))
+            seconds.append(_layer_seconds(chain, since(totals, before)))
+    _add_visit(found.decode, (context, batch), seconds[1:])  # the first step meets a cache that was just made
 
 
 def _visit_prefill(chain: Chain, point: tuple[int, int, int], known: Samples, found: Samples) -> None:
     if _is_settled(known.prefill.get(point, ())):
         return
+    tokens, _past, batch = point
+    started, layers, rests = time.perf_counter(), list[float](), list[float]()
+    while not layers or (len(layers) < REPEATS and time.perf_counter() - started < PROMPT_SECONDS):
+        seconds, stages = _read_prompt(chain, point)
+        layers.append(_layer_seconds(chain, stages))
+        rests.append(_rest(seconds, stages))
+    _add_visit(found.prefill, point, layers)
+    _add_visit(found.embedding, (tokens * batch,), rests)
+
+
+def _read_prompt(chain: Chain, point: tuple[int, int, int]) -> tuple[float, Sequence[StageTime]]:
+    """Return the seconds a prompt took, and those of every stage."""
     tokens, past, batch = point
     runner = _filled_runner(chain, past=past, batch=batch, prompt_tokens=past + tokens, tokens=tokens)
-    device = chain.stage_devices[0]
     with stage_clock(chain) as totals:
-        synchronize(device)
+        synchronize(chain.stage_devices[0])
         started = time.perf_counter()
         for row in range(batch):  # each alone, as they are read
             runner.run([Part(row, past, tokens, TOKEN)], torch.ones(tokens, dtype=torch.int64))
-        seconds = time.perf_counter() - started
-    found.prefill.setdefault(point, []).append(_layer_seconds(chain, totals))
-    rest = seconds - totals[LAYERS].compute_seconds - totals[HEAD_STAGE].compute_seconds
-    found.embedding.setdefault((tokens * batch,), []).append(rest)
+        return time.perf_counter() - started, totals
+
+
+def _rest(seconds: float, stages: Sequence[StageTime]) -> float:
+    """What of a step was spent neither in the layers nor in the head."""
+    return seconds - stages[HEAD_STAGE].compute_seconds - stages[LAYERS].compute_seconds
+
+
+def _add_visit(table: dict[Point, list[float]], point: Point, repeats: Sequence[float]) -> None:
+    table.setdefault(point, []).append(median_low(repeats))
 
 
 def _request(prompt_tokens: int, *, new_tokens: int) -> Request:
@@ -246,9 +265,10 @@ def _filled_runner(chain: Chain, *, past: int, batch: int, prompt_tokens: int, t
 
 
 def _result(calm: Samples, disturbed: Samples, chain: Chain, profile: ModelProfile, *, path: PathName) -> Measured:
-    pairs = list(zip(calm.tables(), disturbed.tables(), strict=True))
+    pairs = zip(calm.tables(), disturbed.tables(), strict=True)
     is_disturbed = any(point not in best for best, other in pairs for point in other)
-    decode, prefill, embedding, head = (_rows(other | best) for best, other in pairs)
+    calm.take(disturbed)
+    decode, prefill, embedding, head = map(_rows, calm.tables())
     tables: dict[PackedName | None, dict[str, Any]] = {}
     for unit, name, rows in (
         (profile.layers[0], "decode_seconds_per_layer", decode),
@@ -267,7 +287,7 @@ def _result(calm: Samples, disturbed: Samples, chain: Chain, profile: ModelProfi
 
 
 def _rows(table: dict[Point, list[float]]) -> tuple[Any, ...]:
-    return tuple((*point, max(0.0, median(seconds))) for point, seconds in sorted(table.items()))
+    return tuple((*point, max(0.0, min(visits))) for point, visits in sorted(table.items()))
 
 
 def measure_copy(from_device: str, to_device: str) -> tuple[float, float]:

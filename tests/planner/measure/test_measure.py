@@ -2,7 +2,10 @@
 
 import json
 import shutil
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -203,3 +206,47 @@ def test_a_bare_configuration_is_measured_with_random_weights(
     assert done.code == 0, done.err
     timings = json.loads(done.out)["devices"][-1]["timings"]
     assert {entry["dtype"] for entry in timings} == {"fp32"}
+
+
+@pytest.mark.parametrize("is_calm", [True, False])
+def test_two_bad_moments_of_three_spoil_no_point(
+    is_calm: bool, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from planner.measure import layers
+
+    config = json.loads((shipped / "config.json").read_text()) | {"num_hidden_layers": 1, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(tmp_path / "config.json")
+    profile, rounds, visits = build_profile(checkpoint), iter((9.0, 5.0, 1.0)), layers._visits
+    points = choose_points(profile, device("cpu"), free_bytes=1 << 40, cache_bytes=0)
+    seconds = [0.0]
+
+    def next_round(*arguments: Any) -> Any:
+        seconds[0] = next(rounds)
+        return visits(*arguments)
+
+    monkeypatch.setattr(layers, "_visits", next_round)
+    monkeypatch.setattr(layers, "_layer_seconds", lambda *_: seconds[0])
+    # the first, bad round seems the only calm one, or all do
+    monkeypatch.setattr(layers.CalmMeter, "other_cores", lambda _: 0.0 if is_calm or seconds[0] == 9.0 else 1.0)
+    found = layers.measure_device(checkpoint, profile, device="cpu", points=points)
+    assert found is not None
+    assert {row[-1] for row in found.timings[0].decode_seconds_per_layer} == {1.0}
+    assert {row[-1] for row in found.timings[0].prefill_seconds_per_layer} == {1.0}
+    assert not found.is_disturbed
+
+
+@pytest.mark.parametrize(("seconds", "prompts"), [(0.01, 3), (0.06, 2), (1.0, 1)])
+def test_a_visit_is_the_median_of_the_prompts_that_fit_its_time(
+    seconds: float, prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from planner.measure import layers
+
+    clock, readings = count(0.0, seconds), iter((2.0, 3.0, 1.0))
+    monkeypatch.setattr(layers, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(layers, "_read_prompt", lambda *_: (0.0, ()))
+    monkeypatch.setattr(layers, "_layer_seconds", lambda *_: next(readings))
+    monkeypatch.setattr(layers, "_rest", lambda *_: 0.0)
+    found = layers.Samples()
+    layers._visit_prefill(cast("Any", None), (16, 0, 1), layers.Samples(), found)
+    assert (found.prefill, len(list(readings))) == ({(16, 0, 1): [2.0]}, 3 - prompts)
