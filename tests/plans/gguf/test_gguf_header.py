@@ -44,10 +44,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_block_sizes_are_the_packages() -> None:
-    for number, known in TENSOR_TYPES.items():
-        kind = gguf.GGMLQuantizationType(number)
-        assert (known.name, (known.block_weights, known.block_bytes)) == (kind.name, gguf.GGML_QUANT_SIZES[kind])
+def test_types_and_block_sizes_are_all_of_the_packages() -> None:
+    ours = {number: (known.name, (known.block_weights, known.block_bytes)) for number, known in TENSOR_TYPES.items()}
+    assert ours == {int(kind): (kind.name, size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
 
 
 def test_a_header_reads_as_the_package_reads_it(written: Path) -> None:
