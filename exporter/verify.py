@@ -79,7 +79,7 @@ def verify(
     warnings = list(export.warnings)
     num_tensors = 0
     if origin is not None:
-        warnings += _compare_small_files(export, origin)
+        warnings += [*origin.checkpoint.warnings, *_compare_small_files(export, origin)]
         num_tensors = _compare_tensors(export, origin, meter)
     for index in export.bundles:
         check_unchanged(export, stage=index)

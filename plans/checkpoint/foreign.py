@@ -10,15 +10,15 @@ from plans.reading.files import read_limited
 from plans.reading.strict import parse_json
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
-_ADAPTERS = (ADAPTER_CONFIG_NAME, "adapter_model.safetensors", "adapter_model.bin")
+ADAPTERS = (ADAPTER_CONFIG_NAME, "adapter_model.safetensors", "adapter_model.bin")
 _MAX_ADAPTER_BYTES = 1 << 20
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".nemo", ".npz", ".onnx")
-_PART = re.compile(r".*-\d+-of-\d+\.safetensors")
+PART = re.compile(r".*-\d+-of-\d+\.safetensors")
 
 
 def holds_adapter(names: Collection[str]) -> bool:
     """Whether the files of a LoRA or another adapter are there."""
-    return not set(_ADAPTERS).isdisjoint(names)
+    return not set(ADAPTERS).isdisjoint(names)
 
 
 def foreign_weights(folder: Path, names: Collection[str]) -> InputError | None:
@@ -43,7 +43,7 @@ def foreign_weights(folder: Path, names: Collection[str]) -> InputError | None:
     unknown = sorted(name for name in names if name.endswith(".safetensors"))
     if not unknown:
         return None
-    is_part = _PART.fullmatch(unknown[0]) is not None
+    is_part = PART.fullmatch(unknown[0]) is not None
     return InputError(
         f"holds {printable(unknown[0])}, which is neither {SINGLE_NAME} nor listed by an index",
         where=folder,

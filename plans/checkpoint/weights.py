@@ -5,12 +5,13 @@ Where two answers are possible their tensors are compared; files that hold diffe
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from plans.checkpoint.header import SafetensorsHeader, read_header
 from plans.checkpoint.same import is_same_tensor
+from plans.checkpoint.strays import stray_warnings
 from plans.checkpoint.units import INDEX_NAME, SINGLE_NAME, Shard, StoredTensor
 from plans.errors import InputError, printable
 from plans.reading.files import check_basename, read_limited
@@ -55,19 +56,27 @@ def open_weights(folder: Path, names: Collection[str], *, is_downloading: bool) 
         InputError: files contradict each other, or some are missing; the message names them.
         IntegrityError: a shard is truncated or its layout is broken.
     """
-    if INDEX_NAME in names:
-        index = _read_index(folder)
-        if SINGLE_NAME in names and SINGLE_NAME not in index.files:
-            return _index_or_single(folder, index)
-        return _open_indexed(folder, index, is_downloading=is_downloading)
-    if SINGLE_NAME in names:
-        return Weights((Shard(SINGLE_NAME, read_header(folder / SINGLE_NAME)),), _numbered_warning(names))
-    return _open_numbered(folder, names)
+    index = _read_index(folder) if INDEX_NAME in names else None
+    found = _choose(folder, names, index, is_downloading=is_downloading)
+    if not found.shards:
+        return found
+    judged = {SINGLE_NAME, *(index.files if index else ()), *(shard.name for shard in found.shards)}
+    return replace(found, warnings=found.warnings + stray_warnings(folder, set(names) - judged))
 
 
 def incomplete(folder: Path, what: str) -> InputError:
     """Return the error of a download that never finished."""
     return InputError(f"{what}: the download is incomplete", where=folder, hint="finish it first", code="E-INCOMPLETE")
+
+
+def _choose(folder: Path, names: Collection[str], index: _Index | None, *, is_downloading: bool) -> Weights:
+    if index is None and SINGLE_NAME in names:
+        return Weights((Shard(SINGLE_NAME, read_header(folder / SINGLE_NAME)),))
+    if index is None:
+        return _open_numbered(folder, names)
+    if SINGLE_NAME in names and SINGLE_NAME not in index.files:
+        return _index_or_single(folder, index)
+    return _open_indexed(folder, index, is_downloading=is_downloading)
 
 
 def _read_index(folder: Path) -> _Index:
@@ -177,13 +186,6 @@ def _tensors(header: SafetensorsHeader, file: str) -> dict[str, StoredTensor]:
 def _numbered(names: Collection[str]) -> list[tuple[int, int, str]]:
     found = ((match, name) for name in sorted(names) if (match := _NUMBERED.fullmatch(name)))
     return [(int(match[1]), int(match[2]), name) for match, name in found]
-
-
-def _numbered_warning(names: Collection[str]) -> tuple[str, ...]:
-    shards = _numbered(names)
-    if not shards:
-        return ()
-    return (f"{SINGLE_NAME} is used; {shards[0][2]} lies beside it, and no index lists it",)
 
 
 def _open_numbered(folder: Path, names: Collection[str]) -> Weights:

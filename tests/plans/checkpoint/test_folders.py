@@ -16,6 +16,7 @@ from plans.checkpoint.names import canonical_names
 from plans.checkpoint.units import require_full
 from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError
+from tests.conftest import RunCommand
 from tests.planner.cases import TINY, tiny_profile, write_safetensors
 from tests.planner.model.test_profile import tensors_of, write_checkpoint
 
@@ -114,10 +115,56 @@ def test_one_file_that_is_not_the_whole_model_does_not_replace_missing_shards(bo
         open_checkpoint(both)
 
 
-def test_shards_beside_a_single_file_are_named(tmp_path: Path) -> None:
+NOT_READ = "files that seem to be parts of the model are not read, as no index lists them: "
+STRAYS: dict[str, Rows] = {
+    "model-00003-of-00003.safetensors": {"anything": ("F16", (2,))},
+    "extra.safetensors": {"model.layers.3.mlp.up_proj.bias": ("F16", (2,))},
+    "wrapped.safetensors": {"_orig_mod.model.layers.3.mlp.up_proj.bias": ("F16", (2,))},
+}
+NO_STRAYS: dict[str, Rows] = {
+    "consolidated.safetensors": {"layers.0.attention.wq.weight": ("F16", (2,))},
+    "consolidated-00001-of-00001.safetensors": {"norm.weight": ("F16", (2,))},
+    "adapter_model.safetensors": {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": ("F16", (2,))},
+}
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+@pytest.mark.parametrize("name", STRAYS)
+def test_a_file_that_may_be_a_part_and_is_in_no_index_is_named(name: str, is_indexed: bool, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", tensors_of())
-    write_shards(folder, tensors_of(), index=False)
-    assert "model-00001-of-00002.safetensors lies beside it" in open_checkpoint(folder).warnings[0]
+    if is_indexed:
+        write_shards(folder, tensors_of())
+        (folder / SINGLE).unlink()
+    write_safetensors(folder / name, STRAYS[name])
+    assert open_checkpoint(folder).warnings == (NOT_READ + name,)
+
+
+def test_a_stray_file_that_cannot_be_read_is_named_and_stops_nothing(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", tensors_of())
+    (folder / "a.safetensors").write_bytes(b"not one")
+    assert open_checkpoint(folder).warnings == (NOT_READ + "a.safetensors",)
+
+
+@pytest.mark.parametrize("name", NO_STRAYS)
+def test_a_file_that_is_no_part_of_the_model_is_left_alone(name: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", tensors_of())
+    write_safetensors(folder / name, NO_STRAYS[name])
+    assert not any(NOT_READ in said for said in open_checkpoint(folder).warnings)
+
+
+def test_every_command_warns_of_a_stray_file(run_command: RunCommand, tmp_path: Path) -> None:
+    folder, stray = write_checkpoint(tmp_path / "m", tensors_of()), "model-00003-of-00003.safetensors"
+    write_safetensors(folder / stray, STRAYS[stray])
+    plan, out = tmp_path / "plan.json", tmp_path / "shards"
+    for arguments in (
+        ("analyze", folder),
+        ("solve", folder, "--device", "cpu=4GiB", "-o", plan),
+        ("export", plan, "--model", folder, "-o", out),
+        ("verify", out, "--model", folder),
+    ):
+        done = run_command("llamaplan", *arguments)
+        assert done.code == 0, done.err
+        assert done.err.count(f"{NOT_READ}{stray}") == 1, arguments
 
 
 # --- P4: a head of its own beside a claimed tie --------------------------------------------------------------------
