@@ -12,7 +12,7 @@ from exporter.sources import Sources
 from plans.checkpoint.header import TensorEntry
 from plans.checkpoint.names import UnitKey, head_name, unit_of
 from plans.checkpoint.packed import check_packed
-from plans.checkpoint.scales import unscaled
+from plans.checkpoint.scales import lost_parts
 from plans.checkpoint.units import StoredTensor
 from plans.dtypes import STORED_DTYPES
 from plans.errors import IntegrityError
@@ -177,10 +177,9 @@ def _is_tied_to(embedding: str, head: str) -> bool:
 
 def _check_scales(bundle: Bundle, export: Export) -> None:
     """A quantised weight without its scale is no weight, even if every byte is as it was written."""
-    lost = unscaled(bundle.header.tensors) if export.config.quantization is not None else ()
-    if lost:
+    for weight, lost in lost_parts(bundle.header.tensors) if export.config.quantization is not None else ():
         raise IntegrityError(
-            f"{lost[0]} is quantised ({bundle.header.tensors[lost[0]].dtype}) and its scale is not in the file",
+            f"{weight} is quantised ({bundle.header.tensors[weight].dtype}) and its {lost} is not in the file",
             where=bundle.path,
             hint="an older version left scales of the head out; export again",
             code="E-SCALES",

@@ -16,9 +16,7 @@ from exporter.packing.nearest import MAX_THREADS, slow_words
 from exporter.packing.packable import check_packable, unpacked_lines
 from exporter.root_files import RootFiles, collect
 from exporter.sources import Sources
-from plans.checkpoint.scales import unscaled
-from plans.checkpoint.units import Checkpoint
-from plans.errors import InputError, UsageError
+from plans.errors import UsageError
 from plans.export.manifest import CalibrationText, Manifest
 from plans.plan import Plan
 from plans.reading.files import sha256_hex
@@ -76,7 +74,6 @@ def export(
     """
     origin = open_origin(model) if isinstance(model, Path) else model
     checkpoint = origin.checkpoint
-    _refuse_lost_scales(checkpoint)
     bound = bind(plan, checkpoint=checkpoint, warn=warn)
     target_dtype = choose_dtype(dtype, plan=bound, checkpoint=checkpoint, warn=warn)
     if bound.weights is not None:
@@ -121,19 +118,6 @@ def _packing_lines(plan: Plan, layout: Layout) -> Iterator[str]:
     slow = slow_words()  # asked before there are threads: compiling happens once
     if slow is not None:
         yield slow
-
-
-def _refuse_lost_scales(checkpoint: Checkpoint) -> None:
-    if checkpoint.config.quantization is None:
-        return
-    lost = unscaled({name: stored.entry for name, stored in checkpoint.tensors.items()})
-    if lost:
-        raise InputError(
-            f"{lost[0]} is quantised ({checkpoint.tensors[lost[0]].entry.dtype}) and has no scale",
-            where=checkpoint.path,
-            hint="the checkpoint is incomplete; fetch it again",
-            code="E-SCALES",
-        )
 
 
 def _chosen(stages: Collection[int] | None, layout: Layout) -> frozenset[int]:

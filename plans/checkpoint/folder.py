@@ -20,7 +20,7 @@ from plans.checkpoint.names import (
 )
 from plans.checkpoint.packed import check_packed
 from plans.checkpoint.same import has_own_head
-from plans.checkpoint.scales import check_scales_are_meant, is_stored
+from plans.checkpoint.scales import check_scaled, check_scales_are_meant, is_stored
 from plans.checkpoint.units import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -90,6 +90,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         check_packed(entries, config.packing, where=folder)
     elif config.quantization is None:
         check_scales_are_meant(entries, where=folder)
+    else:
+        check_scaled(entries, where=folder)
     opened = Checkpoint(folder, folder, config, weights.shards, tensors, (*warnings, *left_out), weights.index_dtype)
     return _with_ties_compared(opened, folder)
 

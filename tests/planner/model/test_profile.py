@@ -168,6 +168,7 @@ def test_quantised_weights_keep_their_stored_size_and_stand_for_their_parameters
         if name.endswith("_proj.weight"):
             packed[name.removesuffix("weight") + "qweight"] = ("I32", (shape[1] // 8, shape[0]))
             packed[name.removesuffix("weight") + "scales"] = ("F16", (1, shape[0]))
+            packed[name.removesuffix("weight") + "qzeros"] = ("I32", (1, shape[0] // 8))
         else:
             packed[name] = (dtype, shape)
     config = TINY | {"quantization_config": {"quant_method": "gptq", "bits": 4}}

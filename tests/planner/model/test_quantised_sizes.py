@@ -43,7 +43,11 @@ def gptq(bits: int) -> Pack:
 
 
 def awq(_module: str, out: int, in_: int) -> Mapping[str, Row]:
-    return {"qweight": ("I32", (in_, out // 8)), "scales": ("F16", (in_ // GROUP, out))}
+    return {
+        "qweight": ("I32", (in_, out // 8)),
+        "qzeros": ("I32", (in_ // GROUP, out // 8)),
+        "scales": ("F16", (in_ // GROUP, out)),
+    }
 
 
 def pack_quantized(_module: str, out: int, in_: int) -> Mapping[str, Row]:
@@ -52,7 +56,8 @@ def pack_quantized(_module: str, out: int, in_: int) -> Mapping[str, Row]:
 
 
 def fp8(_module: str, out: int, in_: int) -> Mapping[str, Row]:
-    return {"weight": ("F8_E4M3", (out, in_)), "weight_scale_inv": ("F32", (-(-out // 128), -(-in_ // 128)))}
+    scale = ("F32", (-(-out // 128), -(-in_ // 128)))
+    return {"weight": ("F8_E4M3", (out, in_)), "weight_scale_inv": scale, "input_scale": ("F32", ())}
 
 
 def eight_bits(_module: str, out: int, in_: int) -> Mapping[str, Row]:
@@ -162,6 +167,48 @@ def test_a_quantised_module_that_is_not_there_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"no tensor of model\.layers\.0\.mlp\.down_proj\.weight, quantised or not"):
         profile_of(tmp_path, KNOWN, pack, said("bitsandbytes", load_in_8bit=True))
+
+
+def without(part: str, pack: Pack) -> Pack:
+    """The same, but that one layer's part is missing."""
+
+    def packed(module: str, out: int, in_: int) -> Mapping[str, Row]:
+        rows = pack(module, out, in_)
+        return {name: row for name, row in rows.items() if name != part or module != "mlp.up_proj"}
+
+    return packed
+
+
+def nvfp4(_module: str, out: int, in_: int) -> Mapping[str, Row]:
+    return {
+        "weight": ("U8", (out, in_ // 2)),
+        "weight_scale": ("F8_E4M3", (out, in_ // 16)),
+        "weight_scale_2": ("F32", ()),
+        "input_scale": ("F32", ()),
+    }
+
+
+LOST = {
+    "GPTQ, scales": (without("scales", gptq(4)), said("gptq", **BITS_4), r"qweight .* no .*\.scales"),
+    "GPTQ, zeros": (without("qzeros", gptq(4)), said("gptq", **BITS_4), r"qweight .* no .*\.qzeros"),
+    "AWQ, scales": (without("scales", awq), said("awq", **BITS_4), r"qweight .* no .*\.scales"),
+    "AWQ, zeros": (without("qzeros", awq), said("awq", **BITS_4), r"qweight .* no .*\.qzeros"),
+    "bitsandbytes": (without("SCB", eight_bits), said("bitsandbytes", load_in_8bit=True), "weight .* no scale"),
+    "FP8": (without("weight_scale_inv", fp8), said("fp8"), "weight .* no scale"),
+    "NVFP4": (without("weight_scale", nvfp4), said("modelopt"), "weight .* no scale"),
+    "NVFP4, second scale": (without("weight_scale_2", nvfp4), said("modelopt"), r"weight .* no .*\.weight_scale_2"),
+}
+
+
+@pytest.mark.row("P6")
+@pytest.mark.parametrize("family", [KNOWN, OTHER])
+@pytest.mark.parametrize("name", LOST)
+def test_a_quantised_layer_that_lacks_a_part_is_refused_by_the_name_of_both(
+    name: str, family: str, tmp_path: Path
+) -> None:
+    pack, quantization, lost = LOST[name]
+    with pytest.raises(InputError, match=rf"model\.layers\.0\.mlp\.up_proj\.{lost}"):
+        profile_of(tmp_path, family, pack, quantization)
 
 
 @pytest.mark.row("P20")

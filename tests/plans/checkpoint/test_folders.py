@@ -397,7 +397,10 @@ QUANTISED: dict[str, tuple[str, dict[str, Any]]] = {
         "compressed-tensors",
         {"lm_head.weight_packed": ("I32", (64, 4)), "lm_head.weight_scale": ("BF16", (64, 1))},
     ),
-    "gptq": ("gptq", {"lm_head.qweight": ("I32", (4, 64)), "lm_head.scales": ("F16", (1, 64))}),
+    "gptq": (
+        "gptq",
+        {"lm_head.qweight": ("I32", (4, 64)), "lm_head.scales": ("F16", (1, 64)), "lm_head.qzeros": ("I32", (1, 8))},
+    ),
     "4 bits": ("bitsandbytes", {HEAD: ("U8", (1024, 1)), "lm_head.weight.absmax": ("F32", (32,))}),
 }
 
