@@ -4,14 +4,16 @@ Every layer shows the attention that its cache was counted for (projections of t
 keep something else; experts are as many as the configuration says; no tensor of the text model belongs to no unit.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
 from planner.model.experts import check_experts
+from planner.model.packing import logical_shape
 from plans.checkpoint.names import UnitKey, unit_of
+from plans.checkpoint.scales import PACKED_NAMES
 from plans.checkpoint.units import Checkpoint, unexpected_tensors
 from plans.config.config import ModelConfig
-from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError, printable
 
 Row = tuple[str, tuple[int, ...]]
@@ -21,14 +23,14 @@ _ATTENTION = re.compile(r"self_attn\.(.+)")
 _KNOWN_PARTS = re.compile(
     r"(q|k|v|o|qkv|g|gate|W_pack|dense|out|query_key_value|q_a|q_b|kv_a|kv_b)(_proj)?(_with_mqa)?\..*"
     r"|(q|k|v|kv_a|q_a|query|key|sub)_?(norm|layernorm|ln)(\..*)?|sinks|(inner_attn_ln|attn_sub_norm)\..*"
-    r"|rotary_emb\..*|linear_attn\.weight"
+    r"|rotary_emb\..*|linear_attn\.weight|(q|k|v|kv)_scale"
 )
 _KNOWN_MODULES = re.compile(
     r"(self_attn|mlp|block_sparse_moe|feed_forward|shared_mlp|moe|ffn|shared_experts?|router|gate|experts)\..*"
     r"|\w*(norm|ln|layernorm)\w*\.(weight|bias)|layer_scalar|rotary_emb\..*"
 )
+_FUSED = ("qkv_proj", "W_pack", "query_key_value")
 _NOT_TEXT = re.compile(r".*(vision|visual|image|audio|video|multi_modal|mm_projector|mtp|nextn|eh_proj).*")
-MATRIX = 2
 
 
 def prove(checkpoint: Checkpoint, rows: Mapping[UnitKey, Rows]) -> None:
@@ -68,41 +70,45 @@ def _check_modules(unit: Rows, where: str) -> None:
 
 
 def _check_attention(unit: Rows, config: ModelConfig, index: int, where: str) -> None:
-    parts = {name.removeprefix("self_attn."): row for name, row in unit.items() if name.startswith("self_attn.")}
+    parts = {name: row for name, row in unit.items() if name.startswith("self_attn.")}
+    stems = {name.split(".")[1] for name in parts}
     kv = config.attention[index].kv_width // 2
     if kv == 0:
-        if any(name.startswith(("k_proj.", "v_proj.", "qkv_proj.")) for name in parts):
+        if not stems.isdisjoint(("k_proj", "v_proj", *_FUSED)):
             raise _not_understood("holds attention, config.json says it has none", where)
         return
     rope = config.attention[index].latent_rope
     if rope is not None:
         width = config.attention[index].kv_width
         key = f"kv_lora_rank + qk_rope_head_dim ({rope})"
-        _require(parts, {"kv_a_proj_with_mqa": width}, key, where)
+        _require(parts, {"kv_a_proj_with_mqa": width}, key, config, where)
         return
     query = config.num_attention_heads * config.head_dim
-    fused = next(
-        (n for n in ("qkv_proj", "W_pack", "query_key_value") if any(p.startswith(n + ".") for p in parts)), None
-    )
+    fused = next((stem for stem in _FUSED if stem in stems), None)
     widths = {fused: query + 2 * kv} if fused else {"k_proj": kv, "v_proj": kv}
-    _require(parts, widths, "num_key_value_heads x head_dim", where)
+    _require(parts, widths, "num_key_value_heads x head_dim", config, where)
 
 
-def _require(parts: Rows, widths: Mapping[str, int], key: str, where: str) -> None:
-    """Every projection is there, and a plain matrix of it has as many rows as the key gives."""
+def _require(parts: Rows, widths: Mapping[str, int], key: str, config: ModelConfig, where: str) -> None:
+    """Every projection is there, and has as many rows as the key gives."""
     for stem, width in widths.items():
-        held = [name for name in parts if name.startswith(stem + ".")]
+        held = [name for name in parts if name.startswith(f"self_attn.{stem}.")]
         if not held:
             seen = printable(next(iter(sorted(parts)), "no self_attn"), limit=60)
             raise _not_understood(f"has no self_attn.{stem} (but {seen})", where)
-        dtype, shape = parts.get(f"{stem}.weight", ("", ()))
-        is_plain = dtype != "" and STORED_DTYPES[dtype].is_float and len(shape) == MATRIX
-        if is_plain and shape[0] != width:
+        weights = [name for name in held if name.rpartition(".")[2] in PACKED_NAMES]
+        found = _num_outputs(logical_shape(weights[0], parts[weights[0]], parts, config), config) if weights else width
+        if found != width:
             raise InputError(
-                f"self_attn.{stem} gives {shape[0]} numbers per token, config.json says {width} ({key})",
+                f"self_attn.{stem} gives {found} numbers per token, config.json says {width} ({key})",
                 where=where,
                 code="E-SHAPE",
             )
+
+
+def _num_outputs(shape: tuple[int, ...], config: ModelConfig) -> int:
+    """Rows of a matrix; bitsandbytes keeps those of 4 bits in one column."""
+    return shape[0] if shape[-1] > 1 else math.prod(shape) // config.hidden_size
 
 
 def _not_understood(what: str, where: object) -> InputError:

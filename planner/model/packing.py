@@ -1,7 +1,8 @@
 """What packed tensors stand for where the family's own shapes are not known, and how known ones are stored.
 
-Sources: OCP Microscaling (MXFP4: two values in a byte, one scale per 32), GPTQ and AWQ (32 / bits values in an I32),
-bitsandbytes (two 4-bit values in a byte), DeepSeek's and compressed-tensors' FP8 (a value in a byte).
+Sources: OCP Microscaling (MXFP4: two values in a byte, one scale of a byte per 32), NVIDIA's NVFP4 (two in a byte, one
+FP8 scale per 16), GPTQ and AWQ (32 / bits values in an I32), bitsandbytes (two 4-bit values, or one of 8 bits, in a
+byte), DeepSeek's and compressed-tensors' FP8 and W8A8 (a value in a byte).
 """
 
 import math
@@ -9,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from plans.checkpoint.scales import PACKED_NAMES
 from plans.config.config import ModelConfig
 from plans.dtypes import DTYPES, STORED_DTYPES
 from plans.errors import InputError, printable
@@ -22,7 +24,7 @@ BITS_PER_BYTE = 8
 MAX_GROUP = 1 << 20
 MATRIX = 2
 _SCALES = re.compile(
-    r".*(_scales?(_inv|_2)?|\.scales|\.qzeros|\.g_idx|\.input_scale|\.absmax|\.nested_absmax|\.quant_map"
+    r".*(_scales?(_inv|_2)?|\.scales|\.qzeros|\.g_idx|\.input_scale|\.absmax|\.SCB|\.nested_absmax|\.quant_map"
     r"|\.nested_quant_map|\.quant_state\..*|\.weight_zero_point|\.weight_shape|\.weight_g_idx)"
 )
 
@@ -64,10 +66,13 @@ def logical_shape(name: str, row: Row, rows: Mapping[str, Row], config: ModelCon
     dtype, shape = row
     if _SCALES.fullmatch(name) and (config.quantization is not None or _has_packed_sibling(name, rows)):
         return (0,)
-    if dtype == "U8" and name.endswith("_blocks") and len(shape) >= MATRIX and name[:-6] + "scales" in rows:
-        return (*shape[:-2], shape[-2] * shape[-1] * VALUES_PER_BYTE)
-    if STORED_DTYPES[dtype].is_float or len(shape) < MATRIX:
+    is_weight = name.rpartition(".")[2] in PACKED_NAMES
+    if STORED_DTYPES[dtype].is_float or (len(shape) < MATRIX and not is_weight):
         return shape
+    if config.quantization is not None or name.endswith("_blocks"):
+        found = _four_bits(name, row, rows, config) or _eight_bits(name, row, rows, config)
+        if found is not None:
+            return found
     if dtype == "U8" and config.quantization == "bitsandbytes" and f"{name}.absmax" in rows:
         return (math.prod(shape) * VALUES_PER_BYTE, 1)
     if dtype == "I32" and name.endswith((".qweight", ".weight_packed")) and _said(config, "bits", "num_bits") > 0:
@@ -79,6 +84,38 @@ def logical_shape(name: str, row: Row, rows: Mapping[str, Row], config: ModelCon
         hint="this model cannot be sized here",
         code="E-PACKED",
     )
+
+
+def _four_bits(name: str, row: Row, rows: Mapping[str, Row], config: ModelConfig) -> Shape | None:
+    """The weights of bytes that hold two each, if the scales are as many as MXFP4 or NVFP4 has for them."""
+    dtype, shape = row
+    if dtype != "U8" or len(shape) < MATRIX:
+        return None
+    if name.endswith("_blocks"):
+        weights = (*shape[:-2], shape[-2] * shape[-1] * VALUES_PER_BYTE)
+        kind, scales = rows.get(name.removesuffix("blocks") + "scales", ("", ()))
+    else:
+        weights = (*shape[:-1], shape[-1] * VALUES_PER_BYTE)
+        kind, scales = rows.get(name.rpartition(".")[0] + ".weight_scale", ("", ()))
+    group = _SCALED_GROUPS.get(kind, 0)
+    agrees = _said(config, "bits", "num_bits") in (0, 4) and _said(config, "group_size") in (0, group)
+    return weights if group and agrees and (*scales[:-1], scales[-1] * group) == weights else None
+
+
+_SCALED_GROUPS: Mapping[str, int] = {"U8": 32, "F8_E8M0": 32, "F8_E4M3": 16}
+"""Dtype of a scale -> how many 4-bit floats share it."""
+
+
+def _eight_bits(name: str, row: Row, rows: Mapping[str, Row], config: ModelConfig) -> Shape | None:
+    """The weights of whole numbers of 8 bits, if there is a scale for all, for each row, or for each group in a row."""
+    dtype, shape = row
+    module, _, part = name.rpartition(".")
+    if dtype != "I8" or part != "weight" or len(shape) != MATRIX:
+        return None
+    scales = next((rows[n][1] for n in (f"{module}.weight_scale", f"{module}.SCB") if n in rows), None)
+    group = _said(config, "group_size")
+    usual = ((), (1,), shape[:1], (shape[0], 1), *([(shape[0], shape[1] // group)] if group else []))
+    return shape if scales in usual and _said(config, "bits", "num_bits") in (0, 8) else None
 
 
 def can_hold(row: Row, weights: Shape) -> bool:
@@ -138,11 +175,16 @@ def _unpacked(name: str, shape: Shape, rows: Mapping[str, Row], config: ModelCon
 
 
 def _said(config: ModelConfig, *names: str) -> int:
-    """A number from where GPTQ, AWQ or compressed-tensors say it; 0 where nothing does."""
+    """A number from where GPTQ, AWQ or compressed-tensors say it, in all groups alike; 0 where nothing does."""
     table: Any = config.raw.get("quantization_config")
     groups = table.get("config_groups") if isinstance(table, dict) else None
-    if isinstance(groups, dict) and len(groups) == 1:
-        group = next(iter(groups.values()))
-        table = group.get("weights") if isinstance(group, dict) else None
+    tables = [table]
+    if isinstance(groups, dict) and groups:
+        tables = [group.get("weights") if isinstance(group, dict) else None for group in groups.values()]
+    found = {_number(table, names) for table in tables}
+    return found.pop() if len(found) == 1 else 0
+
+
+def _number(table: Any, names: tuple[str, ...]) -> int:
     found = next((table[name] for name in names if table.get(name)), 0) if isinstance(table, dict) else 0
     return found if type(found) is int and 0 < found <= MAX_GROUP else 0

@@ -64,6 +64,34 @@ def eight_bits(_module: str, out: int, in_: int) -> Mapping[str, Row]:
     return {"weight": ("I8", (out, in_)), "SCB": ("F32", (out,))}
 
 
+def nvfp4(_module: str, out: int, in_: int) -> Mapping[str, Row]:
+    return {
+        "weight": ("U8", (out, in_ // 2)),
+        "weight_scale": ("F8_E4M3", (out, in_ // 16)),
+        "weight_scale_2": ("F32", ()),
+        "input_scale": ("F32", ()),
+    }
+
+
+def nvfp4_of_compressed_tensors(module: str, out: int, in_: int) -> Mapping[str, Row]:
+    names = {"weight": "weight_packed", "weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}
+    return {names.get(name, name): row for name, row in nvfp4(module, out, in_).items()}
+
+
+def mxfp4(scale: str = "U8", group: int = 32) -> Pack:
+    return lambda _module, out, in_: {
+        "weight": ("U8", (out, in_ // 2)),
+        "weight_scale": (scale, (out, in_ // group)),
+    }
+
+
+def w8a8(*scale: int) -> Pack:
+    return lambda _module, out, in_: {
+        "weight": ("I8", (out, in_)),
+        "weight_scale": ("BF16", tuple({-1: out, -2: in_ // GROUP}.get(side, side) for side in scale)),
+    }
+
+
 def plain(_module: str, out: int, in_: int) -> Mapping[str, Row]:
     return {"weight": ("F16", (out, in_))}
 
@@ -77,7 +105,11 @@ def said(method: str, **more: Any) -> dict[str, Any]:
 
 
 BITS_4 = {"bits": 4, "group_size": GROUP}
-GROUPS = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": GROUP, "type": "int"}}}}
+
+
+def groups(*bits: int, size: int | None = GROUP) -> dict[str, Any]:
+    weights = ({"num_bits": num, "group_size": size, "type": "int"} for num in bits)
+    return {"config_groups": {f"group_{index}": {"weights": table} for index, table in enumerate(weights)}}
 
 
 def profile_of(folder: Path, family: str, pack: Pack, quantization: Mapping[str, Any] | None) -> ModelProfile:
@@ -107,8 +139,16 @@ RIGHT: dict[str, tuple[Pack, dict[str, Any]]] = {
     "GPTQ in 8 bits": (gptq(8), said("gptq", bits=8, group_size=GROUP)),
     "GPTQ in 3 bits, which words do not divide": (gptq(3), said("gptq", bits=3, group_size=GROUP)),
     "AWQ": (awq, said("awq", **BITS_4)),
-    "compressed-tensors": (pack_quantized, said("compressed-tensors", **GROUPS)),
+    "compressed-tensors": (pack_quantized, said("compressed-tensors", **groups(4))),
     "FP8 in blocks": (fp8, said("fp8", weight_block_size=[128, 128])),
+    "W8A8, a scale for each row": (w8a8(-1, 1), said("compressed-tensors", **groups(8, 8, size=None))),
+    "W8A8, one scale": (w8a8(1), said("compressed-tensors", **groups(8, size=None))),
+    "W8A8, a scale for each group": (w8a8(-1, -2), said("compressed-tensors", **groups(8))),
+    "bitsandbytes, 8 bits": (eight_bits, said("bitsandbytes", load_in_8bit=True)),
+    "NVFP4 of ModelOpt": (nvfp4, said("modelopt", quant_algo="NVFP4", group_size=16)),
+    "NVFP4 of compressed-tensors": (nvfp4_of_compressed_tensors, said("compressed-tensors", **groups(4, size=16))),
+    "MXFP4 of Quark": (mxfp4(), said("quark", global_quant_config={"weight": {"dtype": "fp4", "group_size": 32}})),
+    "MXFP4, scales by their own name": (mxfp4("F8_E8M0"), said("quark")),
 }
 
 
@@ -129,7 +169,7 @@ def test_layers_in_other_bits_than_said_are_refused_or_known_by_their_family(
 
 @pytest.mark.parametrize("bits", [3, 5, 8])
 def test_bits_that_contradict_the_scales_are_refused(bits: int, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"q_proj\.qweight of shape .* are not {bits} bits"):
+    with pytest.raises(InputError, match=rf"self_attn\.k_proj\.qweight of shape .* are not {bits} bits"):
         profile_of(tmp_path, OTHER, gptq(4), said("gptq", bits=bits, group_size=GROUP))
 
 
@@ -144,6 +184,37 @@ def test_fp8_weights_with_scales_and_no_word_on_them_are_not_read_as_floats(
 
     with pytest.raises(InputError, match=rf"q_proj\.weight is F8_E4M3 with a scale .*{scale}.*hf_quant_config\.json"):
         profile_of(tmp_path, family, pack, None)
+
+
+NOT_UNDERSTOOD: dict[str, tuple[Pack, dict[str, Any]]] = {
+    "four bits in 8-bit integers": (w8a8(-1, 1), said("compressed-tensors", **groups(4))),
+    "a scale for two rows": (w8a8(64, 1), said("compressed-tensors", **groups(8))),
+    "groups of another size": (w8a8(-1, -2), said("compressed-tensors", **groups(8, size=32))),
+    "two in a byte, scales of 16": (mxfp4("U8", 16), said("quark")),
+    "two in a byte, scales of 32 in FP8": (
+        lambda m, out, in_: nvfp4(m, out, in_) | {"weight_scale": ("F8_E4M3", (out, in_ // 32))},
+        said("modelopt"),
+    ),
+    "two in a byte, 8 bits said": (mxfp4(), said("quark", bits=8)),
+    "bytes in a row": (lambda _m, out, in_: {"weight": ("U8", (out * in_,)), "scale": ("F32", ())}, said("quanto")),
+}
+
+
+@pytest.mark.parametrize("name", NOT_UNDERSTOOD)
+def test_scales_that_do_not_say_how_many_weights_lie_in_a_tensor_refuse_it_by_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"self_attn\.[qk]_proj\.weight holds .*how many weights that is"):
+        profile_of(tmp_path, OTHER, *NOT_UNDERSTOOD[name])
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_packed_projections_of_another_width_than_the_cache_counts_are_refused(name: str, tmp_path: Path) -> None:
+    pack, quantization = RIGHT[name]
+
+    def wider(module: str, out: int, in_: int) -> Mapping[str, Row]:
+        return pack(module, 2 * out if module == "self_attn.k_proj" else out, in_)
+
+    with pytest.raises(InputError, match=r"self_attn\.k_proj gives 128 numbers per token, config\.json says 64"):
+        profile_of(tmp_path, OTHER, wider, quantization)
 
 
 OF_ANOTHER_MODEL: dict[str, tuple[Pack, dict[str, Any]]] = {
@@ -177,15 +248,6 @@ def without(part: str, pack: Pack) -> Pack:
         return {name: row for name, row in rows.items() if name != part or module != "mlp.up_proj"}
 
     return packed
-
-
-def nvfp4(_module: str, out: int, in_: int) -> Mapping[str, Row]:
-    return {
-        "weight": ("U8", (out, in_ // 2)),
-        "weight_scale": ("F8_E4M3", (out, in_ // 16)),
-        "weight_scale_2": ("F32", ()),
-        "input_scale": ("F32", ()),
-    }
 
 
 LOST = {
