@@ -1,5 +1,6 @@
 """Options of a command -> a workload, with defaults that fit the model."""
 
+from plans.config.config import CONTEXT_KEY
 from plans.config.context import beyond_context
 from plans.dtypes import DTYPE_NAMES, DtypeName
 from plans.errors import UsageError, printable
@@ -74,13 +75,14 @@ def make_workload(
 
 
 def context_warnings(profile: ModelProfile, workload: Workload) -> tuple[str, ...]:
-    """Return what is to be said about a context that is planned for, but longer than the model takes."""
+    """Return what is to be said about the context: that its bound is assumed, or that it is beyond it."""
     model = profile.model
     longest = model.longest_context_tokens
+    assumed = (f"{CONTEXT_KEY} is {origin.how}" for origin in profile.origins if origin.number == CONTEXT_KEY)
     if workload.context_tokens <= longest:
-        return ()
+        return tuple(assumed)
     what = beyond_context(workload.context_tokens, longest=longest, trained=model.max_position_embeddings)
-    return (f"{what}; memory is planned for them, llamarun and most engines refuse to run them",)
+    return (*assumed, f"{what}; memory is planned for them, llamarun and most engines refuse to run them")
 
 
 def _check(option: str, value: int | None, *, minimum: int) -> None:

@@ -21,7 +21,7 @@ from plans.config.attention import (
 )
 from plans.config.context import longest_context, rope_table
 from plans.config.experts import ACTIVE_KEYS, TOTAL_KEYS, read_experts
-from plans.config.families import class_defaults
+from plans.config.families import CLASS_CONTEXTS, class_defaults
 from plans.config.fields import Fields
 from plans.config.text_part import text_part
 from plans.config.values import CONFIG_VALUES, ROPE_VALUES, check_values
@@ -81,6 +81,10 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """What transformers' configuration classes assume for a key that is absent (not for one that is null)."""
+
+ASSUMED_CONTEXT = 2048
+"""`max_position_embeddings` where neither `config.json` nor the class is known to say it."""
+CONTEXT_KEY = "max_position_embeddings"
 
 _IMPLEMENTATION_KEYS = (
     "attn_implementation",
@@ -186,7 +190,7 @@ def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> 
         num_key_value_heads=heads.kv_heads,
         head_dim=heads.head_dim,
         vocab_size=fields.count("vocab_size"),
-        max_position_embeddings=fields.count("max_position_embeddings", default=2048),
+        max_position_embeddings=fields.count(CONTEXT_KEY, default=CLASS_CONTEXTS.get(model_type, ASSUMED_CONTEXT)),
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
         attention_bias=fields.flag("attention_bias", default=False),
         mlp_bias=fields.flag("mlp_bias", default=False),
@@ -297,6 +301,11 @@ def _other_origins(raw: Mapping[str, Any], fields: Fields) -> tuple[Origin, ...]
     if "tie_word_embeddings" not in raw and "tie_word_embeddings" in fields.raw:
         how = f"not in config.json; the class of {family} ties head and embedding in transformers"
         found.append(Origin("tied", "tie_word_embeddings", how))
+    if raw.get(CONTEXT_KEY) is None:
+        said = CLASS_CONTEXTS.get(fields.text("model_type"))
+        why = f"the class of {family} assumes it in transformers" if said else f"the class of {family} is not known"
+        how = f"not in config.json; {said or ASSUMED_CONTEXT} tokens are assumed: {why}"
+        found.append(Origin(CONTEXT_KEY, CONTEXT_KEY, how))
     extra = fields.whole("num_nextn_predict_layers")
     if extra:
         how = f"{extra} stored behind the last layer, for predicting further tokens: left out"

@@ -55,7 +55,6 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 4,
         "head_dim": 256,
         "vocab_size": 262208,
-        "max_position_embeddings": 131072,
         "sliding_window": 4096,
         "sliding_window_pattern": 6,
     },
@@ -81,6 +80,34 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "vaultgemma": {"sliding_window": 4096, "head_dim": 256, "num_key_value_heads": 4},
 }
 """Values of keys that sizes depend on."""
+
+CLASS_CONTEXTS: Mapping[str, int] = {
+    "afmoe": 16384,
+    "cohere2": 8192,
+    "cwm": 131072,
+    "deepseek_v2": 2048,
+    "deepseek_v3": 4096,
+    "dots1": 2048,
+    "ernie4_5_moe": 131072,
+    "exaone4": 2048,
+    "gemma3_text": 131072,
+    "glm": 131072,
+    "glm4": 131072,
+    "glm4_moe": 131072,
+    "gpt_oss": 131072,
+    "granitemoe": 2048,
+    "llama4_text": 131072,
+    "minicpm3": 32768,
+    "ministral": 131072,
+    "olmo3": 2048,
+    "olmoe": 4096,
+    "phimoe": 131072,
+    "qwen2_moe": 32768,
+    "qwen3_moe": 32768,
+    "starcoder2": 4096,
+    "vaultgemma": 8192,
+}
+"""`max_position_embeddings` where it is not stated."""
 
 
 def class_defaults(model_type: object) -> Mapping[str, Any]:

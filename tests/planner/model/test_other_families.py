@@ -17,11 +17,12 @@ import pytest
 from planner.model.profile import build_profile
 from plans.checkpoint.folder import open_checkpoint
 from plans.config.config import parse_config
-from plans.config.families import CLASS_DEFAULTS, TIED_BY_DEFAULT, WINDOW_RULES
+from plans.config.families import CLASS_CONTEXTS, CLASS_DEFAULTS, TIED_BY_DEFAULT, WINDOW_RULES
 from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError
 from plans.memory import layer_kv_bytes
 from plans.profile import ModelProfile
+from tests.conftest import RunCommand
 from tests.planner.cases import workload
 
 pytestmark = pytest.mark.row("P2")
@@ -358,6 +359,22 @@ def test_headers_that_do_not_prove_the_size_are_refused(extra: Shapes, message: 
         profile_of(tmp_path, config, whole(config, [layer_of(config) | extra] * 4))
 
 
+@pytest.mark.parametrize("value", [{}, {"max_position_embeddings": None}], ids=["absent", "null"])
+@pytest.mark.parametrize(
+    ("family", "tokens", "why"),
+    [("exotic", 2048, "the class of exotic is not known"), ("glm4", 131072, "the class of glm4 assumes it")],
+)
+def test_a_context_that_config_json_does_not_state_is_said_to_be_assumed(
+    family: str, tokens: int, why: str, value: dict[str, Any], run_command: RunCommand, tmp_path: Path
+) -> None:
+    config = {k: v for k, v in small(family, head_dim=16).items() if k != "max_position_embeddings"} | value
+    folder = write_headers(tmp_path, config, bf16(whole(config, [layer_of(config)] * 4)))
+    said = f"warning: max_position_embeddings is not in config.json; {tokens} tokens are assumed: {why}"
+    for arguments in (("analyze", folder), ("solve", folder, "--device", "cpu=1GiB")):
+        assert said in run_command("llamaplan", *arguments).err
+    assert build_profile(open_checkpoint(folder)).model.max_position_embeddings == tokens
+
+
 # --- class defaults against transformers itself ------------------------------------------------------------------
 
 
@@ -371,6 +388,14 @@ def test_ties_by_default_are_those_of_the_classes() -> None:
         assert CONFIG_MAPPING[family]().tie_word_embeddings is False, family
     assert parse_config(small("cohere"), where="x").tie_word_embeddings
     assert not parse_config(small("cohere", tie_word_embeddings=False), where="x").tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", sorted(CLASS_CONTEXTS))
+def test_contexts_by_default_are_those_of_the_classes(family: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    assert CLASS_CONTEXTS[family] == CONFIG_MAPPING[family]().max_position_embeddings
+    assert CLASS_CONTEXTS.keys() >= CLASS_DEFAULTS.keys()
 
 
 @pytest.mark.parametrize("family", sorted(WINDOW_RULES))
