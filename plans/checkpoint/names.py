@@ -31,10 +31,10 @@ _IGNORED = re.compile(
 
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Left by torch.compile, FSDP and activation checkpointing, anywhere in a name."""
-_OUTER = re.compile(r"(?:module\.|base_model\.model\.)*")
-"""Left by data parallelism and by peft."""
+_OUTER = re.compile(r"(?:module\.|base_model\.model\.|thinker\.)*")
+"""Left by data parallelism and by peft; the part of an Omni model that writes text."""
 _TEXT_PART = re.compile(
-    r"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?=(?:layers|embed_tokens|norm|lm_head)\.)"
+    r"(?:model\.)?(?:language_model|text_model|language|llm)\.(?:model\.)?(?=(?:layers|embed_tokens|norm|lm_head)\.)"
 )
 _BASE = ("layers.", "embed_tokens.", "norm.")
 _ADAPTER = re.compile(r".*\.(?:lora_[A-Za-z_]+|base_layer|modules_to_save)\..*")

@@ -94,6 +94,10 @@ def read_layers(fields: Fields, heads: Heads, layers: int) -> tuple[tuple[LayerA
 
 
 def _refuse_unknown(fields: Fields) -> None:
+    kinds = fields.raw.get("attn_type_list")
+    if kinds is not None and not (isinstance(kinds, list) and all(kind == 1 for kind in kinds)):
+        found = f"is {printable(kinds, limit=40)}"
+        raise fields.error("attn_type_list", found, expected="1 (full attention) for every layer")
     for key in unknown_keys(fields.raw):
         raise InputError(
             f"is {printable(fields.raw[key], limit=40)}, and what it changes in the cache of "
@@ -129,8 +133,7 @@ def read_windows(fields: Fields, layers: int) -> tuple[Windows, tuple[Origin, ..
     window, chunk = _positive(fields, "sliding_window"), _positive(fields, "attention_chunk_size")
     if fields.flag("use_sliding_window", default=True) is False:
         window = None
-    kinds = fields.raw.get("layer_types")
-    key = "layer_types"
+    kinds, key = _stated_kinds(fields), "layer_types"
     if kinds is None:
         kinds, key = _kinds_by_rule(fields, layers, window=window, chunk=chunk)
     check_layer_types(fields, kinds, layers, allowed=(FULL, SLIDING, CHUNKED))
@@ -144,6 +147,17 @@ def read_windows(fields: Fields, layers: int) -> tuple[Windows, tuple[Origin, ..
     num = sum(size is None for size in windows)
     how = f"{layers - num} layers keep their last {window or chunk} tokens, {num} keep all"
     return windows, (Origin("kv_window_tokens", key, how),)
+
+
+def _stated_kinds(fields: Fields) -> Any:
+    """`layer_types` in today's words, None where nothing is said."""
+    kinds = fields.raw.get("layer_types")
+    if kinds is None and fields.raw.get("model_type") == "granitemoehybrid":
+        kinds = fields.raw.get("layers_block_type")
+        if kinds is None:
+            what = "is missing: every layer is a mamba layer then, and what such a layer keeps is not understood"
+            raise fields.error("layer_types", what, expected=f"a list of {FULL}")
+    return [FULL if kind == "attention" else kind for kind in kinds] if isinstance(kinds, list) else kinds
 
 
 def check_layer_types(fields: Fields, kinds: object, layers: int, *, allowed: tuple[str, ...]) -> None:

@@ -46,6 +46,7 @@ ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
 }
 """Known rope types and the numbers each cannot do without."""
 
@@ -84,6 +85,8 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 ASSUMED_CONTEXT = 2048
 """`max_position_embeddings` where neither `config.json` nor the class is known to say it."""
+MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules")
+"""How many layers behind the last one only predict further tokens."""
 CONTEXT_KEY = "max_position_embeddings"
 
 _IMPLEMENTATION_KEYS = (
@@ -169,7 +172,7 @@ def read_config(path: Path) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> ModelConfig:
     """Check a configuration that is already parsed, of a larger model its text part; errors as `read_config`."""
-    raw, part_of = text_part(raw)
+    raw, part_of = text_part(raw, where=where)
     # What a null means is the class's matter; those of families on the list were tried.
     stated = raw if _is_supported(raw) else {key: value for key, value in raw.items() if value is not None}
     check_values(stated, CONFIG_VALUES, where=where)
@@ -197,7 +200,7 @@ def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> 
         dtype=_dtype(fields),
         rope_type=_rope_type(fields),
         attention=attention,
-        num_mtp_layers=fields.whole("num_nextn_predict_layers"),
+        num_mtp_layers=max(map(fields.whole, MTP_KEYS)),
         num_experts=experts,
         num_experts_per_tok=experts_per_token,
         quantization=_quantization(fields),
@@ -306,10 +309,10 @@ def _other_origins(raw: Mapping[str, Any], fields: Fields) -> tuple[Origin, ...]
         why = f"the class of {family} assumes it in transformers" if said else f"the class of {family} is not known"
         how = f"not in config.json; {said or ASSUMED_CONTEXT} tokens are assumed: {why}"
         found.append(Origin(CONTEXT_KEY, CONTEXT_KEY, how))
-    extra = fields.whole("num_nextn_predict_layers")
-    if extra:
-        how = f"{extra} stored behind the last layer, for predicting further tokens: left out"
-        found.append(Origin("num_hidden_layers", "num_nextn_predict_layers", how))
+    for key in MTP_KEYS:
+        if extra := fields.whole(key):
+            how = f"{extra} stored behind the last layer, for predicting further tokens: left out"
+            found.append(Origin("num_hidden_layers", key, how))
     return tuple(found)
 
 
@@ -343,6 +346,8 @@ def _rope_type(fields: Fields) -> str:
 
 def _check_rope(fields: Fields, table: Mapping[str, Any], path: str) -> str:
     kind = table.get("rope_type", table.get("type", "default"))
+    if kind == "mrope" and not _is_supported(fields.raw):
+        kind = "default"  # three positions for every token, in models that see; as transformers reads it
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise fields.error(
             path, f"rope type {printable(kind, limit=40)} is not known", expected=" or ".join(ROPE_TYPES)

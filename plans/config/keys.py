@@ -33,11 +33,20 @@ _READ_OR_HARMLESS = (
     "chunk_size_feed_forward add_cross_attention cross_attention_hidden_size query_pre_attn_scalar"
 )
 _UNDERSTOOD = frozenset(_READ_OR_HARMLESS.split())
+_OF_FAMILY: Mapping[str, re.Pattern[str]] = {
+    # of its mamba layers, which are refused one by one
+    "granitemoehybrid": re.compile(r"mamba_\w+|layers_block_type"),
+    # its class and its weights know no other attention (`attn_type_list`), and layers behind the last are left out
+    "minimax_m2": re.compile(r"attn_type_list|use_mtp|mtp_transformer_layers|num_mtp_modules"),
+}
+"""What is understood in one family only."""
+_NOTHING = re.compile(r"(?!)")
 
 
 def unknown_keys(raw: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the keys that say something (not null, false, 0 or empty) which nothing here understands."""
-    return tuple(key for key, value in raw.items() if value and _is_unknown(key))
+    own = _OF_FAMILY.get(str(raw.get("model_type")), _NOTHING)
+    return tuple(key for key, value in raw.items() if value and _is_unknown(key) and not own.fullmatch(key))
 
 
 def _is_unknown(key: str) -> bool:

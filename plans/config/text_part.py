@@ -3,9 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-TEXT_KEY = "text_config"
+from plans.errors import InputError
+
+TEXT_KEYS = ("text_config", "llm_config", "language_config")
+"""Where the text model lies: in transformers, and in the vendors' own code (InternVL, Ovis; DeepSeek-VL, Janus)."""
+THINKER_KEY = "thinker_config"
+"""The part of Qwen's Omni models that writes text; its text model lies inside of it. The talker is left out."""
 _SHARED = ("tie_word_embeddings", "quantization_config")
 _DTYPES = ("dtype", "torch_dtype")
+_OF_WHOLE = (*_SHARED, *_DTYPES, "model_type")
 
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
@@ -20,29 +26,50 @@ CLASS_SIZES: Mapping[str, tuple[int, ...]] = {
 """What transformers' configuration classes assume, in the order of `_SIZES`: text parts state what differs."""
 
 
-def text_part(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+def text_part(raw: Mapping[str, Any], *, where: object) -> tuple[Mapping[str, Any], str | None]:
     """Return the configuration of the text model, and the `model_type` of the whole where it is only a part of one.
 
     The whole's word on dtype, ties and quantisation counts for its parts, as in transformers. Where neither says
     whether the embeddings are tied, the weights do: tied, unless a head of another content is stored.
 
+    Raises:
+        InputError: two text models of which neither is the other.
+
     Example:
-        >>> text, whole = text_part({"model_type": "llava", "dtype": "float16", "text_config": {"model_type": "llama"}})
+        >>> raw = {"model_type": "llava", "dtype": "float16", "text_config": {"model_type": "llama"}}
+        >>> text, whole = text_part(raw, where="config.json")
         >>> text["dtype"], text["num_hidden_layers"], whole
         ('float16', 32, 'llava')
     """
-    inner = raw.get(TEXT_KEY)
-    if not isinstance(inner, dict):
+    thinker, whole = raw.get(THINKER_KEY), raw
+    if isinstance(thinker, dict):
+        whole = thinker | {key: raw[key] for key in _OF_WHOLE if raw.get(key) is not None}
+    key = _text_key(whole, where)
+    if key is None:
         return raw, None
+    inner = whole[key]
     sizes = CLASS_SIZES.get(str(inner.get("model_type")), ())
     text = dict(zip(_SIZES, sizes, strict=False)) | dict(inner)
     if "num_key_value_heads" not in inner and "num_attention_heads" in inner and inner.get("model_type") == "llama":
         del text["num_key_value_heads"]  # its class takes one per head
-    if any(raw.get(key) for key in _DTYPES):
+    if any(whole.get(key) for key in _DTYPES):
         text = {key: value for key, value in text.items() if key not in _DTYPES}
-        text |= {key: raw[key] for key in _DTYPES if raw.get(key)}
-    text |= {key: raw[key] for key in _SHARED if raw.get(key) is not None}
+        text |= {key: whole[key] for key in _DTYPES if whole.get(key)}
+    text |= {key: whole[key] for key in _SHARED if whole.get(key) is not None}
     if text.get("tie_word_embeddings") is None:
         text["tie_word_embeddings"] = True
-    whole = raw.get("model_type")
-    return text, whole if isinstance(whole, str) else TEXT_KEY
+    name = whole.get("model_type")
+    return text, name if isinstance(name, str) else key
+
+
+def _text_key(raw: Mapping[str, Any], where: object) -> str | None:
+    found = [key for key in TEXT_KEYS if isinstance(raw.get(key), dict)]
+    other = next((key for key in found if raw[key] != raw[found[0]]), None)
+    if other is not None:
+        raise InputError(
+            f"{found[0]} and {other} are two text models, and which of them runs is not said",
+            where=f"{where}:/{other}",
+            expected="one of them",
+            code="E-CONFIG",
+        )
+    return found[0] if found else None

@@ -195,6 +195,17 @@ def glm_4_9b() -> tuple[dict[str, Any], Shapes]:
     return config, whole(config, [norms(config) | attention(config, bias="qkv") | fused] * 40)
 
 
+def granite_4_micro() -> tuple[dict[str, Any], Shapes]:
+    config = base("granitemoehybrid", 2560, 40, 40, 8, 8192, 100352, layer_types=["attention"] * 40,
+                  num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=8192, tie_word_embeddings=True,
+                  position_embedding_type="rope", mamba_n_heads=128, mamba_d_state=256, mamba_expand=2)  # fmt: skip
+    fused: Shapes = {
+        "shared_mlp.input_linear.weight": (2 * 8192, 2560),
+        "shared_mlp.output_linear.weight": (2560, 8192),
+    }
+    return config, whole(config, [norms(config) | attention(config) | fused] * 40, tied=True)
+
+
 PUBLISHED: dict[str, tuple[Any, int | None, float, int]] = {
     # name: (made by, parameters counted by others, size as published, KV bytes per token over all layers in bf16)
     "DeepSeek-V2-Lite": (deepseek_v2_lite, 15_706_484_224, 15.7e9, 27 * 576 * 2),
@@ -206,6 +217,7 @@ PUBLISHED: dict[str, tuple[Any, int | None, float, int]] = {
     "Qwen1.5-MoE-A2.7B": (qwen15_moe, 14_315_784_192, 14.3e9, 24 * 2 * 2048 * 2),
     "OLMoE-1B-7B": (olmoe, 6_919_161_856, 6.92e9, 16 * 2 * 2048 * 2),
     "starcoder2-3b": (starcoder2_3b, None, 3e9, 30 * 2 * 256 * 2),
+    "granite-4.0-micro": (granite_4_micro, None, 3.4e9, 40 * 2 * 512 * 2),
     "glm-4-9b-hf": (glm_4_9b, 9_399_951_360, 9.4e9, 40 * 2 * 256 * 2),
 }
 
@@ -328,6 +340,12 @@ def test_a_layer_without_attention_keeps_nothing(tmp_path: Path) -> None:
         ({"linear_attn_config": {"kda_layers": [1]}}, "linear_attn_config"),
         ({"swa_num_key_value_heads": 8}, "swa_num_key_value_heads"),
         ({"layer_types": ["linear_attention"] * 4}, "layer_types/0"),
+        ({"model_type": "granitemoehybrid", "layer_types": ["attention"] * 3 + ["mamba"]}, "layer_types/3"),
+        ({"model_type": "granitemoehybrid", "layers_block_type": ["mamba"] * 4}, "layer_types/0"),
+        ({"model_type": "granitemoehybrid"}, "layer_types"),
+        ({"mamba_n_heads": 8}, "mamba_n_heads"),
+        ({"model_type": "minimax_m2", "attn_type_list": [0, 1, 1, 1]}, "attn_type_list"),
+        ({"attn_type_list": [1, 1, 1, 1]}, "attn_type_list"),
         ({"sliding_window": 512}, "sliding_window"),
         ({"attention_chunk_size": 512}, "attention_chunk_size"),
         ({"sliding_window": 512, "sliding_window_pattern": "LLLG"}, "sliding_window_pattern"),
@@ -340,7 +358,7 @@ def test_a_layer_without_attention_keeps_nothing(tmp_path: Path) -> None:
 )
 def test_what_is_not_understood_is_refused_by_its_key(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(InputError, match=f"/{key}: |/{key}:"):
-        parse_config(small("exotic", **changes), where="config.json")
+        parse_config(small("exotic") | changes, where="config.json")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.header import read_header
 from plans.checkpoint.names import canonical_names
 from plans.checkpoint.units import require_full
+from plans.config.config import parse_config
 from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError
 from tests.conftest import RunCommand
@@ -311,15 +312,27 @@ def test_an_adapter_that_was_never_merged_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.row("P7")
 @pytest.mark.parametrize("head", [None, "lm_head.weight", "language_model.lm_head.weight"])
-@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model.text_model."])
+@pytest.mark.parametrize(
+    ("key", "prefix"),
+    [
+        ("text_config", "model.language_model."),
+        ("text_config", "language_model.model."),
+        ("text_config", "model.text_model."),
+        ("llm_config", "language_model.model."),
+        ("llm_config", "llm.model."),
+        ("language_config", "language.model."),
+        ("thinker_config", "thinker.model."),
+    ],
+)
 def test_the_text_part_of_a_larger_model_is_planned_and_the_rest_said(
-    prefix: str, head: str | None, tmp_path: Path
+    key: str, prefix: str, head: str | None, tmp_path: Path
 ) -> None:
     rows = {n.replace("model.", prefix, 1): r for n, r in tensors_of().items() if n != HEAD}
     rows |= {head: ("BF16", (64, 32))} if head else {}
     rows |= {"vision_tower.blocks.0.weight": ("BF16", (8, 8)), "model.projector.weight": ("BF16", (4, 4))}
     text = {key: value for key, value in TINY.items() if key != "dtype"}
-    config = {"model_type": "seeing", "text_config": text, "vision_config": {}, "torch_dtype": "bfloat16"}
+    inner = {"model_type": "thinker", "text_config": text} if key == "thinker_config" else text
+    config = {"model_type": "seeing", key: inner, "vision_config": {}, "torch_dtype": "bfloat16"}
     folder = write_checkpoint(tmp_path / "m", rows, config)
     checkpoint = open_checkpoint(folder)
     profile = build_profile(checkpoint)
@@ -330,6 +343,14 @@ def test_the_text_part_of_a_larger_model_is_planned_and_the_rest_said(
     if head:
         change_a_byte(folder / SINGLE, head)
         assert not open_checkpoint(folder).config.tie_word_embeddings
+
+
+@pytest.mark.row("P7")
+def test_two_text_models_in_one_configuration_are_refused_unless_they_are_one() -> None:
+    raw = {"model_type": "seeing", "text_config": TINY, "llm_config": dict(TINY)}
+    assert parse_config(raw, where="config.json").part_of == "seeing"
+    with pytest.raises(InputError, match=r"config\.json:/llm_config: text_config and llm_config are two text models"):
+        parse_config(raw | {"llm_config": TINY | {"num_hidden_layers": 3}}, where="config.json")
 
 
 @pytest.mark.row("P7")

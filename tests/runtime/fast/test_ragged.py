@@ -284,7 +284,15 @@ def test_rotary_frequencies_of_a_whole_batch_are_refused_with_the_reason() -> No
     assert "longrope" in str(supports_slots(Phi3Config(rope_parameters=long)))
 
 
-@pytest.mark.parametrize("rope", [{}, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0},
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotary_factors_that_are_looked_up_are_those_of_the_position_alone(
     rope: dict[str, Any], dtype: torch.dtype

@@ -50,6 +50,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
     },
     "yarn rope": {"num_hidden_layers": 5, "rope_parameters": YARN},
+    "proportional rope": {
+        "num_hidden_layers": 4,
+        "rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
     "everything": {
         "num_hidden_layers": 6,
         "head_dim": 10,

@@ -1,0 +1,77 @@
+"""Families outside the allow-list, made by the classes of transformers: their parameters, and what a forward keeps."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from planner.model.profile import build_profile
+from plans.checkpoint.folder import open_checkpoint
+from tests.planner.model.test_other_families import write_headers
+
+pytestmark = pytest.mark.row("P2")
+TOKENS = 5
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GRANITE = {"shared_intermediate_size": 80, "mamba_n_heads": 8, "time_step_limit": None}
+ATTENTION = {"layer_types": ["attention"] * 4}
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Granite 4, dense": ("granitemoehybrid", GRANITE | ATTENTION | {"num_local_experts": 0, "num_experts_per_tok": 0}),
+    "Granite 4, experts": (
+        "granitemoehybrid",
+        GRANITE | ATTENTION | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "MiniMax-M2": (
+        "minimax_m2",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "attn_type_list": [1] * 4,
+            "num_mtp_modules": 3,
+        },
+    ),
+    "cohere2": ("cohere2", {"head_dim": 16, "sliding_window": 8}),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "gpt_oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
+    "olmo3": ("olmo3", {"sliding_window": 8}),
+    "proportional rope": ("seed_oss", {"head_dim": 16, "rope_parameters": PROPORTIONAL}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 16, **ROUTED}),
+}
+
+
+def make(name: str) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    family, more = MODELS[name]
+    config = AutoConfig.for_model(family, **SHAPE, **more)
+    return config, AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def write(folder: Path, config: PreTrainedConfig, model: PreTrainedModel) -> Path:
+    """Write what `save_pretrained` would, without data."""
+    stored: Mapping[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
+    rows = {name: ("BF16", tuple(t.shape)) for name, t in stored.items() if name not in model.all_tied_weights_keys}
+    return write_headers(folder, json.loads(config.to_json_string(use_diff=False)), rows)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_cache_are_those_of_the_class(name: str, tmp_path: Path) -> None:
+    config, model = make(name)
+    profile = build_profile(open_checkpoint(write(tmp_path, config, model)))
+    stored = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
+    assert profile.total_parameters == sum(stored.values())
+    cache = model(torch.ones(1, TOKENS, dtype=torch.long), use_cache=True).past_key_values
+    kept = [(layer.keys.nbytes + layer.values.nbytes) // TOKENS for layer in cache.layers]
+    assert [layer.kv_bytes_per_token for layer in profile.layers] == kept
+    assert [unit.kv_window_tokens for unit in profile.layers] == [
+        getattr(layer, "sliding_window", None) for layer in cache.layers
+    ]
