@@ -29,6 +29,8 @@ _KNOWN_MODULES = re.compile(
     r"(self_attn|mlp|block_sparse_moe|feed_forward|shared_mlp|moe|ffn|shared_experts?|router|gate|experts)\..*"
     r"|\w*(norm|ln|layernorm)\w*\.(weight|bias)|layer_scalar|rotary_emb\..*"
 )
+_KEYS = re.compile(r".*\b(k|v|kv|qkv)_proj\..*")
+"""Keys and values, which nothing outside of the attention has."""
 _FUSED = ("qkv_proj", "W_pack", "query_key_value")
 _NOT_TEXT = re.compile(r".*(vision|visual|image|audio|video|multi_modal|mm_projector|mtp|nextn|eh_proj).*")
 
@@ -65,7 +67,11 @@ def _check_leftovers(checkpoint: Checkpoint) -> None:
 def _check_modules(unit: Rows, where: str) -> None:
     for name in unit:
         inner = _ATTENTION.fullmatch(name)
-        if not _KNOWN_MODULES.fullmatch(name) or (inner and not _KNOWN_PARTS.fullmatch(inner.group(1))):
+        if (
+            not _KNOWN_MODULES.fullmatch(name)
+            or (not inner and _KEYS.fullmatch(name))
+            or (inner and not _KNOWN_PARTS.fullmatch(inner.group(1)))
+        ):
             raise _not_understood(f"holds {printable(name)}", where)
 
 

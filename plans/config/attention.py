@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from plans.config.families import WINDOW_RULES
-from plans.config.fields import Fields
+from plans.config.fields import Fields, as_stated
 from plans.config.keys import unknown_keys
 from plans.errors import InputError, printable
 
@@ -96,11 +96,11 @@ def read_layers(fields: Fields, heads: Heads, layers: int) -> tuple[tuple[LayerA
 def _refuse_unknown(fields: Fields) -> None:
     kinds = fields.raw.get("attn_type_list")
     if kinds is not None and not (isinstance(kinds, list) and all(kind == 1 for kind in kinds)):
-        found = f"is {printable(kinds, limit=40)}"
+        found = f"is {as_stated(kinds)}"
         raise fields.error("attn_type_list", found, expected="1 (full attention) for every layer")
     for key in unknown_keys(fields.raw):
         raise InputError(
-            f"is {printable(fields.raw[key], limit=40)}, and what it changes in the cache of "
+            f"is {as_stated(fields.raw[key])}, and what it changes in the cache of "
             f"model_type {printable(fields.raw.get('model_type'), limit=40)} is not understood",
             where=f"{fields.where}:/{printable(key, limit=60)}",
             hint="this model cannot be sized here",
@@ -178,7 +178,7 @@ def _positive(fields: Fields, name: str) -> int | None:
     if value is None or (value == 0 and fields.raw.get("use_sliding_window") is False):
         return None
     if type(value) is not int or value < 1:
-        raise fields.error(name, f"is {printable(value, limit=40)}", expected="an integer above 0")
+        raise fields.error(name, f"is {as_stated(value)}", expected="an integer above 0")
     return value
 
 
@@ -263,7 +263,7 @@ def _block_layer(fields: Fields, heads: Heads, block: Any, *, at: str, window: i
         raise fields.error(at, "is not a table")
     for key, value in attention.items():
         if value and key not in _BLOCK_KEYS:
-            raise fields.error(f"{at}/{printable(key, limit=40)}", f"is {printable(value, limit=40)}, not understood")
+            raise fields.error(f"{at}/{printable(key, limit=40)}", f"is {as_stated(value)}, not understood")
     if attention.get("no_op") or attention.get("replace_with_linear"):
         return LayerAttention(0, 0, window)
     group = attention.get("n_heads_in_group")

@@ -22,7 +22,7 @@ from plans.config.attention import (
 from plans.config.context import longest_context, rope_table
 from plans.config.experts import ACTIVE_KEYS, TOTAL_KEYS, read_experts
 from plans.config.families import CLASS_CONTEXTS, class_defaults
-from plans.config.fields import Fields
+from plans.config.fields import Fields, as_stated
 from plans.config.text_part import text_part
 from plans.config.values import CONFIG_VALUES, ROPE_VALUES, check_values
 from plans.config.windows import sliding_windows
@@ -85,6 +85,7 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 ASSUMED_CONTEXT = 2048
 """`max_position_embeddings` where neither `config.json` nor the class is known to say it."""
+MAX_CONTEXT = 1 << 31
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules")
 """How many layers behind the last one only predict further tokens."""
 CONTEXT_KEY = "max_position_embeddings"
@@ -319,15 +320,15 @@ def _other_origins(raw: Mapping[str, Any], fields: Fields) -> tuple[Origin, ...]
 def _architecture(fields: Fields) -> str:
     names = fields.raw.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise fields.error("architectures", f"is {printable(names, limit=40)}", expected="a list of names")
+        raise fields.error("architectures", f"is {as_stated(names)}", expected="a list of names")
     return names[0] if names else ""
 
 
 def _dtype(fields: Fields) -> DtypeName:
-    stated = (fields.raw.get("dtype"), fields.raw.get("torch_dtype"))
-    value = next((value for value in stated if value is not None), "float32")
+    key = next((key for key in ("dtype", "torch_dtype") if fields.raw.get(key) is not None), None)
+    value = fields.raw[key] if key else "float32"
     if not isinstance(value, str) or value not in DTYPE_NAMES:
-        raise fields.error("dtype", f"is {printable(value, limit=40)}", expected="float32, float16 or bfloat16")
+        raise fields.error(str(key), f"is {as_stated(value)}", expected="float32, float16 or bfloat16")
     return DTYPE_NAMES[value]
 
 
@@ -353,6 +354,9 @@ def _check_rope(fields: Fields, table: Mapping[str, Any], path: str) -> str:
             path, f"rope type {printable(kind, limit=40)} is not known", expected=" or ".join(ROPE_TYPES)
         )
     check_values(table, ROPE_VALUES, where=fields.where, inside=f"/{path}")
+    reach = table.get("factor") or 1, table.get("original_max_position_embeddings") or 1
+    if not all(number <= MAX_CONTEXT for number in reach):
+        raise fields.error(path, f"stretches the context by {reach[0]} x {reach[1]}", expected=f"up to {MAX_CONTEXT}")
     for name in ROPE_TYPES[kind]:
         if name.endswith("_factor") and isinstance(table.get(name), list):
             continue  # longrope lists one factor per frequency

@@ -1,8 +1,7 @@
 """How many experts a layer routes to and how many of them one token uses, under all the names in use."""
 
 from plans.config.attention import Origin
-from plans.config.fields import Fields
-from plans.errors import printable
+from plans.config.fields import Fields, as_stated
 
 TOTAL_KEYS = (
     "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts", "n_experts",
@@ -50,6 +49,6 @@ def _number(fields: Fields, name: str) -> int:
     if isinstance(value, list) and value and all(item == value[0] for item in value):
         value = value[0]
     if type(value) is not int or not 0 <= value <= MAX_EXPERTS:
-        found = f"is {printable(fields.raw[name], limit=40)}"
+        found = f"is {as_stated(fields.raw[name])}"
         raise fields.error(name, found, expected=f"an integer from 0 to {MAX_EXPERTS}, the same for every layer")
     return value

@@ -1,5 +1,6 @@
 """Typed access to a parsed `config.json`, with errors that name the field and the range."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,15 @@ _LIMITS = {
     "num_experts": 1 << 16,
     "num_experts_per_tok": 1 << 16,
 }
+
+
+def as_stated(value: Any) -> str:
+    """Return a value as the file spells it, not too long of it.
+
+    >>> as_stated("3"), as_stated(None), as_stated(True)
+    ('"3"', 'null', 'true')
+    """
+    return printable(json.dumps(value, ensure_ascii=False), limit=40)
 
 
 class Fields:
@@ -43,7 +53,7 @@ class Fields:
             return default
         most = _LIMITS.get(limit, MAX_COUNT)
         if type(value) is not int or not 1 <= value <= most:
-            found = "is missing" if name not in self.raw else f"is {printable(value, limit=40)}"
+            found = "is missing" if name not in self.raw else f"is {as_stated(value)}"
             raise self.error(name, found, expected=f"an integer from 1 to {most}")
         return value
 
@@ -57,14 +67,14 @@ class Fields:
         if value is None:
             return default
         if type(value) is not bool:
-            raise self.error(name, f"is {printable(value, limit=40)}", expected="true or false")
+            raise self.error(name, f"is {as_stated(value)}", expected="true or false")
         return value
 
     def text(self, name: str) -> str:
         """Return a name that must be there."""
         value = self.raw.get(name)
         if not isinstance(value, str) or not value:
-            found = "is missing" if value is None else f"is {printable(value, limit=40)}"
+            found = "is missing" if value is None else f"is {as_stated(value)}"
             raise self.error(name, found, expected="a name such as 'llama'")
         return value
 
@@ -72,6 +82,6 @@ class Fields:
         """Return a number above zero out of the table that lies at `path`."""
         value = table.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            found = "is missing" if name not in table else f"is {printable(value, limit=40)}"
+            found = "is missing" if name not in table else f"is {as_stated(value)}"
             raise self.error(f"{path}/{name}", found, expected="a number above 0")
         return float(value)

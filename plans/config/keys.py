@@ -13,7 +13,7 @@ _TELLING = re.compile(
     r"attn|attention|window|chunk|cache|kv|lora_rank|latent|head_dim|num_heads|n_heads|query|sink|swa|"
     r"mamba|ssm|rnn|recurrent|rwkv|time_mix|retention|memory|conv|linear_|_state|state_size|d_state|"
     r"index_|indexer|sparse|layer_types|layers_type|block_|blocks|pattern|hybrid|per_layer|share_|shared_layers|cla_|"
-    r"local_|global_|layer_group|compress_rat|mtp|nextn"
+    r"local_|global_|layer_group|compress_rat|mtp|nextn|encoder_decoder"
 )
 _HARMLESS = re.compile(
     r"dropout|pdrop|bias|softmax|softcap|implementation|flash|scal|multiplier|norm|init|temperature|freq|theta"
@@ -30,7 +30,7 @@ _READ_OR_HARMLESS = (
     "q_lora_rank qk_head_dim clip_qkv decoder_sparse_step mlp_layer_types "
     # how it is computed, not what is kept
     "use_cache output_attentions output_hidden_states attn_output_gate use_attention_gate attn_pdrop "
-    "chunk_size_feed_forward add_cross_attention cross_attention_hidden_size query_pre_attn_scalar"
+    "chunk_size_feed_forward query_pre_attn_scalar"
 )
 _UNDERSTOOD = frozenset(_READ_OR_HARMLESS.split())
 _OF_FAMILY: Mapping[str, re.Pattern[str]] = {

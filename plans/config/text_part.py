@@ -1,14 +1,16 @@
 """The text part of a configuration: a model of text and images keeps it in a table of its own."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from plans.errors import InputError
+from plans.errors import InputError, printable
 
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
 """Where the text model lies: in transformers, and in the vendors' own code (InternVL, Ovis; DeepSeek-VL, Janus)."""
 THINKER_KEY = "thinker_config"
 """The part of Qwen's Omni models that writes text; its text model lies inside of it. The talker is left out."""
+_NO_TEXT = re.compile(r"vision|visual|image|audio|speech|video|talker|wav|encoder|former|perceiver|resampler")
 _SHARED = ("tie_word_embeddings", "quantization_config")
 _DTYPES = ("dtype", "torch_dtype")
 _OF_WHOLE = (*_SHARED, *_DTYPES, "model_type")
@@ -45,6 +47,8 @@ def text_part(raw: Mapping[str, Any], *, where: object) -> tuple[Mapping[str, An
     if isinstance(thinker, dict):
         whole = thinker | {key: raw[key] for key in _OF_WHOLE if raw.get(key) is not None}
     key = _text_key(whole, where)
+    for table in (whole[key],) if key else (raw, whole):
+        _refuse_other_nesting(table, where)
     if key is None:
         return raw, None
     inner = whole[key]
@@ -60,6 +64,21 @@ def text_part(raw: Mapping[str, Any], *, where: object) -> tuple[Mapping[str, An
         text["tie_word_embeddings"] = True
     name = whole.get("model_type")
     return text, name if isinstance(name, str) else key
+
+
+def _refuse_other_nesting(raw: Mapping[str, Any], where: object) -> None:
+    """Name the table that holds the sizes of a text model in a place that nobody is known to use."""
+    if "num_hidden_layers" in raw:
+        return
+    for key, value in raw.items():
+        is_table = isinstance(value, dict) and "num_hidden_layers" in value and not _NO_TEXT.search(key)
+        if is_table or (key in (*TEXT_KEYS, THINKER_KEY) and value is not None and not isinstance(value, dict)):
+            raise InputError(
+                "holds the sizes of a model where none are expected" if is_table else "is not a table",
+                where=f"{where}:/{printable(key, limit=60)}",
+                expected=f"a text model in one of {', '.join(TEXT_KEYS)}, {THINKER_KEY}/{TEXT_KEYS[0]}",
+                code="E-CONFIG",
+            )
 
 
 def _text_key(raw: Mapping[str, Any], where: object) -> str | None:

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from plans.config.attention import FULL, SLIDING, Windows, check_layer_types, rope_layers
-from plans.config.fields import Fields
-from plans.errors import printable
+from plans.config.fields import Fields, as_stated
 
 
 def sliding_windows(fields: Fields, layers: int) -> Windows:
@@ -22,7 +21,7 @@ def sliding_windows(fields: Fields, layers: int) -> Windows:
     if window is None or (_is_unused(raw) and raw.get("model_type") in _UNSIZED_WHEN_UNUSED):
         return (None,) * layers
     if type(window) is not int or window < 1:
-        raise fields.error("sliding_window", f"is {printable(window, limit=40)}", expected="an integer above 0")
+        raise fields.error("sliding_window", f"is {as_stated(window)}", expected="an integer above 0")
     kinds = raw.get("layer_types")
     if kinds is None:
         kinds = _default_layer_types(fields, layers)

@@ -344,6 +344,8 @@ def test_a_layer_without_attention_keeps_nothing(tmp_path: Path) -> None:
         ({"model_type": "granitemoehybrid", "layers_block_type": ["mamba"] * 4}, "layer_types/0"),
         ({"model_type": "granitemoehybrid"}, "layer_types"),
         ({"mamba_n_heads": 8}, "mamba_n_heads"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
         ({"model_type": "minimax_m2", "attn_type_list": [0, 1, 1, 1]}, "attn_type_list"),
         ({"attn_type_list": [1, 1, 1, 1]}, "attn_type_list"),
         ({"sliding_window": 512}, "sliding_window"),
@@ -368,6 +370,8 @@ def test_what_is_not_understood_is_refused_by_its_key(changes: dict[str, Any], k
         ({"self_attn.indexer.wk.weight": (8, 64)}, "indexer"),
         ({"self_attn.k_proj.weight": (64, 64)}, "k_proj gives 64 numbers per token, config.json says 32"),
         ({"mlp.experts.0.up_proj.weight": (8, 64)}, "tensors of 1 experts, config.json says 0"),
+        ({"mlp.moe_expert_0.up_proj.weight": (8, 64)}, r"mlp\.moe_expert_0.* seems to belong to experts"),
+        ({"mlp.k_proj.weight": (32, 64)}, r"holds mlp\.k_proj"),
     ],
     ids=str,
 )
@@ -391,6 +395,13 @@ def test_a_context_that_config_json_does_not_state_is_said_to_be_assumed(
     for arguments in (("analyze", folder), ("solve", folder, "--device", "cpu=1GiB")):
         assert said in run_command("llamaplan", *arguments).err
     assert build_profile(open_checkpoint(folder)).model.max_position_embeddings == tokens
+
+
+def test_a_stack_of_matrices_that_is_not_one_for_each_expert_is_refused(tmp_path: Path) -> None:
+    config = small("exotic", num_experts=8, num_experts_per_tok=2)
+    stacks: Shapes = {"mlp.experts.down_proj": (8, 96, 64), "mlp.w13": (64, 8, 192)}
+    with pytest.raises(InputError, match=r"mlp\.w13 of shape \[64, 8, 192\], which seems to belong to experts"):
+        profile_of(tmp_path, config, whole(config, [norms(config) | attention(config) | stacks] * 4))
 
 
 # --- class defaults against transformers itself ------------------------------------------------------------------

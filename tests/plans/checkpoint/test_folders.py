@@ -146,6 +146,12 @@ def test_a_stray_file_that_cannot_be_read_is_named_and_stops_nothing(tmp_path: P
     assert open_checkpoint(folder).warnings == (NOT_READ + "a.safetensors",)
 
 
+def test_weights_without_a_configuration_are_not_blamed_for_their_name(tmp_path: Path) -> None:
+    (write_checkpoint(tmp_path / "m", tensors_of()) / "config.json").unlink()
+    with pytest.raises(InputError, match=r"no config\.json in the folder"):
+        open_checkpoint(tmp_path / "m")
+
+
 @pytest.mark.parametrize("name", NO_STRAYS)
 def test_a_file_that_is_no_part_of_the_model_is_left_alone(name: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", tensors_of())
@@ -351,6 +357,24 @@ def test_two_text_models_in_one_configuration_are_refused_unless_they_are_one() 
     assert parse_config(raw, where="config.json").part_of == "seeing"
     with pytest.raises(InputError, match=r"config\.json:/llm_config: text_config and llm_config are two text models"):
         parse_config(raw | {"llm_config": TINY | {"num_hidden_layers": 3}}, where="config.json")
+
+
+@pytest.mark.row("P7")
+@pytest.mark.parametrize(
+    ("raw", "what"),
+    [
+        ({"text_config": "llama"}, "/text_config: is not a table"),
+        ({"llm_config": [TINY]}, "/llm_config: is not a table"),
+        ({"thinker_config": {"text_config": 1}}, "/text_config: is not a table"),
+        ({"thinker_config": TINY}, "/thinker_config: holds the sizes of a model"),
+        ({"text_config": {"model_type": "x", "text_config": TINY}}, "/text_config: holds the sizes of a model"),
+        ({"decoder": TINY, "vision_config": TINY}, "/decoder: holds the sizes of a model"),
+    ],
+    ids=str,
+)
+def test_a_text_model_in_an_odd_place_is_named(raw: dict[str, Any], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        parse_config({"model_type": "seeing"} | raw, where="config.json")
 
 
 @pytest.mark.row("P7")

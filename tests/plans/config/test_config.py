@@ -1,6 +1,7 @@
 """`config.json`: what is read, in which spellings, and what is refused with which words."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,28 @@ def test_rope_scaling_without_a_number_it_needs_is_refused(kind: str) -> None:
                 parse(rope_parameters=broken)
 
 
+@pytest.mark.parametrize("reach", [{"factor": 1e300}, {"factor": 2.0, "original_max_position_embeddings": 1e30}])
+@pytest.mark.parametrize("positions", [1, 512])
+def test_a_stretch_that_no_context_reaches_is_refused_by_its_key(reach: dict[str, float], positions: int) -> None:
+    with pytest.raises(InputError, match="/rope_scaling: stretches the context by"):
+        parse(rope_scaling={"rope_type": "yarn", **reach}, max_position_embeddings=positions)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": "3"}, '/num_hidden_layers: is "3"; expected an integer'),
+        ({"num_hidden_layers": None}, "/num_hidden_layers: is null; expected an integer"),
+        ({"tie_word_embeddings": "true"}, '/tie_word_embeddings: is "true"; expected true or false'),
+        ({"torch_dtype": "int4", "dtype": None}, '/torch_dtype: is "int4"; expected float32'),
+    ],
+    ids=str,
+)
+def test_a_value_is_shown_as_the_file_spells_it_under_its_own_key(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        parse(**changes)
+
+
 @pytest.mark.parametrize("kind", ["spiral", "", 3, None, ["linear"]])
 def test_an_unknown_rope_type_is_refused_and_never_defaulted(kind: Any) -> None:
     with pytest.raises(InputError, match="rope"):
@@ -105,9 +128,9 @@ def test_heads_divide_the_hidden_size_and_kv_heads_divide_heads(heads: int, kv_h
         ({"model_type": None}, "/model_type: is missing"),
         ({"model_type": 3}, "/model_type: is 3"),
         ({"model_type": ""}, "/model_type"),
-        ({"tie_word_embeddings": "yes"}, "/tie_word_embeddings: is yes; expected true or false"),
+        ({"tie_word_embeddings": "yes"}, '/tie_word_embeddings: is "yes"; expected true or false'),
         ({"attention_bias": 1}, "/attention_bias"),
-        ({"dtype": "int4"}, "/dtype: is int4"),
+        ({"dtype": "int4"}, '/dtype: is "int4"'),
         ({"dtype": 16}, "/dtype"),
         ({"architectures": "Llama"}, "/architectures"),
         ({"architectures": [3]}, "/architectures"),
