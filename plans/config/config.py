@@ -273,8 +273,8 @@ def _experts(fields: Fields) -> tuple[int, int, tuple[Origin, ...]]:
     names = ("num_local_experts", "num_experts")
     if fields.raw.get("model_type") != "mixtral" and all(fields.raw.get(name) in (None, 0) for name in names):
         return 0, 0, ()  # "num_local_experts": 0 is a dense model
-    experts = fields.count_of(names, limit="num_experts", default=0)
-    active = fields.count("num_experts_per_tok", default=min(2, experts)) if experts else 0
+    experts = fields.count_of(names, limit="num_experts", default=None)
+    active = fields.count("num_experts_per_tok", default=min(2, experts))
     if active > experts:
         raise fields.error("num_experts_per_tok", f"{active} is more than the {experts} experts")
     return experts, active, ()
@@ -338,8 +338,11 @@ def _rope_type(fields: Fields) -> str:
         return "default"
     if not isinstance(table, dict):
         raise fields.error(name, "is not a table")
-    tables = {k: v for k, v in table.items() if k.endswith("_attention") and isinstance(v, dict)}
+    tables = {key: value for key, value in table.items() if key.endswith("_attention") and value is not None}
     if tables:  # one set of parameters per attention kind
+        for key, value in tables.items():
+            if not isinstance(value, dict):
+                raise fields.error(f"{name}/{key}", f"is {as_stated(value)}", expected="a table")
         kinds = {_check_rope(fields, value, f"{name}/{key}") for key, value in tables.items()}
         return sorted(kinds)[0]
     return _check_rope(fields, table, name)
@@ -350,9 +353,7 @@ def _check_rope(fields: Fields, table: Mapping[str, Any], path: str) -> str:
     if kind == "mrope" and not _is_supported(fields.raw):
         kind = "default"  # three positions for every token, in models that see; as transformers reads it
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        raise fields.error(
-            path, f"rope type {printable(kind, limit=40)} is not known", expected=" or ".join(ROPE_TYPES)
-        )
+        raise fields.error(path, f"rope type {as_stated(kind)} is not known", expected=" or ".join(ROPE_TYPES))
     check_values(table, ROPE_VALUES, where=fields.where, inside=f"/{path}")
     reach = table.get("factor") or 1, table.get("original_max_position_embeddings") or 1
     if not all(number <= MAX_CONTEXT for number in reach):
