@@ -69,7 +69,7 @@ def _bytes_at(table: UnitTable, plan: Plan, config: ModelConfig) -> int:
             total += scheme.size_bytes(*entry.shape)
         else:
             size = entry.num_elements * DTYPES[plan.profile.dtype].size_bytes
-            total += entry.size_bytes if is_kept(entry.dtype, config) else size
+            total += entry.size_bytes if is_kept(name, entry.dtype, config) else size
     return total
 
 

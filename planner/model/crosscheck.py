@@ -49,7 +49,8 @@ def _tied_copy(checkpoint: Checkpoint) -> Iterator[Difference]:
 
 def _expected(table: UnitTable, config: ModelConfig, layer: formula.Shapes) -> formula.Shapes:
     if table.key[0] == "layer":
-        return layer
+        is_stacked = any(name.endswith(".experts.gate_up_proj") for name in table.tensors)
+        return formula.stacked_experts(layer, config) if is_stacked else layer
     return formula.embedding_shapes(config) if table.key[0] == "embedding" else formula.head_shapes(config)
 
 

@@ -13,7 +13,7 @@ from plans.errors import InputError
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
-_QK_NORM_PER_HEAD = {"qwen3"}
+_QK_NORM_PER_HEAD = {"qwen3", "qwen3_moe"}
 _QK_NORM_FULL_WIDTH = {"olmo2"}
 _QKV_BIAS_ALWAYS = {"qwen2"}
 _NO_ATTENTION_BIAS = {"mistral", "mixtral", "phi3"}
@@ -27,12 +27,17 @@ _NORMS: Mapping[str, tuple[str, ...]] = {
     ),
     "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
+_EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+"""Of the block, and of gate, up and down of one expert, as they lie on disk; transformers fuses them only in memory."""
 _TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def is_known(config: ModelConfig) -> bool:
     """Return whether the shapes of this family follow from its configuration."""
-    return config.model_type in SUPPORTED_FAMILIES
+    return config.is_supported
 
 
 def require_known(config: ModelConfig, *, where: object) -> None:
@@ -75,8 +80,18 @@ def layer_shapes(config: ModelConfig) -> Shapes:
     """
     names = _NORMS.get(config.model_type, _TWO_NORMS)
     norms: Shapes = {f"{name}.weight": (config.hidden_size,) for name in names}
-    inner = _experts_shapes(config) if config.model_type == "mixtral" else _mlp_shapes(config)
+    inner = _experts_shapes(config) if config.model_type in _EXPERT_NAMES else _mlp_shapes(config)
     return norms | _attention_shapes(config) | inner
+
+
+def stacked_experts(layer: Shapes, config: ModelConfig) -> Shapes:
+    """Return `layer_shapes` with the experts in two tensors, as transformers computes with them and some files do."""
+    num, hidden, inner = config.num_experts, config.hidden_size, config.expert_intermediate_size
+    rest = {name.replace("block_sparse_moe", "mlp"): s for name, s in layer.items() if ".experts." not in name}
+    return rest | {
+        "mlp.experts.gate_up_proj": (num, 2 * inner, hidden),
+        "mlp.experts.down_proj": (num, hidden, inner),
+    }
 
 
 def _attention_shapes(config: ModelConfig) -> Shapes:
@@ -126,14 +141,11 @@ def _mlp_shapes(config: ModelConfig) -> Shapes:
 
 
 def _experts_shapes(config: ModelConfig) -> Shapes:
-    """Mixtral's experts as they lie on disk; transformers fuses them only in memory."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    shapes: Shapes = {"block_sparse_moe.gate.weight": (config.num_experts, hidden)}
+    hidden, inner = config.hidden_size, config.expert_intermediate_size
+    block, gate, up, down = _EXPERT_NAMES[config.model_type]
+    shapes: Shapes = {f"{block}.gate.weight": (config.num_experts, hidden)}
     for expert in range(config.num_experts):
-        prefix = f"block_sparse_moe.experts.{expert}"
-        shapes |= {
-            f"{prefix}.w1.weight": (inner, hidden),
-            f"{prefix}.w2.weight": (hidden, inner),
-            f"{prefix}.w3.weight": (inner, hidden),
-        }
+        at = f"{block}.experts.{expert}"
+        shapes |= {f"{at}.{name}.weight": (inner, hidden) for name in (gate, up)}
+        shapes[f"{at}.{down}.weight"] = (hidden, inner)
     return shapes

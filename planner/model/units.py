@@ -55,7 +55,7 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
     is_layer, is_embedding = kind == "layer", kind == "embedding"
     shapes = _logical_shapes(key, rows, sizing)
     schemes = packed_matrices(key, rows, sizing)
-    weight_bytes = {name: _chosen_bytes(row, schemes.get(name), sizing) for name, row in rows.items()}
+    weight_bytes = {name: _chosen_bytes(name, row, schemes.get(name), sizing) for name, row in rows.items()}
     experts = {name for name, (_dtype, shape) in rows.items() if is_expert(name, shape, config)} if is_layer else set()
     idle_bytes = _idle(sum(size for name, size in weight_bytes.items() if name in experts), config)
     total_bytes = sum(weight_bytes.values())
@@ -126,11 +126,11 @@ def _stored_bytes(row: tuple[str, formula.Shape]) -> int:
     return TYPES_BY_NAME[dtype].bytes_of(math.prod(shape))
 
 
-def _chosen_bytes(row: tuple[str, formula.Shape], scheme: Scheme | None, sizing: Sizing) -> int:
+def _chosen_bytes(name: str, row: tuple[str, formula.Shape], scheme: Scheme | None, sizing: Sizing) -> int:
     dtype, shape = row
     if scheme is not None:
         return scheme.size_bytes(*shape)
-    if is_kept(dtype, sizing.config):
+    if is_kept(name, dtype, sizing.config):
         return _stored_bytes(row)
     return math.prod(shape) * DTYPES[sizing.dtype].size_bytes
 

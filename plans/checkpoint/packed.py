@@ -7,7 +7,7 @@ from plans.config.config import ModelConfig
 from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError, printable
 from plans.packed.config import Packing
-from plans.packed.scheme import PACKED, PACKED_PARTS, SCALE, SHAPE, WORD_BITS, Scheme
+from plans.packed.scheme import PACKED, PACKED_PARTS, SCALE, SHAPE, WORD_BITS, Scheme, is_expert_scale
 
 _DTYPES = {PACKED: ("I32",), SCALE: ("BF16", "F16", "F32"), SHAPE: ("I64",)}
 _FOREIGN = {
@@ -21,14 +21,14 @@ _FOREIGN = {
 """Tensors that change what the packed numbers mean."""
 
 
-def is_kept(dtype: str, config: ModelConfig) -> bool:
-    """Return whether tensors of a stored dtype are used in it, instead of in the model's.
+def is_kept(name: str, dtype: str, config: ModelConfig) -> bool:
+    """Return whether a tensor of a stored dtype is used in it, instead of in the model's.
 
-    Whole numbers are. Floats, packed layers' scales among them, are converted, but for weights that are quantised in a
-    way the runtime does not read.
+    Whole numbers and the scales of experts are. Other floats, packed layers' scales among them, are converted, but for
+    weights that are quantised in a way the runtime does not read.
     """
     is_foreign = config.quantization is not None and config.packing is None
-    return is_foreign or not STORED_DTYPES[dtype].is_float
+    return is_foreign or not STORED_DTYPES[dtype].is_float or is_expert_scale(name)
 
 
 def check_packed(tensors: Mapping[str, TensorEntry], packing: Packing, *, where: object) -> None:

@@ -35,7 +35,8 @@ from plans.reading.strict import parse_json
 MAX_CONFIG_BYTES = 1 << 20
 
 SUPPORTED_FAMILIES = (
-    "gemma", "gemma2", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3",
+    "gemma", "gemma2", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe",
+    "smollm3",
 )  # fmt: skip
 """`model_type` of the families whose split was tested bit for bit against transformers."""
 
@@ -73,6 +74,14 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 128,
         "use_sliding_window": False,
         "max_position_embeddings": 32768,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "use_sliding_window": False,
+        "max_position_embeddings": 32768,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
     },
     "smollm3": {
         "num_key_value_heads": 4,
@@ -125,6 +134,8 @@ class ModelConfig:
     """Layers stored behind the last one that only predict further tokens; they are no part of the chain."""
     num_experts: int
     num_experts_per_tok: int
+    expert_intermediate_size: int
+    """Rows of one routed expert of a family on the allow-list."""
     quantization: str | None
     packing: Packing | None
     """How its weights are packed, where that is a way the runtime reads; None for other quantised ones, too."""
@@ -149,7 +160,7 @@ class ModelConfig:
     @property
     def is_supported(self) -> bool:
         """Whether the family is on the allow-list."""
-        return self.model_type in SUPPORTED_FAMILIES
+        return _is_supported(self.raw)
 
     @property
     def longest_context_tokens(self) -> int:
@@ -204,8 +215,9 @@ def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> 
         num_mtp_layers=max(map(fields.whole, MTP_KEYS)),
         num_experts=experts,
         num_experts_per_tok=experts_per_token,
+        expert_intermediate_size=_expert_intermediate_size(fields),
         quantization=_quantization(fields),
-        packing=_packing(raw, num_experts=experts),
+        packing=_packing(raw),
         runs_custom_code=(
             bool(raw.get("auto_map")) or raw.get("trust_remote_code") is True or without_foreign_code(raw) != raw
         ),
@@ -232,8 +244,8 @@ def _with_family_defaults(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     if not _is_supported(raw):
         return _without_other_spellings(class_defaults(family), raw) | dict(raw)
     defaults = dict(FAMILY_DEFAULTS.get(str(family), {}))
-    if "num_experts" in raw:
-        defaults.pop("num_local_experts", None)
+    if not raw.keys().isdisjoint(_NUM_EXPERTS):
+        defaults = {key: value for key, value in defaults.items() if key not in _NUM_EXPERTS}
     return defaults | dict(raw)
 
 
@@ -245,7 +257,14 @@ def _without_other_spellings(defaults: Mapping[str, Any], raw: Mapping[str, Any]
 
 def _is_supported(raw: Mapping[str, Any]) -> bool:
     family = raw.get("model_type")
-    return isinstance(family, str) and family in SUPPORTED_FAMILIES
+    return isinstance(family, str) and family in SUPPORTED_FAMILIES and not _has_dense_layers(raw)
+
+
+def _has_dense_layers(raw: Mapping[str, Any]) -> bool:
+    """Whether a Qwen3-MoE has layers without experts; it is then sized by its headers alone."""
+    is_dense = any(raw.get(key) == 0 for key in _NUM_EXPERTS)
+    is_mixed = bool(raw.get("mlp_only_layers")) or raw.get("decoder_sparse_step", 1) != 1
+    return raw.get("model_type") == "qwen3_moe" and (is_dense or is_mixed)
 
 
 def _heads(fields: Fields) -> Heads:
@@ -270,10 +289,9 @@ def _attention(fields: Fields, heads: Heads, layers: int) -> tuple[tuple[LayerAt
 def _experts(fields: Fields) -> tuple[int, int, tuple[Origin, ...]]:
     if not _is_supported(fields.raw):
         return read_experts(fields)
-    names = ("num_local_experts", "num_experts")
-    if fields.raw.get("model_type") != "mixtral" and all(fields.raw.get(name) in (None, 0) for name in names):
+    if fields.raw.get("model_type") != "mixtral" and all(fields.raw.get(name) in (None, 0) for name in _NUM_EXPERTS):
         return 0, 0, ()  # "num_local_experts": 0 is a dense model
-    experts = fields.count_of(names, limit="num_experts", default=None)
+    experts = fields.count_of(_NUM_EXPERTS, limit="num_experts", default=None)
     active = fields.count("num_experts_per_tok", default=min(2, experts))
     if active > experts:
         raise fields.error("num_experts_per_tok", f"{active} is more than the {experts} experts")
@@ -282,7 +300,7 @@ def _experts(fields: Fields) -> tuple[int, int, tuple[Origin, ...]]:
 
 def _intermediate_size(fields: Fields, experts_per_token: int) -> int:
     """The widest row inside a layer: of a dense one, or of the experts that one token uses."""
-    if _is_supported(fields.raw):
+    if _is_supported(fields.raw) and fields.raw["model_type"] != "qwen3_moe":
         return fields.count("intermediate_size")
     blocks = block_intermediate_size(fields)
     dense = [fields.count(key) for key in _DENSE_WIDTHS if fields.raw.get(key) is not None]
@@ -294,7 +312,13 @@ def _intermediate_size(fields: Fields, experts_per_token: int) -> int:
 
 _DENSE_WIDTHS = ("intermediate_size", "intermediate_size_mlp", "ffn_hidden_size", "dense_intermediate_size")
 _EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size", "expert_dim")
+_NUM_EXPERTS = ("num_local_experts", "num_experts")
 _SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")
+
+
+def _expert_intermediate_size(fields: Fields) -> int:
+    name = "moe_intermediate_size" if fields.raw["model_type"] == "qwen3_moe" else "intermediate_size"
+    return fields.count(name) if _is_supported(fields.raw) else 0
 
 
 def _other_origins(raw: Mapping[str, Any], fields: Fields) -> tuple[Origin, ...]:
@@ -375,9 +399,8 @@ def _quantization(fields: Fields) -> str | None:
     return printable(method, limit=40) if method else "unknown"
 
 
-def _packing(raw: Mapping[str, Any], *, num_experts: int) -> Packing | None:
-    # transformers stacks the experts of a layer into one tensor, which compressed-tensors does not pack.
-    if num_experts or not _is_supported(raw):
+def _packing(raw: Mapping[str, Any]) -> Packing | None:
+    if not _is_supported(raw):
         return None
     try:
         return read_packing(raw)

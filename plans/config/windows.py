@@ -28,7 +28,7 @@ def sliding_windows(fields: Fields, layers: int) -> Windows:
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
-_UNSIZED_WHEN_UNUSED = {"qwen2", "qwen3"}
+_UNSIZED_WHEN_UNUSED = {"qwen2", "qwen3", "qwen3_moe"}
 """Families whose class forgets `sliding_window` where `use_sliding_window` is false; most do not know that key."""
 
 

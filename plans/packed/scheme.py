@@ -64,5 +64,12 @@ def is_linear(module: str) -> bool:
 
     >>> is_linear("model.layers.0.mlp.up_proj"), is_linear("lm_head"), is_linear("model.embed_tokens")
     (True, True, False)
+    >>> is_linear("model.layers.0.block_sparse_moe.experts.7.w2"), is_linear("model.layers.0.block_sparse_moe.gate")
+    (True, False)
     """
-    return module == "lm_head" or module.endswith("_proj")
+    return module == "lm_head" or module.endswith(("_proj", ".w1", ".w2", ".w3"))
+
+
+def is_expert_scale(name: str) -> bool:
+    """Return whether a tensor holds scales of a routed expert. They keep their dtype: the expert is computed in it."""
+    return name.endswith("." + SCALE) and ".experts." in name

@@ -57,10 +57,10 @@ def stage_need(
     config = checkpoint.config
     owned = [table for table in unit_tables(checkpoint) if spec.owns(table.key)]
     tensors = {name: stored for table in owned for name, stored in table.tensors.items()}
-    places = {(stored.file, stored.entry.begin): stored.entry for stored in tensors.values()}  # a tied table once
+    places = {(s.file, s.entry.begin): (name, s.entry) for name, s in tensors.items()}  # a tied table once
     weights = sum(
-        entry.size_bytes if is_kept(entry.dtype, config) else entry.num_elements * DTYPES[dtype].size_bytes
-        for entry in places.values()
+        entry.size_bytes if is_kept(name, entry.dtype, config) else entry.num_elements * DTYPES[dtype].size_bytes
+        for name, entry in places.values()
     )
     one = kv_cache_bytes(config, spec, kv_cache_dtype=kv_cache_dtype, context_tokens=context_tokens)
     return Need(weights, one * batch_size)

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from plans.config.config import without_foreign_code
 from plans.errors import InputError, printable
 from plans.packed.config import Packing, read_packing
-from runtime.reading.packed import place_packed
+from runtime.reading.placing import place_packed
 
 CAUSAL_LM_CLASSES: Mapping[str, str] = {
     "gemma": "GemmaForCausalLM",
@@ -32,6 +32,7 @@ CAUSAL_LM_CLASSES: Mapping[str, str] = {
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
 """`model_type` in config.json -> the transformers class whose forward the chain runs."""
@@ -42,7 +43,9 @@ PER_LAYER_KEYS = ("layer_types", "no_rope_layers")
 _FIELD = re.compile(r"[Ff]ield '(\w+)'")
 
 
-ONE_MASK = ("mistral", "mixtral", "phi3")
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
+
+ONE_MASK = ("mistral", "mixtral", "phi3", "qwen3_moe")
 """Families whose forward fails on a prompt longer than the window where layers keep different numbers of tokens."""
 
 
@@ -85,24 +88,32 @@ def parse_model_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     packing = read_packing(raw)
     with _named_refusals():
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(without_foreign_code(raw)))
-    if packing is not None:
-        _refuse_experts(config, packing)
     _check_what_runs(config)
+    _check_experts(config, is_packed=packing is not None)
     _check_windows(config)
     return config
 
 
-def _refuse_experts(config: PreTrainedConfig, packing: Packing) -> None:
-    """Refuse packed weights beside experts, which transformers' class computes with as one tensor of all of them."""
-    num_experts = getattr(config, "num_local_experts", 0)
-    if num_experts:
+def _check_experts(config: PreTrainedConfig, *, is_packed: bool) -> None:
+    """Refuse layers without experts among others, and ways to compute packed experts other than the usual one."""
+    if config.model_type not in WITH_EXPERTS:
+        return
+    is_mixed = getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1
+    if is_mixed or not config.num_local_experts:
         raise InputError(
-            f"{packing.words} weights of a model with {num_experts} experts are not run",
-            where="config.json:/quantization_config",
-            expected=f"no packed weights with num_local_experts {num_experts}",
-            hint="analyze, solve and export still take it, for an engine that runs it "
-            "('llamaplan emit PLAN --for vllm'); to run it here, take its bf16 original",
-            code="E-QUANT",
+            "layers without experts are not run in this family",
+            where="config.json",
+            expected="num_experts above 0, decoder_sparse_step 1, no mlp_only_layers",
+            hint="analyze and solve still size it",
+            code="E-CONFIG",
+        )
+    how = config._experts_implementation
+    if is_packed and how not in (None, "grouped_mm"):
+        raise InputError(
+            f"is {printable(how, limit=40)}, and packed experts are computed in one way alone",
+            where="config.json:/experts_implementation",
+            expected="'grouped_mm', or nothing",
+            code="E-CONFIG",
         )
 
 

@@ -12,10 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from plans.errors import InputError, printable
-from plans.packed.config import Packing
 from plans.packed.scheme import PACKED, SCALE, SHAPE, Scheme
 
 STORED = {PACKED: (torch.int32,), SCALE: (torch.bfloat16, torch.float16, torch.float32), SHAPE: (torch.int64,)}
@@ -80,21 +78,6 @@ def unpack_numbers(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return halves.view(len(packed), -1).view(torch.int8) - 8
 
 
-def place_packed(model: PreTrainedModel, packing: Packing) -> None:
-    """Put an empty `PackedLinear` in place of every linear layer of a skeleton that is stored packed.
-
-    Raises:
-        InputError: (E-QUANT) a matrix that its scheme cannot hold, or a tied head that is to be packed.
-    """
-    for name, module in list(model.named_modules()):
-        scheme = packing.scheme_of(name) if isinstance(module, nn.Linear) else None
-        if scheme is None:
-            continue
-        assert isinstance(module, nn.Linear)
-        _check_place(name, module, scheme, is_tied=name == "lm_head" and bool(model.config.tie_word_embeddings))
-        model.set_submodule(name, PackedLinear(module, scheme))
-
-
 def check_packed(name: str, layer: PackedLinear) -> None:
     """Require that a loaded layer holds what its scheme says: the two sides, and finite scales.
 
@@ -114,23 +97,6 @@ def check_packed(name: str, layer: PackedLinear) -> None:
             expected=f"finite numbers as {str(layer.weight_scale.dtype).removeprefix('torch.')}",
             hint="the file is damaged; fetch or export it again",
             code="E-SCALES",
-        )
-
-
-def _check_place(name: str, linear: nn.Linear, scheme: Scheme, *, is_tied: bool) -> None:
-    if is_tied:
-        raise InputError(
-            f"{name} shares the table of the embedding and is said to be {scheme.words}",
-            where="config.json:/quantization_config",
-            expected=f"{name} in the list 'ignore'",
-            code="E-QUANT",
-        )
-    if not scheme.can_pack(linear.out_features, linear.in_features):
-        raise InputError(
-            f"{printable(name)} has {linear.in_features} columns, which {scheme.words} does not divide",
-            where="config.json:/quantization_config",
-            expected="whole groups of columns in whole words of 32 bits",
-            code="E-QUANT",
         )
 
 

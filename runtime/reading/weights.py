@@ -5,7 +5,7 @@ the mapped file and are never copied.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from plans.checkpoint.names import EMBEDDING, HEAD, unit_of
 from plans.errors import InputError, printable
-from plans.packed.scheme import SCALE
+from plans.packed.scheme import SCALE, is_expert_scale
 from plans.stages import StageRange
+from runtime.reading.experts import STORED_PARTS, PackedExperts
 from runtime.reading.packed import STORED, PackedLinear, check_packed
 
 
@@ -46,7 +47,7 @@ TensorSource = Mapping[str, torch.Tensor]
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _STORED_BUFFER = re.compile(r".*\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
-_EXPERT = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
+_EXPERT = re.compile(r"(model\.layers\.\d+\.)(?:block_sparse_moe|mlp)(\.experts)\.(\d+)\.(\w+)\.(weight\w*)")
 _ROUTER = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.gate\.weight")
 
 
@@ -80,12 +81,14 @@ def load_units(
         InputError: tensors are missing, unknown, of a wrong shape or not floating point; all are named.
     """
     _refuse_unknown(tensors)
-    recipes = _recipes(spec, tensors, is_tied=bool(model.config.tie_word_embeddings))
+    apart = {name for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+    recipes = _recipes(spec, tensors, apart=apart, is_tied=bool(model.config.tie_word_embeddings))
     expected = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False) if _owned(spec, name)}
     _compare_names(spec, expected=expected, found=recipes)
     packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     for name, recipe in recipes.items():
-        value = _materialize(recipe, tensors, dtype=dtype, device=device, is_packed=_module(name) in packed)
+        own = None if is_expert_scale(name) else dtype
+        value = _materialize(recipe, tensors, dtype=own, device=device, is_packed=_module(name) in packed)
         _check_shape(name, value, expected[name])
         _assign(model, name, value)
     for name, layer in packed.items():
@@ -110,26 +113,33 @@ def _refuse_unknown(tensors: Iterable[str]) -> None:
         )
 
 
-def _recipes(spec: StageRange, tensors: Iterable[str], *, is_tied: bool) -> dict[str, Recipe]:
+def _recipes(spec: StageRange, tensors: Iterable[str], *, apart: Collection[str], is_tied: bool) -> dict[str, Recipe]:
     names = set(tensors)
     stored = sorted(name for name in names if _owned(spec, name))
     recipes = {name: Recipe((name,)) for name in stored if not (_EXPERT.fullmatch(name) or _ROUTER.fullmatch(name))}
-    recipes |= _expert_recipes(stored)
+    recipes |= _expert_recipes(stored, apart=apart)
     if spec.has_head and is_tied and HEAD not in names and EMBEDDING in names:
         recipes[HEAD] = Recipe((EMBEDDING,))
     return recipes
 
 
-def _expert_recipes(names: Sequence[str]) -> dict[str, Recipe]:
-    """Mixtral stores one matrix per expert; its class computes with all experts stacked."""
+def _expert_recipes(names: Sequence[str], *, apart: Collection[str]) -> dict[str, Recipe]:
+    """Files hold three matrices of each expert; the families' classes compute with those of all experts stacked.
+
+    Packed ones are used as they lie: `apart` names the modules that hold such experts.
+    """
     experts: dict[str, dict[str, dict[int, str]]] = {}
     recipes = {f"{m[1]}.mlp.gate.weight": Recipe((m[0],)) for m in map(_ROUTER.fullmatch, names) if m}
     for match in filter(None, map(_EXPERT.fullmatch, names)):
-        experts.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = match[0]
-    for layer, table in experts.items():
-        gate, up, down = ([name for _, name in sorted(table.get(w, {}).items())] for w in ("w1", "w3", "w2"))
-        recipes[f"{layer}.mlp.experts.gate_up_proj"] = Recipe((*gate, *up), _stack_gate_and_up)
-        recipes[f"{layer}.mlp.experts.down_proj"] = Recipe(tuple(down), _stack)
+        module, part = f"{match[1]}mlp{match[2]}", STORED_PARTS.get(match[4], match[4])
+        if module in apart or match[5] != "weight":
+            recipes[f"{module}.{match[3]}.{part}.{match[5]}"] = Recipe((match[0],))
+        else:
+            experts.setdefault(module, {}).setdefault(part, {})[int(match[3])] = match[0]
+    for module, table in experts.items():
+        gate, up, down = ([n for _, n in sorted(table.get(part, {}).items())] for part in STORED_PARTS.values())
+        recipes[f"{module}.gate_up_proj"] = Recipe((*gate, *up), _stack_gate_and_up)
+        recipes[f"{module}.down_proj"] = Recipe(tuple(down), _stack)
     return recipes
 
 
@@ -160,7 +170,7 @@ def _compare_names(spec: StageRange, *, expected: Iterable[str], found: Iterable
 
 
 def _materialize(
-    recipe: Recipe, tensors: TensorSource, *, dtype: torch.dtype, device: torch.device, is_packed: bool
+    recipe: Recipe, tensors: TensorSource, *, dtype: torch.dtype | None, device: torch.device, is_packed: bool
 ) -> torch.Tensor:
     parts = []
     for source in recipe.sources:

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from plans.checkpoint.cache import find_snapshot
 from plans.checkpoint.units import CONFIG_NAME
-from plans.config.config import read_config, without_foreign_code
+from plans.config.config import ModelConfig, read_config, without_foreign_code
 from plans.errors import InputError, MachineError, printable
+from plans.packed.scheme import Scheme
+from runtime.reading.experts import stored_experts
 from runtime.reading.families import parse_model_config
 from runtime.stages.chain import Chain
 
@@ -76,6 +78,7 @@ def load_unsplit(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
         raise _not_loaded(error, folder) from None
     model: PreTrainedModel = loaded[0]
     _refuse_random_weights(loaded[1]["missing_keys"], folder)
+    _refuse_other_experts(model, read_config(path / CONFIG_NAME), folder)
     model.eval()  # type: ignore[no-untyped-call]
     return model
 
@@ -96,6 +99,26 @@ def _refuse_random_weights(missing: Collection[str], folder: Path) -> None:
             where=folder,
             expected="the names that transformers saves",
             hint="an export of it has them; compare with the model before it was wrapped or renamed",
+            code="E-MODEL",
+        )
+
+
+def _refuse_other_experts(model: Any, config: ModelConfig, folder: Path) -> None:
+    """Refuse experts of several kinds: transformers unpacks all of them as one kind, without an error."""
+    if config.packing is None or not config.num_experts:
+        return
+    from transformers.integrations.compressed_tensors import get_experts_scheme
+
+    sizes = {"num_layers": config.num_hidden_layers, "num_experts": config.num_experts}
+    schemes = set(map(config.packing.scheme_of, stored_experts(model_type=config.model_type, **sizes)))
+    weights = get_experts_scheme(model.hf_quantizer.compressor.quantization_config).weights  # type: ignore[no-untyped-call]
+    picked = Scheme(weights.num_bits, weights.group_size)
+    if schemes != {picked}:
+        found = " and ".join(sorted(scheme.words for scheme in schemes if scheme is not None))
+        raise InputError(
+            f"transformers would unpack every expert as {picked.words}, and they are {found}",
+            where=folder,
+            hint="llamarun runs it; compare with its bf16 original, or with numbers times scales in bf16",
             code="E-MODEL",
         )
 

@@ -1,4 +1,4 @@
-"""Models with routed experts: packed ones are sized, cut and loaded by transformers; packing and running is refused."""
+"""Models with routed experts: packed ones are sized, cut, run and compared with transformers; packing is refused."""
 
 import json
 import shutil
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from packed_checkpoints import edit_config, pack_checkpoint
-from parity import save_model
+from packed_checkpoints import SchemeOf, edit_config, pack_checkpoint
+from parity import CPU, all_cuts, assert_same, model_step, save_model, some_cut, stages_step, trace
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
@@ -19,8 +19,14 @@ from planner.model.profile import build_profile
 from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.header import read_header
 from plans.errors import InputError
-from plans.packed.scheme import INT4, INT8, Scheme
+from plans.packed.scheme import INT4, INT8, Scheme, is_linear
 from runtime import load
+from runtime.fast.native import Library
+from runtime.reading.families import parse_model_config
+from runtime.reading.tensors import FolderTensors, torch_dtype
+from runtime.stages.loading import set_speed
+from runtime.stages.parity import load_unsplit
+from runtime.stages.stage import build_stage
 from tests.conftest import SHIPPED, Finished, RunCommand
 from tests.exporter.export_helpers import make_plan, tensor_bytes
 
@@ -37,7 +43,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 WIDTHS = {"int4": INT4, "int8": INT8}
 REFUSED = {
     "mixtral": "those of 4 experts, which are not packed",
-    "qwen3_moe": "llamarun does not run model_type qwen3_moe",
+    "qwen3_moe": "those of 4 experts, which are not packed",
 }
 IDS = torch.tensor([[1, 5, 9, 42, 7, 7, 3]])
 
@@ -73,17 +79,7 @@ def packed(plain: Make, tmp_path_factory: pytest.TempPathFactory) -> Pack:
     return make
 
 
-@pytest.fixture(scope="module")
-def attention_packed(plain: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mixtral whose experts are left as they are."""
-    folder = tmp_path_factory.mktemp("packed") / "attention"
-    pack_checkpoint(plain("mixtral"), folder, scheme_of=lambda module: INT8 if module.endswith("_proj") else None)
-    table = json.loads((folder / "config.json").read_text())["quantization_config"]
-    edit_config(folder, quantization_config=table | {"ignore": [*table["ignore"], "re:.*experts.*"]})
-    return folder
-
-
-def dequantised(folder: Path, target: Path, *, scheme: Scheme) -> Path:
+def dequantised(folder: Path, target: Path) -> Path:
     """Write a copy with plain weights: number times scale, both in bf16, rounded once."""
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((target / "config.json").read_text())
@@ -91,10 +87,10 @@ def dequantised(folder: Path, target: Path, *, scheme: Scheme) -> Path:
     (target / "config.json").write_text(json.dumps(config))
     stored = load_file(folder / "model.safetensors")
     weights = {name: tensor for name, tensor in stored.items() if ".weight_" not in name}
-    shifts = torch.arange(0, 32, scheme.bits)
     for module in [name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")]:
         words = stored[f"{module}.weight_packed"].long() & 0xFFFFFFFF
-        numbers = (words[..., None] >> shifts & 2**scheme.bits - 1) - 2 ** (scheme.bits - 1)
+        bits = 32 * words.shape[1] // int(stored[f"{module}.weight_shape"][1])
+        numbers = (words[..., None] >> torch.arange(0, 32, bits) & 2**bits - 1) - 2 ** (bits - 1)
         grouped = numbers.flatten(1).unflatten(1, (-1, 32)).bfloat16()
         weights[f"{module}.weight"] = (grouped * stored[f"{module}.weight_scale"][..., None]).flatten(1)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
@@ -141,40 +137,146 @@ def test_transformers_loads_cut_experts_with_the_logits_of_their_numbers_times_s
 ) -> None:
     model = packed(family, width)
     export(make_plan(model, [1, 2], devices=["cpu#0", "cpu#1"]), model=model, output=tmp_path / "shards")
-    expected = logits(dequantised(model, tmp_path / "plain", scheme=WIDTHS[width]))
+    expected = logits(dequantised(model, tmp_path / "plain"))
     assert torch.equal(logits(tmp_path / "shards"), expected)
 
 
-@pytest.mark.parametrize("command", ["generate", "batch", "bench", "check"])
-def test_running_packed_experts_is_refused_with_the_reason(
-    command: str, packed: Pack, run_command: RunCommand, tmp_path: Path
+# --- what is run ------------------------------------------------------------------------------------------------------
+
+PER_ROW, WIDE = Scheme(8, None), Scheme(4, 64)
+KINDS: dict[str, SchemeOf] = {
+    "all in int4": lambda module: None if module == "lm_head" else INT4,
+    "all in int8": lambda module: None if module == "lm_head" else INT8,
+    "one scale per row": lambda module: None if module == "lm_head" else PER_ROW,
+    "int4, attention in groups of 64, head in int8": (
+        lambda module: INT8 if module == "lm_head" else WIDE if ".self_attn." in module else INT4
+    ),
+    "experts alone": lambda module: INT4 if ".experts." in module else None,
+}
+UNLIKE_TRANSFORMERS: dict[str, SchemeOf] = {
+    "attention alone": lambda module: INT8 if ".self_attn." in module else None,
+    "layers of other widths": lambda module: None if module == "lm_head" else INT4 if ".layers.1." in module else INT8,
+    "down projections as they are": lambda m: None if m == "lm_head" or m.endswith(("down_proj", ".w2")) else INT4,
+}
+
+
+def pack_as(source: Path, target: Path, scheme_of: SchemeOf, *, scale_dtype: torch.dtype | None = None) -> Path:
+    """Pack what is linear, and let `ignore` name what is not packed by its file's names."""
+
+    def linear(module: str) -> Scheme | None:
+        return scheme_of(module) if is_linear(module) else None
+
+    pack_checkpoint(source, target, scheme_of=linear, scale_dtype=scale_dtype)
+    table = json.loads((target / "config.json").read_text())["quantization_config"]
+    plain = [n.removesuffix(".weight") for n in load_file(target / "model.safetensors") if n.endswith(".weight")]
+    edit_config(target, quantization_config=table | {"ignore": [n for n in plain if is_linear(n)]})
+    return target
+
+
+def assert_every_cut_gives(expected: list[torch.Tensor], folder: Path, *, dtype: str = "bf16") -> None:
+    """Stages that know nothing of each other, for every cut in two and one in three; and a chain."""
+    checkpoint = open_checkpoint(folder)
+    config, tensors = parse_model_config(checkpoint.config.raw), FolderTensors(checkpoint)
+    cuts = [*all_cuts(NUM_LAYERS, 2), some_cut(NUM_LAYERS, 3, seed=2)]
+    for cut in cuts:
+        stages = [build_stage(config, spec, tensors, dtype=torch_dtype(dtype), device=CPU) for spec in cut]
+        assert_same(expected, trace(stages_step(stages), vocab_size=2048, num_tokens=4))
+    together = load(folder, stages=cuts[-1], dtype=dtype)
+    assert_same(expected, trace(model_step(together), vocab_size=2048, num_tokens=4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_cut_of_packed_experts_equals_transformers_bit_for_bit(
+    family: str, kind: str, plain: Make, tmp_path: Path
 ) -> None:
-    model, prompts = packed("mixtral", "int4"), tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "x"}\n')
-    options = {
-        "generate": ["-p", "x", "-n", 1],
-        "batch": [prompts, "-o", tmp_path / "out.jsonl"],
-        "bench": [],
-        "check": ["--against", model],
-    }
-    found = run_command("llamarun", command, model, *options[command])
-    assert_refused(found, code=3, words="int4 g32 weights of a model with 4 experts are not run")
-    assert "--for vllm" in found.err
+    folder = pack_as(plain(family), tmp_path / "packed", KINDS[kind])
+    expected = trace(model_step(load_unsplit(folder, dtype=torch.bfloat16)), vocab_size=2048, num_tokens=4)
+    assert_every_cut_gives(expected, folder)
 
 
-def test_running_is_refused_where_only_the_attention_is_packed(
-    attention_packed: Path, plain: Make, run_command: RunCommand
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("scale", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_computed_in_the_dtype_of_their_scales_as_in_transformers(
+    family: str, scale: torch.dtype, dtype: str, plain: Make, tmp_path: Path
 ) -> None:
-    """transformers does not load such a thing either, so that nothing could be compared with what would come out."""
-    with pytest.raises(InputError, match="int8 g32 weights of a model with 4 experts"):
-        load(attention_packed)
-    found = run_command("llamarun", "check", plain("mixtral"), "--against", attention_packed, "-n", 1)
-    assert_refused(found, code=3, words="transformers does not load it")
+    folder = pack_as(plain(family), tmp_path / "packed", KINDS["all in int4"], scale_dtype=scale)
+    expected = trace(model_step(load_unsplit(folder, dtype=torch_dtype(dtype))), vocab_size=2048, num_tokens=4)
+    assert_every_cut_gives(expected, folder, dtype=dtype)
 
 
-def test_a_family_that_is_not_run_is_named(packed: Pack, run_command: RunCommand) -> None:
-    found = run_command("llamarun", "generate", packed("qwen3_moe", "int4"), "-p", "x", "-n", 1)
-    assert_refused(found, code=3, words="model_type qwen3_moe is not supported")
+@pytest.mark.parametrize("kind", UNLIKE_TRANSFORMERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_does_not_unpack_is_its_numbers_times_scales_and_check_refuses_it(
+    family: str, kind: str, plain: Make, run_command: RunCommand, tmp_path: Path
+) -> None:
+    folder = pack_as(plain(family), tmp_path / "packed", UNLIKE_TRANSFORMERS[kind])
+    original = AutoModelForCausalLM.from_pretrained(dequantised(folder, tmp_path / "plain"), dtype=torch.bfloat16)
+    assert_every_cut_gives(trace(model_step(original.eval()), vocab_size=2048, num_tokens=4), folder)
+    found = run_command("llamarun", "check", folder, "--against", folder, "-n", 1)
+    words = {"layers of other widths": "every expert as int4 g32, and they are int4 g32 and int8 g32"}
+    assert_refused(found, code=3, words=words.get(kind, "transformers"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exports_of_packed_experts_are_checked_generated_from_and_never_unpacked(
+    family: str, packed: Pack, run_command: RunCommand, tmp_path: Path
+) -> None:
+    model, shards = packed(family, "int4"), tmp_path / "shards"
+    export(make_plan(model, [1, 2], devices=["cpu:0", "cpu:1"], hosts=["here"] * 2), model=model, output=shards)
+    checked = run_command("llamarun", "check", shards, "--against", model, "-n", 8, "--json")
+    assert (checked.code, json.loads(checked.out)["is_identical"]) == (0, True), checked.err
+    words = ["generate", shards, "-p", "def main(", "-n", 8, "--temperature", 0, "--json", "--speed", "reference"]
+    one, several = (run_command("llamarun", *words, *more) for more in ([], ["--processes"]))
+    assert (one.code, several.code) == (0, 0), one.err + several.err
+    tokens = [[s["token_ids"] for s in json.loads(run.out)["sequences"]] for run in (one, several)]
+    assert tokens[0] == tokens[1] != []
+    chain = load(shards)
+    chain(IDS)
+    assert sum(weight.nbytes for weight in chain.parameters()) == sum(map(len, tensor_bytes(model).values()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_experts_are_multiplied_natively_where_kernels_are(
+    family: str, plain: Make, kernels: Library, tmp_path: Path
+) -> None:
+    folder = pack_as(plain(family), tmp_path / "packed", KINDS["all in int4"], scale_dtype=torch.float32)
+    chain = load(folder, dtype="fp32")
+    with torch.inference_mode():
+        expected = chain(IDS).logits
+        set_speed(chain, "max")
+        assert f"no native kernel for {family}" in str(chain.reason)
+        experts = [layer for name, layer in chain.named_modules() if ".experts." in name and hasattr(layer, "product")]
+        assert len(experts) == NUM_LAYERS * NUM_EXPERTS * 3
+        assert all(layer.product is not None for layer in experts)
+        assert (chain(IDS).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_another_way_to_compute_packed_experts_is_refused(packed: Pack, tmp_path: Path) -> None:
+    folder = shutil.copytree(packed("qwen3_moe", "int4"), tmp_path / "eager")
+    edit_config(folder, experts_implementation="eager")
+    with pytest.raises(
+        InputError, match=r"experts_implementation: is eager, and packed experts are computed in one way"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("weight_scale", "no model.layers.1.block_sparse_moe.experts.2.w3.weight_scale"),
+        ("weight_packed", "is there, and no"),
+    ],
+)
+def test_an_expert_without_a_part_ends_with_the_tensors_name(
+    part: str, words: str, packed: Pack, run_command: RunCommand, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(packed("mixtral", "int4"), tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"model.layers.1.block_sparse_moe.experts.2.w3.{part}"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(run_command("llamarun", "generate", folder, "-p", "x", "-n", 1), code=3, words=words)
 
 
 # --- what would have to be packed -------------------------------------------------------------------------------------
@@ -200,13 +302,17 @@ def test_fewer_bits_for_experts_are_refused_with_the_reason(
     assert_refused(run_command("llamaplan", name, plain(family), *options), code=2, words=REFUSED[family])
 
 
-def test_experts_in_one_tensor_are_refused_alike(plain: Make, run_command: RunCommand, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_in_one_tensor_are_refused_alike(
+    family: str, plain: Make, run_command: RunCommand, tmp_path: Path
+) -> None:
     """As transformers holds them: `experts.gate_up_proj` [experts, 2 x inner, hidden]."""
     folder = tmp_path / "together"
-    shutil.copytree(plain("qwen3_moe"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    weights = AutoModelForCausalLM.from_pretrained(plain("qwen3_moe"), dtype=torch.bfloat16).state_dict()
+    shutil.copytree(plain(family), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = AutoModelForCausalLM.from_pretrained(plain(family), dtype=torch.bfloat16).state_dict()
     assert {t.dim() for name, t in weights.items() if name.endswith("experts.gate_up_proj")} == {3}
     save_file({name: t.contiguous() for name, t in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     assert build_profile(open_checkpoint(folder)).total_weight_bytes == sum(t.nbytes for t in weights.values())
     found = run_command("llamaplan", "solve", folder, "--device", "cpu=1GiB", "--weights", "int4")
-    assert_refused(found, code=2, words=REFUSED["qwen3_moe"])
+    assert_refused(found, code=2, words=REFUSED[family])
+    assert torch.equal(load(folder)(IDS).logits, logits(plain(family)))

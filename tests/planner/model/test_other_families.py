@@ -157,14 +157,6 @@ def command_r7b() -> tuple[dict[str, Any], Shapes]:
     return config, whole(config, [layer] * 32, tied=True)
 
 
-def qwen3_30b_a3b() -> tuple[dict[str, Any], Shapes]:
-    config = base("qwen3_moe", 2048, 48, 32, 4, 6144, 151936, head_dim=128, num_experts=128, num_experts_per_tok=8,
-                  moe_intermediate_size=768, decoder_sparse_step=1, mlp_only_layers=[], use_sliding_window=False,
-                  sliding_window=None, max_window_layers=48)  # fmt: skip
-    inner: Shapes = {"self_attn.q_norm.weight": (128,), "self_attn.k_norm.weight": (128,)}
-    return config, whole(config, [norms(config) | attention(config) | inner | experts(config, 128, 768)] * 48)
-
-
 def qwen15_moe() -> tuple[dict[str, Any], Shapes]:
     config = base("qwen2_moe", 2048, 24, 16, 16, 5632, 151936, num_experts=60, num_experts_per_tok=4,
                   moe_intermediate_size=1408, shared_expert_intermediate_size=5632, decoder_sparse_step=1,
@@ -213,7 +205,6 @@ PUBLISHED: dict[str, tuple[Any, int | None, float, int]] = {
     "gemma-3-1b": (gemma_3_1b, 999_885_952, 1e9, 26 * 2 * 256 * 2),
     "c4ai-command-r-v01": (command_r, None, 35e9, 40 * 2 * 8192 * 2),
     "c4ai-command-r7b-12-2024": (command_r7b, 8_028_033_024, 8.03e9, 32 * 2 * 1024 * 2),
-    "Qwen3-30B-A3B": (qwen3_30b_a3b, 30_532_122_624, 30.5e9, 48 * 2 * 512 * 2),
     "Qwen1.5-MoE-A2.7B": (qwen15_moe, 14_315_784_192, 14.3e9, 24 * 2 * 2048 * 2),
     "OLMoE-1B-7B": (olmoe, 6_919_161_856, 6.92e9, 16 * 2 * 2048 * 2),
     "starcoder2-3b": (starcoder2_3b, None, 3e9, 30 * 2 * 256 * 2),

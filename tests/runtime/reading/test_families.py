@@ -76,6 +76,11 @@ FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+    "qwen3_moe with a window": (
+        "qwen3_moe",
+        {"num_experts": 3, "num_experts_per_tok": 1, "use_sliding_window": True, "sliding_window": 6},
+    ),
     "mixtral with a window": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 6}),
 }
 
@@ -153,6 +158,12 @@ def test_an_untested_family_is_refused_with_the_list_of_tested_ones() -> None:
         parse_model_config({"model_type": "gpt2"})
     with pytest.raises(ValueError, match="gpt2"):
         check_family("gpt2")
+
+
+@pytest.mark.parametrize("key", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}, {"num_experts": 0}], ids=str)
+def test_layers_without_experts_among_others_are_refused(key: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"layers without experts are not run in this family; expected num_experts"):
+        parse_model_config({"model_type": "qwen3_moe"} | COMMON | key)
 
 
 def test_weights_quantised_in_another_way_are_refused() -> None:
