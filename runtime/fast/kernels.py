@@ -211,6 +211,7 @@ class FastStage:
     def _passage(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, pieces: Sequence[Piece]
     ) -> Passage:
+        assert hidden.dtype == self._dtype
         self._shape.rotary_dim = cos.shape[-1]
         tables = tuple(table.to(self._dtype).contiguous() for table in (cos, sin))
         return Passage(self._library, self._shape, hidden, tables, pieces=pieces, capacity=self._capacity)
