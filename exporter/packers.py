@@ -78,7 +78,7 @@ def calibration_text(
     """Read the text that packed weights are calibrated on; None where none is given.
 
     Raises:
-        UsageError: a text, and nothing to calibrate.
+        UsageError: a text, and nothing to calibrate, or experts.
         InputError, MachineError: as `exporter.calibrate.text.read_text`.
     """
     if path is None:
@@ -89,6 +89,12 @@ def calibration_text(
             hint="solve with --weights int4 or int8",
         )
     config = checkpoint.config
+    if config.num_experts:
+        raise UsageError(
+            "--calibration-text: each expert reads other tokens, and experts are rounded to nearest alone",
+            where=checkpoint.path,
+            hint="leave it out",
+        )
     text = read_text(
         path,
         folder=require_full(checkpoint),

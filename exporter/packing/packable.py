@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from exporter.layout import Layout
+from plans.checkpoint.packed import expert_fault
 from plans.checkpoint.units import Checkpoint
 from plans.errors import InputError, UsageError
 from plans.packed.choice import AS_STORED, SIDE, WeightChoice
@@ -22,7 +23,7 @@ def check_packable(choice: WeightChoice, *, checkpoint: Checkpoint, dtype: str) 
 
     Raises:
         InputError: the weights are packed already, or of a dtype that is not rounded.
-        UsageError: experts, a tied head in 8 bits, or weights beside them in fp32.
+        UsageError: experts that cannot be packed, a tied head in 8 bits, or weights beside them in fp32.
     """
     config = checkpoint.config
     if config.quantization is not None:
@@ -32,12 +33,14 @@ def check_packable(choice: WeightChoice, *, checkpoint: Checkpoint, dtype: str) 
             hint="export the checkpoint it was made of, or solve without --weights",
             code="E-QUANT",
         )
-    if config.num_experts:
+    fault = expert_fault(config, checkpoint.tensors)
+    if config.num_experts and choice.kind == "mixed":
+        fault = "transformers reads the experts of all layers in one width"
+    if fault is not None:
         raise UsageError(
-            f"the plan wants {choice.kind} weights, and most are those of {config.num_experts} experts, which are not "
-            "packed",
+            f"the plan wants {choice.kind} weights, and {fault}",
             where=checkpoint.path,
-            hint="solve without --weights",
+            hint="solve with --weights int8 or int4" if choice.kind == "mixed" else "solve without --weights",
             code="E-WEIGHTS",
         )
     if config.tie_word_embeddings and choice.head_bits != AS_STORED:

@@ -61,6 +61,13 @@ def sensitivity_command(
     ask.refuse_inside(output, require_full(checkpoint))
     chosen = parse_dtype(dtype) or run_dtype(checkpoint)
     check_packable(checkpoint, dtype=chosen, asked="sensitivity")
+    if checkpoint.config.num_experts:
+        raise UsageError(
+            "sensitivity: transformers reads the experts of all layers in one width, so that there is no mix to choose",
+            where=checkpoint.path,
+            hint="'llamaplan solve --weights auto' takes the widest width that fits",
+            code="E-WEIGHTS",
+        )
     data = read_limited(text, max_bytes=MAX_TEXT_BYTES)
     with screen.leaving_at_once():
         from planner.measure.sensitivity import measure_sensitivity, subject_of, windows_of

@@ -5,6 +5,7 @@ from typing import Literal
 
 from planner.model.units import MATRIX, Rows, module_of
 from plans.checkpoint.names import UnitKey
+from plans.checkpoint.packed import expert_fault
 from plans.checkpoint.units import Checkpoint
 from plans.dtypes import DtypeName
 from plans.errors import UsageError
@@ -61,8 +62,9 @@ def unpackable(checkpoint: Checkpoint, *, dtype: DtypeName) -> tuple[str, str] |
         return stored, "leave --weights out to plan them as they are, or start from the checkpoint they were made of"
     if not config.is_supported:
         return f"llamarun does not run model_type {config.model_type}, so packed weights of it fit nothing", _LEAVE_OUT
-    if config.num_experts:
-        return f"most weights are those of {config.num_experts} experts, which are not packed", _LEAVE_OUT
+    fault = expert_fault(config, checkpoint.tensors)
+    if fault is not None:
+        return fault, _LEAVE_OUT
     if dtype == "fp32":
         return "scales of packed weights have 16 bits, --dtype says fp32", "add --dtype bf16"
     return None

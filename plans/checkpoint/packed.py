@@ -1,11 +1,12 @@
 """Packed layers in a checkpoint: are their tensors whole, by the headers, and which keep their stored dtype?"""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from plans.checkpoint.header import TensorEntry
 from plans.config.config import ModelConfig
 from plans.dtypes import STORED_DTYPES
 from plans.errors import InputError, printable
+from plans.packed.choice import SIDE
 from plans.packed.config import Packing
 from plans.packed.scheme import PACKED, PACKED_PARTS, SCALE, SHAPE, WORD_BITS, Scheme, is_expert_scale
 
@@ -19,6 +20,7 @@ _FOREIGN = {
     "output_scale": "a scale of activations",
 }
 """Tensors that change what the packed numbers mean."""
+_TOGETHER = (".experts.gate_up_proj", ".experts.down_proj")
 
 
 def is_kept(name: str, dtype: str, config: ModelConfig) -> bool:
@@ -29,6 +31,21 @@ def is_kept(name: str, dtype: str, config: ModelConfig) -> bool:
     """
     is_foreign = config.quantization is not None and config.packing is None
     return is_foreign or not STORED_DTYPES[dtype].is_float or is_expert_scale(name)
+
+
+def expert_fault(config: ModelConfig, names: Iterable[str]) -> str | None:
+    """Return why the experts of a model cannot be packed, for people; None where they can, or there are none.
+
+    Args:
+        config: of the model.
+        names: of its tensors.
+    """
+    if config.num_experts and any(name.endswith(_TOGETHER) for name in names):
+        return "the experts of a layer lie in one tensor, and packed ones are stored one by one"
+    sides = (config.hidden_size, config.expert_intermediate_size)
+    if config.num_experts and any(side % SIDE for side in sides):
+        return f"its experts have sides of {sides[0]} and {sides[1]}, and packed ones need multiples of {SIDE}"
+    return None
 
 
 def check_packed(tensors: Mapping[str, TensorEntry], packing: Packing, *, where: object) -> None:

@@ -93,11 +93,13 @@ def _is_original(against: Path, prepared: "Prepared") -> bool:
 def _report_distance(
     output: "Output", prepared: "Prepared", original: Path, *, text: Path | None, max_tokens: int
 ) -> None:
+    from runtime.reading.experts import compute_experts_in
     from runtime.stages.distance import continued, measure_distance
     from runtime.stages.parity import load_unsplit
 
     prompts = _prompts(prepared) if text is None else _windows(prepared, text)
     session = load(output, prepared, cache_tokens=max(map(len, prompts)) + max_tokens)
+    compute_experts_in(session.chain, session.chain.dtype)
     whole = load_unsplit(original, dtype=session.chain.dtype)
     with output.spinner("comparing", style="line"):
         texts = continued(whole, prompts, num_tokens=max_tokens) if text is None else prompts

@@ -77,6 +77,13 @@ class PackedExperts(nn.ModuleList):
         return by_token.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
 
 
+def compute_experts_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let packed experts be computed in a dtype of their own, where it is not transformers that they shall equal."""
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            module.to(dtype)
+
+
 def stored_module(name: str, model_type: str) -> str:
     """Return what files call a linear layer of the model.
 

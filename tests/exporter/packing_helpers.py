@@ -5,14 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from export_helpers import make_plan
-
 from plans.checkpoint.folder import open_checkpoint
 from plans.checkpoint.units import unit_tables
 from plans.memory import stage_memory
 from plans.packed.choice import WeightChoice
 from plans.packed.tensors import scheme_of_tensor
 from plans.plan import Plan
+from tests.exporter.export_helpers import make_plan
 
 
 def packed_plan(

@@ -1,4 +1,4 @@
-"""Models with routed experts: packed ones are sized, cut, run and compared with transformers; packing is refused."""
+"""Models with routed experts: packed ones are sized, cut, packed, run and compared with transformers."""
 
 import json
 import shutil
@@ -29,6 +29,7 @@ from runtime.stages.parity import load_unsplit
 from runtime.stages.stage import build_stage
 from tests.conftest import SHIPPED, Finished, RunCommand
 from tests.exporter.export_helpers import make_plan, tensor_bytes
+from tests.exporter.packing_helpers import packed_plan
 
 NUM_LAYERS, NUM_EXPERTS = 3, 4
 COMMON: dict[str, Any] = {
@@ -41,10 +42,6 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen3_moe": Qwen3MoeConfig(**COMMON, num_experts=NUM_EXPERTS, head_dim=16, moe_intermediate_size=32),
 }
 WIDTHS = {"int4": INT4, "int8": INT8}
-REFUSED = {
-    "mixtral": "those of 4 experts, which are not packed",
-    "qwen3_moe": "those of 4 experts, which are not packed",
-}
 IDS = torch.tensor([[1, 5, 9, 42, 7, 7, 3]])
 
 Make = Callable[[str], Path]
@@ -79,20 +76,20 @@ def packed(plain: Make, tmp_path_factory: pytest.TempPathFactory) -> Pack:
     return make
 
 
-def dequantised(folder: Path, target: Path) -> Path:
-    """Write a copy with plain weights: number times scale, both in bf16, rounded once."""
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
+def dequantised(folder: Path, target: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a copy with plain weights: number times scale, both in one dtype, rounded once."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     config = json.loads((target / "config.json").read_text())
     del config["quantization_config"]
     (target / "config.json").write_text(json.dumps(config))
-    stored = load_file(folder / "model.safetensors")
+    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     weights = {name: tensor for name, tensor in stored.items() if ".weight_" not in name}
     for module in [name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")]:
         words = stored[f"{module}.weight_packed"].long() & 0xFFFFFFFF
         bits = 32 * words.shape[1] // int(stored[f"{module}.weight_shape"][1])
         numbers = (words[..., None] >> torch.arange(0, 32, bits) & 2**bits - 1) - 2 ** (bits - 1)
-        grouped = numbers.flatten(1).unflatten(1, (-1, 32)).bfloat16()
-        weights[f"{module}.weight"] = (grouped * stored[f"{module}.weight_scale"][..., None]).flatten(1)
+        grouped = numbers.flatten(1).unflatten(1, (-1, 32)).to(dtype)
+        weights[f"{module}.weight"] = (grouped * stored[f"{module}.weight_scale"].to(dtype)[..., None]).flatten(1)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
@@ -279,31 +276,84 @@ def test_an_expert_without_a_part_ends_with_the_tensors_name(
     assert_refused(run_command("llamarun", "generate", folder, "-p", "x", "-n", 1), code=3, words=words)
 
 
-# --- what would have to be packed -------------------------------------------------------------------------------------
+# --- what is packed here ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["analyze", "--weights", "int4"],
-        *(["solve", "--device", "cpu=1GiB", "--weights", weights] for weights in ("int4", "int8", "auto")),
-        ["compare", "--device", "cpu=1GiB", "--weights", "int8"],
-        ["frontier", "--device", "cpu=1GiB", "--weights", "int8"],
-        ["devices", "--measure", "--weights", "auto"],
-        ["sensitivity", "--text", __file__],
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fewer_bits_for_experts_are_refused_with_the_reason(
-    family: str, command: list[str], plain: Make, run_command: RunCommand
+def test_experts_packed_by_export_are_sized_to_the_byte_and_run_as_transformers_loads_them(
+    family: str, width: str, plain: Make, run_command: RunCommand, tmp_path: Path
 ) -> None:
-    name, *options = command
-    assert_refused(run_command("llamaplan", name, plain(family), *options), code=2, words=REFUSED[family])
+    model, shards = plain(family), tmp_path / "shards"
+    plan = packed_plan(model, [1, 2], bits=WIDTHS[width].bits, head_bits=8, devices=["cpu:0", "cpu:1"])
+    export(plan, model=model, output=shards)
+    stored = tensor_bytes(shards)
+    for bundle, stage in zip(sorted(shards.glob("*.safetensors")), plan.stages, strict=True):
+        assert stage.weight_bytes == sum(entry.size_bytes for entry in read_header(bundle).tensors.values())
+    solved = run_command("llamaplan", "solve", model, "--device", "cpu=1GiB", "--weights", width, "--json")
+    assert json.loads(solved.out)["profile"]["total_weight_bytes"] == sum(map(len, stored.values()))
+    matrices = [name.removesuffix(".weight") for name in tensor_bytes(model) if is_linear(name.removesuffix(".weight"))]
+    assert {f"{module}.weight_packed" for module in matrices} == {n for n in stored if n.endswith(".weight_packed")}
+    routers = [name for name in stored if name.endswith(".gate.weight")]
+    assert [stored[name] for name in routers] == [tensor_bytes(model)[name] for name in routers] != []
+    assert verify(shards, model=model).num_tensors_compared == len(stored)
+    assert torch.equal(logits(shards), logits(dequantised(shards, tmp_path / "plain")))
+    expected = trace(model_step(load_unsplit(shards, dtype=torch.bfloat16)), vocab_size=2048, num_tokens=4)
+    assert_every_cut_gives(expected, shards)
+
+
+def test_the_distance_of_packed_experts_to_their_original_is_told(
+    plain: Make, run_command: RunCommand, tmp_path: Path
+) -> None:
+    """In fp32, the experts too: the distance is that of the weights, and none where these are the same."""
+    model, distances = plain("qwen3_moe"), dict[str, float]()
+    for name, scheme in WIDTHS.items():
+        export(packed_plan(model, [3], bits=scheme.bits, devices=["cpu"]), model=model, output=tmp_path / name)
+    same = dequantised(tmp_path / "int4", tmp_path / "same", dtype=torch.float32)
+    for name, shards, original in (("int4", "int4", model), ("int8", "int8", model), ("same", "int4", same)):
+        found = run_command("llamarun", "check", tmp_path / shards, "--against", original, "-n", 4, "--json")
+        assert found.code == 0, found.err
+        distances[name] = json.loads(found.out)["mean_kl"]
+    assert distances["int4"] > 4 * distances["int8"] > 0
+    assert distances["same"] < 1e-4 * distances["int4"]
+
+
+@pytest.mark.parametrize("command", ["analyze", "compare", "frontier"])
+def test_every_command_plans_packed_experts(command: str, plain: Make, run_command: RunCommand) -> None:
+    devices = [] if command == "analyze" else ["--device", "cpu=1GiB"]
+    found = run_command("llamaplan", command, plain("qwen3_moe"), *devices, "--weights", "int4")
+    assert found.code == 0, found.err
+
+
+def test_the_widest_width_that_fits_is_chosen_for_experts(plain: Make, run_command: RunCommand, tmp_path: Path) -> None:
+    def solved(memory: str, *options: str) -> dict[str, Any]:
+        command = ["solve", plain("mixtral"), "--device", f"cpu={memory}", *options, "-o", tmp_path / "plan.json"]
+        assert run_command("llamaplan", *command).code == 0
+        document: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())
+        return document
+
+    (stage,) = solved("1GiB")["stages"]
+    needed = sum(stage[f"{part}_bytes"] for part in ("weight", "kv_cache", "activation", "overhead"))
+    assert "weights" not in solved(f"{needed // 1024 + 1}KiB", "--weights", "auto")
+    assert solved(f"{needed // 1024 - 1}KiB", "--weights", "auto")["weights"]["kind"] == "int8"
+
+
+def test_sensitivities_and_calibration_of_experts_are_refused_with_the_reason(
+    plain: Make, run_command: RunCommand, tmp_path: Path
+) -> None:
+    found = run_command("llamaplan", "sensitivity", plain("mixtral"), "--text", __file__)
+    assert_refused(found, code=2, words="transformers reads the experts of all layers in one width")
+    plan = tmp_path / "plan.json"
+    plan.write_text(packed_plan(plain("mixtral"), [3]).to_json())
+    found = run_command(
+        "llamaplan", "export", plan, "--model", plain("mixtral"), "-o", tmp_path / "no", "--calibration-text", __file__
+    )
+    assert_refused(found, code=2, words="experts are rounded to nearest alone")
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_experts_in_one_tensor_are_refused_alike(
+def test_experts_in_one_tensor_are_run_and_not_packed(
     family: str, plain: Make, run_command: RunCommand, tmp_path: Path
 ) -> None:
     """As transformers holds them: `experts.gate_up_proj` [experts, 2 x inner, hidden]."""
@@ -314,5 +364,5 @@ def test_experts_in_one_tensor_are_refused_alike(
     save_file({name: t.contiguous() for name, t in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     assert build_profile(open_checkpoint(folder)).total_weight_bytes == sum(t.nbytes for t in weights.values())
     found = run_command("llamaplan", "solve", folder, "--device", "cpu=1GiB", "--weights", "int4")
-    assert_refused(found, code=2, words=REFUSED[family])
+    assert_refused(found, code=2, words="the experts of a layer lie in one tensor")
     assert torch.equal(load(folder)(IDS).logits, logits(plain(family)))

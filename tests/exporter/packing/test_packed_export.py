@@ -234,7 +234,7 @@ def test_what_cannot_be_rounded_is_refused_by_name_and_nothing_is_left(
     assert names(tmp_path) == ["broken"]
 
 
-def test_a_plan_that_wants_packed_experts_is_not_exported(tmp_path: Path) -> None:
+def test_a_plan_that_wants_experts_of_several_widths_is_not_exported(tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -242,8 +242,11 @@ def test_a_plan_that_wants_packed_experts_is_not_exported(tmp_path: Path) -> Non
         vocab_size=96, num_local_experts=4, dtype="bfloat16",
     )  # fmt: skip
     MixtralForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
-    with pytest.raises(UsageError, match=r"int4 weights, and most are those of 4 experts"):
-        export(packed_plan(tmp_path / "model", [3]), model=tmp_path / "model", output=tmp_path / "out")
+    plan = packed_plan(tmp_path / "model", [3], bits=[4, 8, 8])
+    with pytest.raises(
+        UsageError, match=r"mixed weights, and transformers reads the experts of all layers in one width"
+    ):
+        export(plan, model=tmp_path / "model", output=tmp_path / "out")
     assert names(tmp_path) == ["model"]
 
 
