@@ -155,7 +155,7 @@ def load(
         dtype: `fp32`, `bf16` or `fp16`; None keeps the plan's or the checkpoint's.
         speed: `reference` is transformers' code and bit-identical to the unsplit model; `max` runs the steps of
             stages on a CPU on native kernels, which round where the reference rounds but add up in another order, and
-            those of stages on CUDA as recorded graphs; `auto` takes the faster of the two, by measurement. Where
+            those of stages on CUDA as recorded graphs; `auto` reads prompts layer by layer and measures the rest. Where
             there are no kernels or graphs a warning says why.
 
     Returns:

@@ -10,7 +10,7 @@ class Speed(StrEnum):
     """What to compute with, on a CPU and on CUDA."""
 
     AUTO = "auto"
-    """Whichever is faster here, by measurement."""
+    """What is fastest here: kernels with as many threads as measured best, graphs where they measured faster."""
     REFERENCE = "reference"
     """transformers' code always: bit-identical to the unsplit model."""
     MAX = "max"
