@@ -329,6 +329,7 @@ def test_quantised_weights_keep_their_bytes_and_are_never_converted(
         stem = name.removesuffix(".weight")
         tensors[f"{stem}.qweight"] = torch.randint(-9, 9, (columns // 8, rows), dtype=torch.int32)
         tensors[f"{stem}.scales"] = torch.rand(1, rows).half()
+        tensors[f"{stem}.qzeros"] = torch.randint(-9, 9, (1, rows // 8), dtype=torch.int32)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     edit_json(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     plan = make_plan(model, [2, 3])
