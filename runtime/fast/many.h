@@ -24,8 +24,8 @@ INLINE int way_of(int dtype, size_t columns) {
     return dtype == BF16 && are_pairs_fast && columns % 2 == 0 ? PAIRS : WIDE;
 }
 
-/* Find out what this processor does best. Pairs: AMD's multiply one in the time of one widened number; on Intel's (Sapphire and
- * Emerald Rapids) that takes as long as five of them. */
+/* Find out what this processor does best. Pairs: on AMD's they gain (a step of 16 rows took 0.83 of the time on a Zen 4), on an
+ * Intel Emerald Rapids torch's products of pairs came to two thirds of the speed of its fp32 ones. */
 void look_at_processor(void) {
     are_tiles_allowed = allow_tiles();
 #if LANES == 16 && defined(__AVX512BF16__)

@@ -1,8 +1,8 @@
 """Steps of a model of which some stages are fast, with transformers' own inputs and cache.
 
-A step that they can serve goes stage by stage: on a CPU in one call of the native kernels, or layer by
-layer (many rows); on CUDA as one recorded graph; elsewhere through the transformers layers, given what
-the model's own forward would give them. Every other step is left to that forward, on the same cache.
+A step that they can serve goes stage by stage: on a CPU in one call of the native kernels, or layer by layer (many
+rows); on CUDA as one recorded graph; elsewhere through the transformers layers, given what the model's own forward
+would give them. Every other step is left to that forward, on the same cache.
 
 Shapes: B sequences, S new tokens, T = past + S, R sequences of a ragged step, E hidden size, V vocabulary.
 """
@@ -97,7 +97,7 @@ class Part:
     choice: Choice
 
     def threads(self, *, num_rows: int) -> int:
-        """Return the threads of the kernels (1 for a graph) for a step of so many rows; 0 where it is no call."""
+        """Return the threads of the kernels (1 for a graph) for a step of so many rows; 0 where it is not one call."""
         return self.choice.threads(num_rows=num_rows) if self._is_usable else 0
 
     def serves(self, *, batch: int, new_tokens: int, past: int) -> int:

@@ -24,6 +24,7 @@ MANY_ROWS = 512
 """Rows of prompts that one call takes: what it needs as scratch space does not grow with the prompt."""
 
 PRODUCT_COUNTERS, READING_COUNTERS = 24, 80
+"""Numbers by which the threads of a call share its work: 8 for each of its phases and for who has left."""
 
 _FOLDER = Path(__file__).parent
 SOURCE = Source(

@@ -1,3 +1,5 @@
+/* Blocks of words that are turned, and matrix tiles. */
+
 /* LANES rows of LANES words, `pitch` bytes apart, become columns, `step` vectors apart. */
 INLINE void transpose(const void *from, size_t pitch, floats *to, size_t step) {
     enum { FOURS = LANES / 4 };
