@@ -1,7 +1,8 @@
 """Which tensors go into which stage's file, and where in it: the whole export is known before a byte is copied.
 
-Tensors lie in chain order (unit, then name), larger element sizes first so that every tensor starts aligned. The
-layout depends on the plan and the tensor table alone, not on how the source was sharded.
+Tensors lie in chain order (unit, then name). Those that are no whole number of cache lines come last, and larger
+element sizes come first, so that every tensor starts aligned. The layout depends on the plan and the tensor table
+alone, not on how the source was sharded.
 """
 
 import json
@@ -162,8 +163,11 @@ def scale_dtype(plan: Plan, dtype: str | None) -> str:
 
 
 def _in_file_order(pieces: Iterable[Piece]) -> list[Piece]:
-    # Stable: chain order within one size.
-    return sorted(pieces, key=lambda piece: -STORED_DTYPES[piece.dtype].size_bytes)
+    # Stable: chain order within one size. Whatever would push all after it off the cache lines comes last.
+    def key(piece: Piece) -> tuple[bool, int]:
+        return piece.size_bytes % DATA_ALIGNMENT != 0, -STORED_DTYPES[piece.dtype].size_bytes
+
+    return sorted(pieces, key=key)
 
 
 def encode_header(pieces: Collection[Piece], *, metadata: Mapping[str, str]) -> bytes:

@@ -14,7 +14,7 @@ from exporter.sources import Sources
 from plans.dtypes import STORED_DTYPES
 from plans.reading.digest import BUFFER_BYTES, FileDigest, RunningDigest
 
-NUM_BUFFERS = 8
+NUM_BUFFERS = 4
 WRITEBACK_BYTES = 32 << 20
 Advance = Callable[[int], None]
 

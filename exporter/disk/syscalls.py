@@ -10,10 +10,6 @@ from pathlib import Path
 
 from plans.errors import MachineError
 
-WRITE_BYTES = 128 << 10
-"""Larger writes make the kernel cache the file in huge pages, which a virtual machine may have to fetch from its host:
-a file of 2.2 GB then costs 7 s of system time instead of 1-2 s."""
-
 _RENAME_EXCHANGE = 2
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EROFS}
 
@@ -64,7 +60,7 @@ def write_all(fd: int, data: bytes | memoryview, *, shown: object) -> None:
     view = memoryview(data)
     with naming("write", shown):
         while view:
-            view = view[os.write(fd, view[:WRITE_BYTES]) :]
+            view = view[os.write(fd, view) :]
 
 
 def start_writeback(fd: int, *, offset: int, size: int) -> None:

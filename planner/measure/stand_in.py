@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -31,6 +31,7 @@ from plans.errors import MachineError
 from plans.packed.config import quantization_config
 from plans.packed.scheme import PACKED, SCALE, SHAPE, Scheme, is_linear
 from plans.profile import ModelProfile, PackedName
+from plans.reading.digest import BUFFER_BYTES
 
 SchemeOf = Callable[[str, formula.Shape], Scheme | None]
 """How a matrix is stored, by its module and shape."""
@@ -149,7 +150,7 @@ def write_stand_in(
             if source.directory is not None and (source.directory / name).is_file():
                 shutil.copyfile(source.directory / name, folder / name)
         with (folder / SINGLE_NAME).open("wb") as file:
-            _write_tensors(file, stored_rows(shapes, config, prefix=""), shapes, packed)
+            _write_as_exports_are(file, _parts(stored_rows(shapes, config, prefix=""), shapes, packed))
     except OSError as error:
         raise _cannot_write(num_layers, folder, error) from error
     return open_checkpoint(folder)
@@ -175,9 +176,18 @@ def _unit(key: UnitKey, config: ModelConfig) -> formula.Shapes:
     return by_kind[key[0]](config)
 
 
-def _write_tensors(
-    file: BinaryIO, tensors: Tensors, shapes: Mapping[str, formula.Shape], schemes: Mapping[str, Scheme]
-) -> None:
+def _write_as_exports_are(file: BinaryIO, parts: Iterable[bytes]) -> None:
+    """Write in whole buffers of an export's size, so that both are cached in pages of one size."""
+    buffer = bytearray()
+    for part in parts:
+        buffer += part
+        while len(buffer) >= BUFFER_BYTES:
+            file.write(buffer[:BUFFER_BYTES])
+            del buffer[:BUFFER_BYTES]
+    file.write(buffer)
+
+
+def _parts(tensors: Tensors, shapes: Mapping[str, formula.Shape], schemes: Mapping[str, Scheme]) -> Iterator[bytes]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (stored, shape) in tensors.items():
@@ -185,22 +195,18 @@ def _write_tensors(
         header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
-    file.write(len(text).to_bytes(8, "little") + text)
+    yield len(text).to_bytes(8, "little") + text
     blocks = _Blocks()
     for name, (stored, shape) in tensors.items():
         module = name.rpartition(".")[0]
         block = blocks.of(name, stored, shapes.get(f"{module}.weight", shape), schemes.get(module))
-        _fill(file, block, _size(stored, shape))
+        size = _size(stored, shape)
+        yield from repeat(block, size // len(block))
+        yield block[: size % len(block)]
 
 
 def _size(stored: str, shape: formula.Shape) -> int:
     return torch.Size(shape).numel() * STORED_DTYPES[stored].size_bytes
-
-
-def _fill(file: BinaryIO, block: bytes, size: int) -> None:
-    for part in repeat(block, size // len(block)):
-        file.write(part)
-    file.write(block[: size % len(block)])
 
 
 class _Blocks:

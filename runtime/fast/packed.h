@@ -267,14 +267,15 @@ INLINE void multiply_rows(int parts, int bits, int N, int quarters, const Packed
         *sums = multiply_unit(parts, bits, quarters, weights, found, x, *sums);
 }
 
-/* Units first .. end - 1 of one weight row; nothing is read past its end. */
+/* Units first .. end - 1 of one weight row; nothing is read past its end. What comes is fetched into the L2 cache: 6 %
+ * quicker than into L1, where it waits in buffers that loads need too (plain weights, with fewer loads, 2 % slower). */
 INLINE void multiply_units(int parts, int bits, int N, const Packed *p, const char *w, const char *scales, size_t first,
                            size_t end, const float *x, floats *sums) {
     const size_t pitch = N * (parts * (UNIT_PARTS + 1) + 1) * LANES, whole = p->columns / UNIT, bytes = UNIT * bits / 8;
     for (; first < end && first < whole; first++, x += pitch) {
         const char *at = w + first * bytes;
-        UNROLL for (int i = 0; i < UNIT * bits / 8; i += 64) __builtin_prefetch(at + i + AHEAD_BYTES);
-        __builtin_prefetch(scales + first * LANES * size_of(p->dtype) + AHEAD_BYTES / 4);
+        UNROLL for (int i = 0; i < UNIT * bits / 8; i += 64) __builtin_prefetch(at + i + AHEAD_BYTES, 0, 2);
+        __builtin_prefetch(scales + first * LANES * size_of(p->dtype) + AHEAD_BYTES / 4, 0, 2);
         multiply_rows(parts, bits, N, 4, p, at, scales, first, x, sums);
     }
     if (first < end) {

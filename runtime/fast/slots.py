@@ -6,8 +6,6 @@ a step of many slots at once (`runtime.fast.model`). Nothing grows or moves, so 
 Shapes: N slots, K key/value heads, C tokens that fit into a slot, S new tokens, D head size.
 """
 
-import ctypes
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from plans.stages import StageRange
 from runtime.fast.cache import FastLayer
+from runtime.reading.pages import give_back
 
 Buffers = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer."""
@@ -155,7 +154,7 @@ class SlotCache:
         """Forget all tokens of a slot; on a CPU their memory goes back, too."""
         self.keep(slot, num_tokens=0)
         for buffer in (buffer for pair in self.buffers for buffer in pair if buffer.device.type == "cpu"):
-            give_back(buffer[slot])
+            give_back(buffer[slot].data_ptr(), buffer[slot].nbytes)
 
     def _view(self, slot: int) -> DynamicCache:
         part = slice(slot, slot + 1)
@@ -169,11 +168,3 @@ def _buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     # On a CPU nothing reads spare room, and memory is taken when it is first written; a graph reads it with weight 0.
     make = torch.empty if device.type == "cpu" else torch.zeros
     return make(shape, dtype=dtype, device=device)
-
-
-def give_back(memory: torch.Tensor) -> None:
-    """Let the machine have the whole pages of a contiguous tensor on the CPU, whose values are lost."""
-    advice, page = getattr(mmap, "MADV_DONTNEED", None), mmap.PAGESIZE
-    first, end = -(-memory.data_ptr() // page) * page, (memory.data_ptr() + memory.nbytes) // page * page
-    if advice is not None and end > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)

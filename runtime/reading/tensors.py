@@ -1,16 +1,18 @@
 """The stored tensors of a checkpoint folder, the dtypes they are read in, and the devices they go to."""
 
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from plans.checkpoint.units import Checkpoint, require_full
+from plans.checkpoint.units import Checkpoint, StoredTensor, require_full
 from plans.dtypes import DTYPE_NAMES, DTYPES
 from plans.errors import UsageError
 from plans.stages import StageRange
 from runtime.reading.devices import planned_device, torch_device
+from runtime.reading.pages import prefer_huge_pages
 
 
 class FolderTensors(Mapping[str, torch.Tensor]):
@@ -28,8 +30,16 @@ class FolderTensors(Mapping[str, torch.Tensor]):
         stored = self._stored[name]
         if stored.file not in self._open:
             self._open[stored.file] = safe_open(self._folder / stored.file, framework="pt", device="cpu")
+            self._prefer_huge_pages(stored)
         tensor: torch.Tensor = self._open[stored.file].get_tensor(stored.name)
         return tensor
+
+    def _prefer_huge_pages(self, stored: StoredTensor) -> None:
+        """Ask for them before anything of the file is read, where tensors are views of its mapping."""
+        begin = self._open[stored.file].get_tensor(stored.name).data_ptr() - stored.entry.begin
+        size = max(other.entry.end for other in self._stored.values() if other.file == stored.file)
+        if begin % mmap.PAGESIZE == 0:
+            prefer_huge_pages(begin, size)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

@@ -133,9 +133,12 @@ def _reader(reading: Reading) -> Callable[[], int]:
 
     from plans.native.building import Unavailable
     from runtime.fast import native
+    from runtime.reading.pages import prefer_huge_pages
 
     torch.set_num_threads(reading.threads)
-    words = torch.ones(reading.num_bytes // 8, dtype=torch.int64)
+    words = torch.empty(reading.num_bytes // 8, dtype=torch.int64)
+    prefer_huge_pages(words.data_ptr(), words.nbytes)
+    words.fill_(1)
     blocks = itertools.cycle(torch.split(words, BLOCK_BYTES // 8))
     kernels = native.load()
 

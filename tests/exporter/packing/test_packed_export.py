@@ -56,6 +56,15 @@ def test_every_packed_matrix_has_the_bytes_of_the_format(model: Path, tmp_path: 
         assert f"{module}.weight" not in stored
 
 
+def test_weights_and_scales_begin_on_cache_lines(model: Path, tmp_path: Path) -> None:
+    export(packed_plan(model, [2, 1], bits=4), model=model, output=tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        entries = read_header(path).tensors
+        assert sum(name.endswith("weight_shape") for name in entries) % 4, "two numbers each are no whole lines"
+        assert all(entry.begin % 64 == 0 for entry in entries.values() if entry.size_bytes % 64 == 0)
+        assert all(entry.begin % 8 == 0 for entry in entries.values())
+
+
 def test_equal_input_gives_equal_bytes_whatever_the_threads_and_runs(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
