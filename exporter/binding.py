@@ -58,6 +58,8 @@ def _check_unit(unit: UnitProfile, table: UnitTable, *, plan: Plan, config: Mode
         width = kept.kv_width * DTYPES[profile.kv_cache_dtype].size_bytes
         _compare(f"{where}/kv_bytes_per_token", unit.kv_bytes_per_token, width)
         _compare(f"{where}/kv_window_tokens", unit.kv_window_tokens, kept.window)
+        state = kept.state.size_bytes(width=DTYPES[profile.dtype].size_bytes) if kept.state else 0
+        _compare(f"{where}/state_bytes_per_sequence", unit.state_bytes_per_sequence, state)
 
 
 def _bytes_at(table: UnitTable, plan: Plan, config: ModelConfig) -> int:

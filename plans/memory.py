@@ -35,9 +35,13 @@ def tied_table_bytes(profile: ModelProfile) -> int:
 
 
 def layer_kv_bytes(layer: UnitProfile, workload: Workload) -> int:
-    """Return the KV cache of one layer: bytes per token x min(context, window) x batch x requests in flight."""
+    """Return what one layer keeps of all sequences: batch x requests in flight of them.
+
+    Of each it keeps bytes per token x min(context, window), and the state of a recurrent layer.
+    """
     tokens = min(workload.context_tokens, layer.kv_window_tokens or workload.context_tokens)
-    return layer.kv_bytes_per_token * tokens * workload.batch_size * workload.requests_in_flight
+    each = layer.kv_bytes_per_token * tokens + layer.state_bytes_per_sequence
+    return each * workload.batch_size * workload.requests_in_flight
 
 
 def layer_activation_bytes(profile: ModelProfile, workload: Workload) -> int:

@@ -86,6 +86,8 @@ class UnitProfile(StrictModel):
     kv_bytes_per_token: Count
     kv_window_tokens: Count | None
     """How many past tokens the layer keeps; null for all of them."""
+    state_bytes_per_sequence: Count = 0
+    """What a recurrent layer keeps of a sequence of any length; absent where nothing."""
     flops_per_token: Count
     attention_flops_per_token_per_context: Count
     """FLOPs per token for each token of context it attends to."""
@@ -95,9 +97,9 @@ class UnitProfile(StrictModel):
     """How its matrices are packed, or will be; absent where they have the chosen dtype."""
 
     @model_serializer(mode="wrap")
-    def _without_unset_weights(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_is_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
-        return written if self.weights is not None else {k: v for k, v in written.items() if k != "weights"}
+        return {k: v for k, v in written.items() if v or k not in ("weights", "state_bytes_per_sequence")}
 
 
 class Difference(StrictModel):

@@ -12,6 +12,7 @@ from exporter.emit.limits import not_expressed
 from exporter.emit.memory_shares import cpu_cache_gib, share_of_memory
 from exporter.emit.plan_view import PlanView, has_head_on_cpu, hosts_of, kind_of, runs_on_cpus
 from exporter.emit.refusals import refuse_unworkable
+from plans.checkpoint.names import final_norm
 from plans.engines.spelling import COUNT_ENGINES, ENGINES, device_map, device_map_json
 from plans.errors import UsageError, printable
 from plans.plan import Plan
@@ -110,7 +111,9 @@ def _partition(engine: str, view: PlanView) -> str:
 
 def _map_of(view: PlanView) -> dict[str, int | str]:
     ranges = [(stage.start_layer, stage.end_layer) for stage in view.plan.stages]
-    return device_map(ranges, devices=view.devices(), is_tied=view.plan.profile.tied)
+    profile = view.plan.profile
+    norm = final_norm(profile.model.model_type).removesuffix(".weight")
+    return device_map(ranges, devices=view.devices(), is_tied=profile.tied, norm=norm)
 
 
 _HEAD_ON_CPU = {False: r"^output(_norm)?\.weight$=CPU", True: r"^(token_embd|output_norm)\.weight$=CPU"}

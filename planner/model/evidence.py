@@ -14,6 +14,7 @@ from plans.checkpoint.names import UnitKey, unit_of
 from plans.checkpoint.scales import PACKED_NAMES
 from plans.checkpoint.units import Checkpoint, unexpected_tensors
 from plans.config.config import ModelConfig
+from plans.config.states import State
 from plans.errors import InputError, printable
 
 Row = tuple[str, tuple[int, ...]]
@@ -46,7 +47,9 @@ def prove(checkpoint: Checkpoint, rows: Mapping[UnitKey, Rows]) -> None:
         if key[0] != "layer":
             continue
         where = f"{checkpoint.path}: layer {key[1]}"
-        _check_modules(unit, where)
+        state = config.attention[key[1]].state
+        _check_modules(unit, state, where)
+        _check_state(unit, state, where)
         _check_attention(unit, config, key[1], where)
         has_experts |= check_experts({n: shape for n, (_dtype, shape) in unit.items()}, config, where=where)
     if config.num_experts > 1 and not has_experts:
@@ -64,15 +67,31 @@ def _check_leftovers(checkpoint: Checkpoint) -> None:
             raise _not_understood(f"{printable(name)} belongs to no unit", checkpoint.path)
 
 
-def _check_modules(unit: Rows, where: str) -> None:
+def _check_modules(unit: Rows, state: State | None, where: str) -> None:
+    recurrent = "" if state is None else state.shapes[0][0].partition(".")[0]
     for name in unit:
         inner = _ATTENTION.fullmatch(name)
+        if name.partition(".")[0] == recurrent:
+            continue
         if (
             not _KNOWN_MODULES.fullmatch(name)
             or (not inner and _KEYS.fullmatch(name))
             or (inner and not _KNOWN_PARTS.fullmatch(inner.group(1)))
         ):
             raise _not_understood(f"holds {printable(name)}", where)
+
+
+def _check_state(unit: Rows, state: State | None, where: str) -> None:
+    """The convolution and the decays of a recurrent layer have the sizes that its state was counted for."""
+    for name, shape in () if state is None else state.shapes:
+        if name not in unit:
+            raise _not_understood(f"has no {name}", where)
+        if unit[name][1] != shape:
+            raise InputError(
+                f"{name} has shape {list(unit[name][1])}, config.json implies {list(shape)}",
+                where=where,
+                code="E-SHAPE",
+            )
 
 
 def _check_attention(unit: Rows, config: ModelConfig, index: int, where: str) -> None:

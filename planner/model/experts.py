@@ -17,7 +17,7 @@ def is_expert(name: str, shape: Shape, config: ModelConfig) -> bool:
     """Return whether a layer's tensor belongs to routed experts; shared ones (`shared_experts.`) are read always."""
     if _TOGETHER.fullmatch(name):
         return True
-    return config.num_experts > 1 and len(shape) > MATRIX and shape[0] == config.num_experts
+    return config.num_experts > 1 and _is_stack(shape) and shape[0] == config.num_experts
 
 
 def check_experts(shapes: Mapping[str, Shape], config: ModelConfig, *, where: object) -> bool:
@@ -42,7 +42,12 @@ def check_experts(shapes: Mapping[str, Shape], config: ModelConfig, *, where: ob
 
 def _is_odd(name: str, shape: Shape, config: ModelConfig) -> bool:
     """A numbered expert under another name, or beside experts a stack of as many matrices as there are none of."""
-    return bool(_UNCOUNTED.fullmatch(name)) or (config.num_experts > 1 and len(shape) > MATRIX)
+    return bool(_UNCOUNTED.fullmatch(name)) or (config.num_experts > 1 and _is_stack(shape))
+
+
+def _is_stack(shape: Shape) -> bool:
+    """Matrices in one tensor; a convolution has one row for every channel."""
+    return len(shape) > MATRIX and shape[1] > 1
 
 
 def _other_number(found: str, config: ModelConfig, where: object) -> InputError:

@@ -2,7 +2,8 @@
 
 Sources: parameters and bytes are sums over tensors; a linear layer needs one multiply and one add per weight and token,
 hence 2 FLOPs per weight; attention multiplies a query with every key and every value it sees, hence
-4 x heads x head_dim FLOPs per token and token of context; the KV cache keeps one key and one value per KV head.
+4 x heads x head_dim FLOPs per token and token of context; the KV cache keeps one key and one value per KV head. Every
+number of a recurrent state decays, takes in the token and is read: three multiplications and three additions.
 """
 
 import math
@@ -27,6 +28,7 @@ Rows = Mapping[str, tuple[str, formula.Shape]]
 """Local tensor name -> (stored dtype, shape)."""
 
 FLOPS_PER_WEIGHT = 2
+STATE_FLOPS = 6
 MATRIX = 2
 NO_ATTENTION = LayerAttention(kv_width=0, score_width=0, window=None)
 
@@ -60,6 +62,8 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
     idle_bytes = _idle(sum(size for name, size in weight_bytes.items() if name in experts), config)
     total_bytes = sum(weight_bytes.values())
     attention = config.attention[key[1]] if is_layer else NO_ATTENTION
+    state = attention.state
+    recurrent = state.recurrent if state else 0
     return UnitProfile(
         kind="layer" if is_layer else "embedding" if is_embedding else "head",
         index=key[1],
@@ -69,7 +73,8 @@ def profile_unit(key: UnitKey, rows: Rows, *, sizing: Sizing) -> UnitProfile:
         decode_read_bytes=_row_bytes(total_bytes, sizing) if is_embedding else total_bytes - idle_bytes,
         kv_bytes_per_token=attention.kv_width * DTYPES[sizing.kv_cache_dtype].size_bytes,
         kv_window_tokens=attention.window,
-        flops_per_token=0 if is_embedding else _flops_per_token(shapes, config),
+        state_bytes_per_sequence=state.size_bytes(width=DTYPES[sizing.dtype].size_bytes) if state else 0,
+        flops_per_token=0 if is_embedding else _flops_per_token(shapes, config) + STATE_FLOPS * recurrent,
         attention_flops_per_token_per_context=FLOPS_PER_WEIGHT * attention.score_width,
         shapes_sha256=hash_shapes(rows),
         weights=_packed_name(key, rows, schemes, sizing),

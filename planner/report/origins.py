@@ -104,8 +104,10 @@ def _kv_cache(plan: Plan) -> Source:
         sizes = " or ".join(str(size) for size in sorted(kept))
         said = (f"{o.key}: {o.how}" for o in plan.profile.origins if o.number == "kv_bytes_per_token")
         rule = f"{'; '.join(said)}; {sizes} bytes"
+    states = [layer.state_bytes_per_sequence for layer in plan.profile.layers if layer.state_bytes_per_sequence]
+    state = f" and {max(states)} bytes of state in {len(states)} layers" if states else ""
     how = (
-        f"{rule} per token and layer, for {work.context_tokens} tokens (or its window) x "
+        f"{rule} per token and layer, for {work.context_tokens} tokens (or its window){state}, x "
         f"batch {work.batch_size} x {work.requests_in_flight} in flight"
     )
     total = sum(stage.kv_cache_bytes for stage in plan.stages)

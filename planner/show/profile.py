@@ -62,6 +62,9 @@ def summary_lines(profile: ModelProfile, workload: Workload) -> Iterator[str]:
     windows = Counter(layer.kv_window_tokens for layer in profile.layers if layer.kv_window_tokens)
     for window, num in sorted(windows.items()):
         yield f"{num} layers keep only the last {window} tokens (sliding window)"
+    states = Counter(unit.state_bytes_per_sequence for unit in profile.layers if unit.state_bytes_per_sequence)
+    for state, num in states.items():
+        yield f"{num} layers keep a state of {format_bytes(state)} per sequence, counted with the KV cache"
     yield (
         f"one device would need {format_bytes(needed['total_bytes'])}: weights "
         f"{format_bytes(needed['weight_bytes'])} + KV cache {format_bytes(needed['kv_cache_bytes'])} "

@@ -33,7 +33,7 @@ def roofline_seconds(unit: UnitProfile, device: Device, *, work: Work, profile: 
 
 
 def bytes_read(unit: UnitProfile, *, work: Work, profile: ModelProfile) -> float:
-    """Return the bytes moved from memory: weights once, and the keys and values attended to.
+    """Return the bytes moved: weights once, the keys and values attended to, and a recurrent state there and back.
 
     The embedding reads one row per position. With experts the weights are those a batch is expected to touch.
     """
@@ -43,7 +43,8 @@ def bytes_read(unit: UnitProfile, *, work: Work, profile: ModelProfile) -> float
         return unit.decode_read_bytes
     context = work.past + work.tokens
     seen = min(context, unit.kv_window_tokens or context)
-    return _touched_weight_bytes(unit, work.rows, profile) + work.batch * seen * unit.kv_bytes_per_token
+    kept = seen * unit.kv_bytes_per_token + 2 * unit.state_bytes_per_sequence
+    return _touched_weight_bytes(unit, work.rows, profile) + work.batch * kept
 
 
 def flops(unit: UnitProfile, *, work: Work) -> int:

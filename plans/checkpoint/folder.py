@@ -12,9 +12,9 @@ from plans.checkpoint.foreign import foreign_weights, holds_adapter
 from plans.checkpoint.gguf import SUFFIX, open_gguf
 from plans.checkpoint.names import (
     EMBEDDING,
-    FINAL_NORM,
     HEAD,
     canonical_names,
+    final_norm,
     is_leftover,
     unit_of,
 )
@@ -234,7 +234,7 @@ def _check_layers(folder: Path, config: ModelConfig, tensors: Mapping[str, Store
 
 def _check_tables(folder: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
     is_packed = config.quantization is not None
-    required = [EMBEDDING, FINAL_NORM] + ([] if config.tie_word_embeddings else [HEAD])
+    required = [EMBEDDING, final_norm(config.model_type)] + ([] if config.tie_word_embeddings else [HEAD])
     for name in required:
         if name not in tensors and not (is_packed and is_stored(name, tensors.keys())):
             says = "is false" + (

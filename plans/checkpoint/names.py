@@ -11,6 +11,13 @@ from plans.errors import InputError, printable
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
+_OTHER_FINAL_NORMS = {
+    "bamba": "model.final_layernorm.weight",
+    "falcon_h1": "model.final_layernorm.weight",
+    "jamba": "model.final_layernorm.weight",
+    "lfm2": "model.embedding_norm.weight",
+    "lfm2_moe": "model.embedding_norm.weight",
+}
 HEAD = "lm_head.weight"
 
 UnitKey = tuple[str, int]
@@ -19,6 +26,8 @@ UnitKey = tuple[str, int]
 _OWNERS: Mapping[str, UnitKey] = {
     "model.embed_tokens.": ("embedding", 0),
     "model.norm.": ("head", 0),
+    "model.final_layernorm.": ("head", 0),
+    "model.embedding_norm.": ("head", 0),
     "lm_head.": ("head", 0),
 }
 """A scale or a bias belongs to the unit of its weight, whatever the format calls it."""
@@ -49,6 +58,11 @@ def local_name(name: str) -> str:
 def prefix_of(key: UnitKey) -> str:
     """Return what a unit's local names leave out: ``model.layers.N.`` of a layer, nothing of the others."""
     return f"model.layers.{key[1]}." if key[0] == "layer" else ""
+
+
+def final_norm(model_type: str) -> str:
+    """Return what a family calls the weight of its final norm."""
+    return _OTHER_FINAL_NORMS.get(model_type, FINAL_NORM)
 
 
 def is_leftover(name: str) -> bool:

@@ -1,7 +1,7 @@
 """What every layer keeps of a token, and of how many tokens: the part of `config.json` that the KV cache follows from.
 
 Allow-listed families keep keys and values of every KV head. For the others this reads latent attention, windows in
-their spellings, chunks, and layers without attention (`block_configs`); the rest is refused by its key.
+their spellings, chunks, layers without attention (`block_configs`) and recurrent ones; the rest is refused by its key.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,10 +11,11 @@ from typing import Any
 from plans.config.families import WINDOW_RULES
 from plans.config.fields import Fields, as_stated
 from plans.config.keys import unknown_keys
+from plans.config.states import BOTH, FULL, LINEAR, State, hybrid_kinds, is_hybrid, read_state
 from plans.errors import InputError, printable
 
 KEY_AND_VALUE = 2
-FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
 Windows = tuple[int | None, ...]
 
 
@@ -39,6 +40,8 @@ class LayerAttention:
     """How many past tokens are kept, None for all."""
     latent_rope: int | None = None
     """The part of the latent that carries positions; None where keys and values are kept."""
+    state: State | None = None
+    """What it keeps of a sequence of any length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +85,38 @@ def read_layers(fields: Fields, heads: Heads, layers: int) -> tuple[tuple[LayerA
         InputError: a key that changes what is kept and is not understood, or one that is missing.
     """
     _refuse_unknown(fields)
+    if is_hybrid(fields):
+        return _hybrid_layers(fields, heads, layers)
     windows, forgets = read_windows(fields, layers)
     if fields.raw.get("block_configs") is not None:
         return _block_layers(fields, heads, windows), (*_BLOCK_ORIGINS, *forgets)
     if is_latent(fields.raw):
         layer, origin = _latent(fields, heads)
         return tuple(replace(layer, window=window) for window in windows), (origin, *forgets)
+    return plain_layers(heads, windows), (_kv_origin(heads), *forgets)
+
+
+def _kv_origin(heads: Heads) -> Origin:
     how = f"key and value of {heads.kv_heads} heads x {heads.head_dim}"
-    origin = Origin("kv_bytes_per_token", "num_key_value_heads", how)
-    return plain_layers(heads, windows), (origin, *forgets)
+    return Origin("kv_bytes_per_token", "num_key_value_heads", how)
+
+
+def _hybrid_layers(fields: Fields, heads: Heads, layers: int) -> tuple[tuple[LayerAttention, ...], tuple[Origin, ...]]:
+    """Layers of attention, recurrent ones, and layers of both."""
+    if fields.raw.get("sliding_window"):
+        raise fields.error("sliding_window", "is set, and no layer of this family is known to have a window")
+    kinds = hybrid_kinds(fields, layers)
+    check_layer_types(fields, kinds, layers, allowed=(FULL, LINEAR, BOTH))
+    if kinds == [FULL] * layers:
+        return plain_layers(heads, (None,) * layers), (_kv_origin(heads),)
+    state, (attention,) = read_state(fields), plain_layers(heads, (None,))
+    kept = {FULL: attention, LINEAR: LayerAttention(0, 0, None, state=state), BOTH: replace(attention, state=state)}
+    how = (
+        f"{layers - kinds.count(FULL)} layers keep the last {state.inputs} inputs of a convolution, in the dtype "
+        f"computed in, and {state.recurrent or 'no'} numbers of a state in fp32, per sequence of any length"
+    )
+    origins = _kv_origin(heads), Origin("state_bytes_per_sequence", state.key, how)
+    return tuple(kept[kind] for kind in kinds), origins
 
 
 def _refuse_unknown(fields: Fields) -> None:
@@ -133,7 +159,7 @@ def read_windows(fields: Fields, layers: int) -> tuple[Windows, tuple[Origin, ..
     window, chunk = _positive(fields, "sliding_window"), _positive(fields, "attention_chunk_size")
     if fields.flag("use_sliding_window", default=True) is False:
         window = None
-    kinds, key = _stated_kinds(fields), "layer_types"
+    kinds, key = fields.raw.get("layer_types"), "layer_types"
     if kinds is None:
         kinds, key = _kinds_by_rule(fields, layers, window=window, chunk=chunk)
     check_layer_types(fields, kinds, layers, allowed=(FULL, SLIDING, CHUNKED))
@@ -147,17 +173,6 @@ def read_windows(fields: Fields, layers: int) -> tuple[Windows, tuple[Origin, ..
     num = sum(size is None for size in windows)
     how = f"{layers - num} layers keep their last {window or chunk} tokens, {num} keep all"
     return windows, (Origin("kv_window_tokens", key, how),)
-
-
-def _stated_kinds(fields: Fields) -> Any:
-    """`layer_types` in today's words, None where nothing is said."""
-    kinds = fields.raw.get("layer_types")
-    if kinds is None and fields.raw.get("model_type") == "granitemoehybrid":
-        kinds = fields.raw.get("layers_block_type")
-        if kinds is None:
-            what = "is missing: every layer is a mamba layer then, and what such a layer keeps is not understood"
-            raise fields.error("layer_types", what, expected=f"a list of {FULL}")
-    return [FULL if kind == "attention" else kind for kind in kinds] if isinstance(kinds, list) else kinds
 
 
 def check_layer_types(fields: Fields, kinds: object, layers: int, *, allowed: tuple[str, ...]) -> None:

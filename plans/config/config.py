@@ -4,6 +4,7 @@ Field names are those of `config.json`. Both spellings of renamed fields are rea
 `rope_parameters` / `rope_theta` + `rope_scaling`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from plans.reading.files import read_limited, sha256_hex
 from plans.reading.strict import parse_json
 
 MAX_CONFIG_BYTES = 1 << 20
+# No JSON, but what transformers 4 wrote of every Mamba-2 model; 5 writes it as a table.
+_INFINITE_LIMIT = re.compile(rb'("time_step_limit"\s*:\s*\[\s*[0-9.]+\s*,\s*)Infinity(?=\s*\])')
 
 SUPPORTED_FAMILIES = (
     "gemma", "gemma2", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe",
@@ -176,7 +179,7 @@ def read_config(path: Path) -> ModelConfig:
         MachineError: not readable.
     """
     data = read_limited(path, max_bytes=MAX_CONFIG_BYTES)
-    raw = parse_json(data, where=path)
+    raw = parse_json(_INFINITE_LIMIT.sub(rb'\1{"__float__": "Infinity"}', data), where=path)
     if not isinstance(raw, dict):
         raise InputError("not a JSON object", where=path, code="E-CONFIG")
     return parse_config(raw, where=path, sha256=sha256_hex(data))
@@ -199,7 +202,7 @@ def parse_config(raw: Mapping[str, Any], *, where: object, sha256: str = "") -> 
         model_type=model_type,
         architecture=_architecture(fields),
         hidden_size=fields.count("hidden_size"),
-        intermediate_size=_intermediate_size(fields, experts_per_token),
+        intermediate_size=_intermediate_size(fields, experts_per_token, attention),
         num_hidden_layers=layers,
         num_attention_heads=heads.heads,
         num_key_value_heads=heads.kv_heads,
@@ -298,19 +301,26 @@ def _experts(fields: Fields) -> tuple[int, int, tuple[Origin, ...]]:
     return experts, active, ()
 
 
-def _intermediate_size(fields: Fields, experts_per_token: int) -> int:
-    """The widest row inside a layer: of a dense one, or of the experts that one token uses."""
+def _intermediate_size(fields: Fields, experts_per_token: int, attention: tuple[LayerAttention, ...]) -> int:
+    """The widest row inside a layer: of a dense one, of the experts that one token uses, or of a recurrent one."""
     if _is_supported(fields.raw) and fields.raw["model_type"] != "qwen3_moe":
         return fields.count("intermediate_size")
     blocks = block_intermediate_size(fields)
     dense = [fields.count(key) for key in _DENSE_WIDTHS if fields.raw.get(key) is not None]
     routed = [experts_per_token * fields.count(key) for key in _EXPERT_WIDTHS if fields.raw.get(key) is not None]
     shared = [fields.count(key) for key in _SHARED_WIDTHS if fields.raw.get(key)]
-    widest = max([blocks, *dense, sum(routed[:1]) + sum(shared)])
+    recurrent = [layer.state.row_width for layer in attention if layer.state is not None]
+    widest = max([blocks, *dense, sum(routed[:1]) + sum(shared), *recurrent])
     return widest or fields.count("intermediate_size")
 
 
-_DENSE_WIDTHS = ("intermediate_size", "intermediate_size_mlp", "ffn_hidden_size", "dense_intermediate_size")
+_DENSE_WIDTHS = (
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "ffn_hidden_size",
+    "dense_intermediate_size",
+    "block_ff_dim",
+)
 _EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size", "expert_dim")
 _NUM_EXPERTS = ("num_local_experts", "num_experts")
 _SHARED_WIDTHS = ("shared_expert_intermediate_size", "shared_intermediate_size")

@@ -39,10 +39,18 @@ WINDOW_RULES: Mapping[str, WindowRule] = {
     "vaultgemma": "alternate",
 }
 
+_MAMBA_2 = {
+    "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2,
+}  # fmt: skip
+_GATED_DELTA = {
+    "head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
 _LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
 CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "afmoe": {"sliding_window": 1024, "global_attn_every_n_layers": 4, "num_experts": 64, "num_experts_per_tok": 6},
+    "bamba": _MAMBA_2 | {"num_key_value_heads": 8},
     "cohere2": {"sliding_window": 4096, "sliding_window_pattern": 4, "head_dim": 128},
     "cwm": {"sliding_window": 8192},
     "deepseek_v2": _LATENT | {"n_routed_experts": 64},
@@ -50,6 +58,7 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "dots1": {"sliding_window": 4096, "max_window_layers": 62},
     "ernie4_5_moe": {"moe_num_experts": 64, "moe_k": 6, "num_key_value_heads": 4},
     "exaone4": {"sliding_window": 4096, "sliding_window_pattern": 4},
+    "falcon_h1": _MAMBA_2 | {"mamba_d_ssm": 1024, "num_key_value_heads": 8},
     "gemma3_text": {
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
@@ -62,8 +71,20 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "glm4": {"num_key_value_heads": 2, "head_dim": 128},
     "glm4_moe": {"n_routed_experts": 128, "num_experts_per_tok": 8, "num_nextn_predict_layers": 1},
     "gpt_oss": {"sliding_window": 128, "head_dim": 64, "num_local_experts": 128, "num_experts_per_tok": 4},
-    "granitemoehybrid": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "granitemoehybrid": _MAMBA_2 | {"num_local_experts": 8, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "jamba": {
+        "attn_layer_period": 8,
+        "attn_layer_offset": 4,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 8,
+    },
+    "lfm2": {"conv_L_cache": 3, "num_key_value_heads": 8},
+    "lfm2_moe": {"conv_L_cache": 3, "num_key_value_heads": 8, "num_experts": 32, "num_experts_per_tok": 4},
     "llama4_text": {
         "attention_chunk_size": 8192,
         "no_rope_layer_interval": 4,
@@ -82,7 +103,10 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "olmoe": {"num_experts": 64, "num_experts_per_tok": 8},
     "phimoe": {"num_local_experts": 16, "num_experts_per_tok": 2, "num_key_value_heads": 8},
     "qwen2_moe": {"use_sliding_window": False, "num_experts": 60, "num_experts_per_tok": 4},
+    "qwen3_5_moe_text": _GATED_DELTA | {"num_experts": 256, "num_experts_per_tok": 8, "num_key_value_heads": 2},
+    "qwen3_5_text": _GATED_DELTA | {"num_key_value_heads": 4},
     "qwen3_moe": {"use_sliding_window": False, "num_experts": 128, "num_experts_per_tok": 8},
+    "qwen3_next": _GATED_DELTA | {"num_experts": 512, "num_experts_per_tok": 10, "num_key_value_heads": 2},
     "starcoder2": {"num_key_value_heads": 2},
     "vaultgemma": {"sliding_window": 4096, "head_dim": 256, "num_key_value_heads": 4},
 }
@@ -90,6 +114,7 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 CLASS_CONTEXTS: Mapping[str, int] = {
     "afmoe": 16384,
+    "bamba": 262144,
     "cohere2": 8192,
     "cwm": 131072,
     "deepseek_v2": 2048,
@@ -97,6 +122,7 @@ CLASS_CONTEXTS: Mapping[str, int] = {
     "dots1": 2048,
     "ernie4_5_moe": 131072,
     "exaone4": 2048,
+    "falcon_h1": 8192,
     "gemma3_text": 131072,
     "glm": 131072,
     "glm4": 131072,
@@ -104,6 +130,9 @@ CLASS_CONTEXTS: Mapping[str, int] = {
     "gpt_oss": 131072,
     "granitemoe": 2048,
     "granitemoehybrid": 2048,
+    "jamba": 262144,
+    "lfm2": 128000,
+    "lfm2_moe": 128000,
     "llama4_text": 131072,
     "minicpm3": 32768,
     "minimax_m2": 196608,
@@ -112,7 +141,10 @@ CLASS_CONTEXTS: Mapping[str, int] = {
     "olmoe": 4096,
     "phimoe": 131072,
     "qwen2_moe": 32768,
+    "qwen3_5_moe_text": 32768,
+    "qwen3_5_text": 32768,
     "qwen3_moe": 32768,
+    "qwen3_next": 32768,
     "starcoder2": 4096,
     "vaultgemma": 8192,
 }

@@ -34,8 +34,16 @@ _READ_OR_HARMLESS = (
 )
 _UNDERSTOOD = frozenset(_READ_OR_HARMLESS.split())
 _OF_FAMILY: Mapping[str, re.Pattern[str]] = {
-    # of its mamba layers, which are refused one by one
+    # of their recurrent layers, read in plans.config.states
+    "bamba": re.compile(r"mamba_\w+|attn_layer_indices|attn_rotary_emb"),
+    "falcon_h1": re.compile(r"mamba_\w+"),
     "granitemoehybrid": re.compile(r"mamba_\w+|layers_block_type"),
+    "jamba": re.compile(r"(use_)?mamba\w+|attn_layer_(offset|period)"),
+    "lfm2": re.compile(r"conv_\w+|block_\w+|full_attn_idxs|num_heads"),
+    "lfm2_moe": re.compile(r"conv_\w+"),
+    "qwen3_5_moe_text": re.compile(r"linear_\w+|full_attention_interval|mamba_ssm_dtype|mtp_\w+"),
+    "qwen3_5_text": re.compile(r"linear_\w+|full_attention_interval|mamba_ssm_dtype|mtp_\w+"),
+    "qwen3_next": re.compile(r"linear_\w+|full_attention_interval"),
     # its class and its weights know no other attention (`attn_type_list`), and layers behind the last are left out
     "minimax_m2": re.compile(r"attn_type_list|use_mtp|mtp_transformer_layers|num_mtp_modules"),
 }

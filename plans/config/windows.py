@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from plans.config.attention import FULL, SLIDING, Windows, check_layer_types, rope_layers
+from plans.config.attention import SLIDING, Windows, check_layer_types, rope_layers
 from plans.config.fields import Fields, as_stated
+from plans.config.states import FULL
 
 
 def sliding_windows(fields: Fields, layers: int) -> Windows:

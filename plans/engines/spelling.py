@@ -121,7 +121,7 @@ def _device_of(module: str, table: Mapping[str, int | str]) -> str:
 
 
 def device_map(
-    ranges: Sequence[tuple[int, int]], *, devices: Sequence[int | str], is_tied: bool
+    ranges: Sequence[tuple[int, int]], *, devices: Sequence[int | str], is_tied: bool, norm: str = "model.norm"
 ) -> dict[str, int | str]:
     """Return accelerate's device_map for stages with these layers on these devices.
 
@@ -131,7 +131,7 @@ def device_map(
     placed: dict[str, int | str] = {"model.embed_tokens": devices[0], "model.rotary_emb": devices[0]}
     for (start, end), device in zip(ranges, devices, strict=True):
         placed |= {f"model.layers.{layer}": device for layer in range(start, end)}
-    return {**placed, "model.norm": devices[-1], "lm_head": devices[0] if is_tied else devices[-1]}
+    return {**placed, norm: devices[-1], "lm_head": devices[0] if is_tied else devices[-1]}
 
 
 def device_map_json(placed: Mapping[str, int | str]) -> str:

@@ -331,9 +331,12 @@ def test_a_layer_without_attention_keeps_nothing(tmp_path: Path) -> None:
         ({"linear_attn_config": {"kda_layers": [1]}}, "linear_attn_config"),
         ({"swa_num_key_value_heads": 8}, "swa_num_key_value_heads"),
         ({"layer_types": ["linear_attention"] * 4}, "layer_types/0"),
-        ({"model_type": "granitemoehybrid", "layer_types": ["attention"] * 3 + ["mamba"]}, "layer_types/3"),
-        ({"model_type": "granitemoehybrid", "layers_block_type": ["mamba"] * 4}, "layer_types/0"),
-        ({"model_type": "granitemoehybrid"}, "layer_types"),
+        ({"model_type": "granitemoehybrid", "layer_types": ["attention"] * 3 + ["rwkv"]}, "layer_types/3"),
+        ({"model_type": "granitemoehybrid", "layer_types": ["mamba"] * 5}, "layer_types"),
+        ({"model_type": "granitemoehybrid", "mamba_d_head": 5}, "mamba_n_heads"),
+        ({"model_type": "granitemoehybrid", "mamba_d_state": 0}, "mamba_d_state"),
+        ({"model_type": "bamba", "attn_layer_indices": "all"}, "attn_layer_indices"),
+        ({"model_type": "qwen3_next", "sliding_window": 512}, "sliding_window"),
         ({"mamba_n_heads": 8}, "mamba_n_heads"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"add_cross_attention": True}, "add_cross_attention"),
@@ -386,6 +389,76 @@ def test_a_context_that_config_json_does_not_state_is_said_to_be_assumed(
     for arguments in (("analyze", folder), ("solve", folder, "--device", "cpu=1GiB")):
         assert said in run_command("llamaplan", *arguments).err
     assert build_profile(open_checkpoint(folder)).model.max_position_embeddings == tokens
+
+
+HYBRID = {"mamba_n_heads": 4, "mamba_d_state": 8, "num_local_experts": 0, "num_experts_per_tok": 0}
+
+
+def hybrid(folder: Path, **changes: tuple[int, ...]) -> Path:
+    """A Granite 4 of two mamba layers and two of attention, with a limit as transformers 4 writes it."""
+    kinds = ["mamba", "attention"] * 2
+    config = small("granitemoehybrid", layer_types=kinds, time_step_limit="LIMIT", **HYBRID)
+    mamba: Shapes = {"mamba.conv1d.weight": (144, 1, 4), "mamba.A_log": (4,), "mamba.in_proj.weight": (276, 64)}
+    mamba |= {name.replace("_of_", "."): shape for name, shape in changes.items()}
+    layers = [norms(config) | mlp(64, 96) | (mamba if kind == "mamba" else attention(config)) for kind in kinds]
+    write_headers(folder, config, bf16(whole(config, layers)))
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"LIMIT"', "[0.0, Infinity]"))
+    return folder
+
+
+def test_a_recurrent_state_counts_per_sequence_and_attention_per_token(tmp_path: Path) -> None:
+    mamba, attends, *_ = build_profile(open_checkpoint(hybrid(tmp_path))).layers
+    state = 144 * 4 * 2 + 128 * 8 * 4  # the inputs of x, B and C in bf16, and 128 channels x 8 in fp32
+    assert (mamba.state_bytes_per_sequence, mamba.kv_bytes_per_token) == (state, 0)
+    assert (attends.state_bytes_per_sequence, attends.kv_bytes_per_token) == (0, 128)
+    for context in (256, 4096):
+        work = workload(context_tokens=context, batch_size=3, requests_in_flight=2)
+        assert layer_kv_bytes(mamba, work) == state * 6
+        assert layer_kv_bytes(attends, work) == 128 * context * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mamba_of_conv1d.weight": (128, 1, 4)}, r"conv1d.weight has shape \[128, 1, 4\], config.json implies \[144"),
+        ({"mamba_of_A_log": (8,)}, r"A_log has shape \[8\]"),
+        ({"self_attn_of_k_proj.weight": (32, 64)}, "holds attention, config.json says it has none"),
+        ({"rwkv_of_weight": (8, 8)}, "holds rwkv.weight"),
+    ],
+    ids=str,
+)
+def test_a_state_that_the_headers_do_not_prove_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        build_profile(open_checkpoint(hybrid(tmp_path, **changes)))
+
+
+def test_a_hybrid_model_is_planned_checked_and_exported(run_command: RunCommand, tmp_path: Path) -> None:
+    folder, plan, shards = hybrid(tmp_path / "model"), tmp_path / "plan.json", tmp_path / "shards"
+    run_command("llamaplan", "solve", folder, "--device", "cpu=1GiB", "-c", "512", "--batch-size", "3", "-o", plan)
+    (stage,) = json.loads(plan.read_text())["stages"]
+    assert stage["kv_cache_bytes"] == 3 * 2 * (128 * 512 + 144 * 4 * 2 + 128 * 8 * 4)
+    run_command("llamaplan", "check", plan, "--model", folder)
+    page = tmp_path / "report.html"
+    run_command("llamaplan", "report", plan, "-o", page)
+    assert "and 5248 bytes of state in 2 layers" in page.read_text()
+    run_command("llamaplan", "export", plan, "--model", folder, "-o", shards)
+    run_command("llamaplan", "verify", shards, "--model", folder)
+    config = folder / "config.json"  # the same tensors, read as two groups of half as many states
+    config.write_text(config.read_text().replace('"mamba_d_state": 8', '"mamba_d_state": 4, "mamba_n_groups": 2'))
+    refused = run_command("llamaplan", "export", plan, "--model", folder, "-o", tmp_path / "other")
+    assert refused.code == 5
+    assert "state_bytes_per_sequence: the plan says 5248, the checkpoint gives 3200" in refused.err
+
+
+@pytest.mark.row("L5")
+@pytest.mark.parametrize("text", ['{"rope_theta": Infinity}', '{"time_step_limit": [Infinity, Infinity]}'])
+def test_infinity_is_read_nowhere_else(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match="Infinity"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_stack_of_matrices_that_is_not_one_for_each_expert_is_refused(tmp_path: Path) -> None:

@@ -23,9 +23,33 @@ SHAPE = {
 GRANITE = {"shared_intermediate_size": 80, "mamba_n_heads": 8, "time_step_limit": None}
 ATTENTION = {"layer_types": ["attention"] * 4}
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIXED = {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]}
+CONVOLVED = {"layer_types": ["conv", "conv", "full_attention", "conv"], "conv_L_cache": 5}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 24, "mamba_n_groups": 2}
+DELTA = MIXED | {
+    "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
 PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Bamba": ("bamba", MAMBA | {"attn_layer_indices": [1]}),
+    "Falcon-H1": ("falcon_h1", MAMBA | {"mamba_d_ssm": 96, "mamba_d_head": 12}),
+    "Granite 4, experts and mamba": (
+        "granitemoehybrid",
+        MAMBA | MIXED | {"shared_intermediate_size": 80, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "Granite 4, mamba": (
+        "granitemoehybrid",
+        MAMBA
+        | {"layer_types": ["mamba", "mamba", "attention", "mamba"], "num_local_experts": 0, "num_experts_per_tok": 0},
+    ),
+    "Jamba": ("jamba", {"attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 4, "mamba_d_state": 6}),
+    "LFM2": ("lfm2", CONVOLVED),
+    "LFM2, experts": ("lfm2_moe", CONVOLVED | ROUTED | {"num_dense_layers": 1}),
+    "Qwen3-Next": ("qwen3_next", DELTA | ROUTED | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [3]}),
+    "Qwen3.5": ("qwen3_5_text", DELTA | {"layer_types": None}),
+    "Qwen3.5, experts": ("qwen3_5_moe_text", DELTA | ROUTED | {"shared_expert_intermediate_size": 40}),
     "Granite 4, dense": ("granitemoehybrid", GRANITE | ATTENTION | {"num_local_experts": 0, "num_experts_per_tok": 0}),
     "Granite 4, experts": (
         "granitemoehybrid",
@@ -70,8 +94,22 @@ def test_parameters_and_cache_are_those_of_the_class(name: str, tmp_path: Path) 
     stored = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
     assert profile.total_parameters == sum(stored.values())
     cache = model(torch.ones(1, TOKENS, dtype=torch.long), use_cache=True).past_key_values
-    kept = [(layer.keys.nbytes + layer.values.nbytes) // TOKENS for layer in cache.layers]
-    assert [layer.kv_bytes_per_token for layer in profile.layers] == kept
+    assert [layer.kv_bytes_per_token for layer in profile.layers] == [
+        kept_bytes(layer) // TOKENS for layer in cache.layers
+    ]
+    assert [layer.state_bytes_per_sequence for layer in profile.layers] == [
+        state_bytes(layer) for layer in cache.layers
+    ]
     assert [unit.kv_window_tokens for unit in profile.layers] == [
         getattr(layer, "sliding_window", None) for layer in cache.layers
     ]
+
+
+def kept_bytes(layer: Any) -> int:
+    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def state_bytes(layer: Any) -> int:
+    tables = (getattr(layer, name, {}) for name in ("conv_states", "recurrent_states"))
+    return sum(tensor.nbytes for table in tables for tensor in table.values() if tensor is not None)
