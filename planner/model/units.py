@@ -19,6 +19,7 @@ from plans.checkpoint.units import hash_shapes
 from plans.config.attention import LayerAttention
 from plans.config.config import ModelConfig
 from plans.dtypes import DTYPES, STORED_DTYPES, DtypeName
+from plans.gguf.names import is_scale
 from plans.gguf.types import TYPES_BY_NAME
 from plans.packed.choice import WeightChoice
 from plans.packed.scheme import PACKED, Scheme
@@ -111,7 +112,7 @@ def module_of(key: UnitKey, name: str) -> str:
 def _logical_shapes(key: UnitKey, rows: Rows, sizing: Sizing) -> formula.Shapes:
     """Quantised tensors are packed: count what they stand for where the family is known, else what is stored."""
     if sizing.is_gguf:
-        return {name: shape for name, (_dtype, shape) in rows.items()}
+        return {name: (0,) if is_scale(name) else shape for name, (_dtype, shape) in rows.items()}
     if not sizing.has_logical_shapes:
         return {name: logical_shape(name, row, rows, sizing.config) for name, row in rows.items()}
     by_kind = {"embedding": formula.embedding_shapes, "layer": formula.layer_shapes, "head": formula.head_shapes}

@@ -12,11 +12,12 @@ from plans.config.config import ModelConfig, parse_config
 from plans.errors import InputError, IntegrityError
 from plans.gguf.config import config_of
 from plans.gguf.header import GgufTensor
-from plans.gguf.names import model_name, require_known
+from plans.gguf.names import is_scale, model_name, require_known
 from plans.gguf.split import GgufFile, read_gguf_files
 from plans.reading.sizes import format_bytes
 
 SUFFIX = ".gguf"
+MATRIX = 2
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -35,6 +36,9 @@ def open_gguf(path: Path) -> Checkpoint:
     config = parse_config(raw, where=path, sha256=files[0].header.header_sha256)
     config = replace(config, quantization=f"GGUF: {_types(held)}")
     tensors: dict[str, StoredTensor] = {}
+    for name, tensor in held.items():
+        if is_scale(name):
+            _check_scale(name, tensor, held, path)
     for name, stored in _stored(files, config, architecture, path):
         if name in tensors:
             raise InputError(f"{tensors[name].name} and {stored.name} are both {name}", where=path, code="E-DUPLICATE")
@@ -64,9 +68,23 @@ def _stored(
                 yield found.format(expert), StoredTensor(file.name, entry, name)
 
 
+def _check_scale(name: str, tensor: GgufTensor, held: Mapping[str, GgufTensor], path: Path) -> None:
+    """Weights of NVFP4 alone have scales of their own: single numbers, of experts that lie together one for each."""
+    weight = held.get(f"{name.rpartition('.')[0]}.weight")
+    numbers = () if weight is None or weight.type.name != "NVFP4" else weight.shape[:-MATRIX] or (1,)
+    if tensor.type.name != "F32" or tensor.shape != numbers:
+        raise InputError(
+            f"{name} is {tensor.type.name} of shape {list(tensor.shape)}, beside "
+            + ("no weight" if weight is None else f"a weight in {weight.type.name} of shape {list(weight.shape)}"),
+            where=path,
+            expected="F32, and one number for each matrix of NVFP4",
+            code="E-TENSOR",
+        )
+
+
 def _experts(name: str, tensor: GgufTensor, num_experts: int, path: Path) -> Iterator[TensorEntry]:
     """Experts lie one after the other in one tensor, each as a matrix of its own."""
-    if tensor.shape[0] != num_experts or len(tensor.shape) != 3:
+    if tensor.shape[0] != num_experts or (len(tensor.shape) != 1 + MATRIX and not is_scale(name)):
         raise InputError(
             f"{name} has shape {list(tensor.shape)}, expert_count is {num_experts}", where=path, code="E-EXPERTS"
         )

@@ -47,7 +47,9 @@ LAYER_NAMES: Mapping[str, Mapping[str, str]] = {
 
 _EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}
 _ROUTER = "block_sparse_moe.gate"
-_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.([a-z_]+)(?:\.([0-9]{1,4}))?\.(weight|bias)")
+_SCALES = ("scale", "input_scale")
+"""Of NVFP4: one number for all weights of a tensor or of an expert, and one for what is multiplied with them."""
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.([a-z_]+)(?:\.([0-9]{1,4}))?\.(weight|bias|scale|input_scale)")
 _EXPERTS_TOGETHER = "_exps"
 
 
@@ -69,6 +71,11 @@ def require_known(architecture: object, *, where: object) -> str:
     return architecture
 
 
+def is_scale(name: str) -> bool:
+    """Return whether a tensor, by either name, scales others and holds no weights of its own."""
+    return name.rpartition(".")[2] in _SCALES
+
+
 def model_name(name: str, *, architecture: str, num_experts: int, where: object) -> str:
     """Return the Hugging Face name of a tensor; that of experts stored together holds `{}` for the expert's number.
 
@@ -84,8 +91,8 @@ def model_name(name: str, *, architecture: str, num_experts: int, where: object)
     stem, _, kind = name.rpartition(".")
     if name in _ROTARY:
         return name
-    if stem in _ENDS and kind == "weight":
-        return f"{_ENDS[stem]}.weight"
+    if stem in _ENDS and kind in ("weight", *_SCALES):
+        return f"{_ENDS[stem]}.{kind}"
     match = _BLOCK.fullmatch(name)
     local = _local_name(match, LAYER_NAMES[architecture], num_experts) if match else None
     if match is None or local is None:

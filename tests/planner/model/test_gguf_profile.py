@@ -90,6 +90,38 @@ def test_every_type_counts_its_blocks(tmp_path: Path) -> None:
         assert profile.embedding.decode_read_bytes * raw["vocab_size"] == profile.embedding.weight_bytes
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_scales_of_nvfp4_are_bytes_and_no_parameters(family: str, tmp_path: Path) -> None:
+    raw = config_for(family)
+    four_bits = lambda _name, shape: "F32" if len(shape) == 1 else "NVFP4"  # noqa: E731
+    numbers = (4,) if family == "mixtral" else (1,)
+    inner = "ffn_up_exps" if family == "mixtral" else "ffn_up"
+    scales = {
+        "blk.1.attn_q.scale": (1,),
+        "blk.1.attn_q.input_scale": (1,),
+        f"blk.2.{inner}.scale": numbers,
+        "output.scale": (1,),
+    }
+    bare = build_profile(open_checkpoint(write_gguf(tmp_path / "bare.gguf", raw, kinds=four_bits)))
+    path = write_gguf(tmp_path / "scaled{}.gguf", raw, kinds=four_bits, more=scales)
+    profile = build_profile(open_checkpoint(path))
+    assert profile.total_parameters == bare.total_parameters
+    assert profile.total_weight_bytes == bare.total_weight_bytes + 4 * (3 + numbers[0])
+    assert profile.differences == bare.differences
+
+
+@pytest.mark.parametrize(
+    ("scale", "shape", "kind"),
+    [("blk.0.attn_q", (2,), "NVFP4"), ("blk.0.attn_q", (1,), "Q4_0"), ("blk.0.attn_norm", (1,), "NVFP4"),
+     ("blk.0.attn_qkv", (1,), "NVFP4")],
+)  # fmt: skip
+def test_a_scale_of_anything_else_is_refused(scale: str, shape: tuple[int, ...], kind: str, tmp_path: Path) -> None:
+    kinds = lambda _name, of: "F32" if len(of) == 1 else kind  # noqa: E731
+    path = write_gguf(tmp_path / "x.gguf", config_for("llama"), kinds=kinds, more={f"{scale}.scale": shape})
+    with pytest.raises(InputError, match=f"{scale}.scale is F32 of shape"):
+        open_checkpoint(path)
+
+
 def test_one_number_per_layer_counts_where_all_are_equal(tmp_path: Path) -> None:
     raw = config_for("llama")
     same = write_gguf(tmp_path / "same.gguf", raw, attention__head_count_kv=[2, 2, 2])
