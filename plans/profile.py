@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from plans.config.config import SUPPORTED_FAMILIES
+from plans.config.windows import ONE_MASK
 from plans.dtypes import DtypeName
 from plans.reading.strict import SchemaVersion, StrictModel
 
@@ -149,6 +151,20 @@ class ModelProfile(StrictModel):
         if found != own or len(found) != layers + 2:
             raise ValueError(f"units must be the embedding, layers 0 to {layers - 1} and the head, in this order")
         return self
+
+    @property
+    def not_run(self) -> str | None:
+        """What keeps llamarun from running it, as far as sizes tell; None where nothing does."""
+        model, windows = self.model, {layer.kv_window_tokens for layer in self.layers}
+        if not model.has_plain_weights:
+            return f"{model.quantization} weights"
+        if model.model_type not in SUPPORTED_FAMILIES:
+            return f"model_type {model.model_type}"
+        if self.origins:
+            return f"{model.model_type} with layers without experts"
+        if len(windows) > 1 and model.model_type in ONE_MASK:
+            return f"{model.model_type} with layers that forget among others"
+        return "a window of 1 token" if 1 in windows else None
 
     @property
     def layers(self) -> tuple[UnitProfile, ...]:

@@ -6,7 +6,7 @@
 | SGLang | rank without layers, CPU, hosts with unlike numbers of ranks | its layer partition and launcher |
 | TensorRT-LLM | rank without layers, CPU, hosts with unlike numbers of ranks | its mapping of ranks |
 | all but llama.cpp | plan for a GGUF file | its sizes are those of the file |
-| llamarun | other families, weights quantised in other formats than compressed-tensors' packed one | its list |
+| llamarun | other families, weights quantised in other formats than compressed-tensors' packed one | `plans.profile` |
 | TensorRT-LLM, llama.cpp | packed weights | the one reads those of its own tools, the other's converter unpacks them |
 | SGLang | packed head (it loads, and every logit is wrong) | sgl-project/sglang#35358 |
 | vLLM | 8 bits on CPUs, in layers or head | its kernels for CPUs are of 4 bits |
@@ -15,7 +15,6 @@
 
 from exporter.emit.nearest import Candidate, as_option, nearest_cut, nearest_even_cut
 from exporter.emit.plan_view import hosts_of, is_packed, kind_of, packed_layers, runs_on_cpus
-from plans.config.config import SUPPORTED_FAMILIES
 from plans.config.context import beyond_context
 from plans.engines.spelling import COUNT_ENGINES, MAP_ENGINES
 from plans.errors import UsageError
@@ -35,10 +34,8 @@ def refuse_unworkable(plan: Plan, *, engine: str) -> None:
     _refuse_gguf(plan, engine)
     _refuse_long_context(plan, engine)
     _refuse_packed(plan, engine)
-    if engine == "torchrun" and not _llamarun_runs(plan):
-        model = plan.profile.model
-        why = f"{model.quantization} weights" if model.quantization else f"model_type {model.model_type}"
-        raise UsageError(f"torchrun starts llamarun, which does not run {why}", hint=_others(plan))
+    if engine == "torchrun" and plan.profile.not_run is not None:
+        raise UsageError(f"torchrun starts llamarun, which does not run {plan.profile.not_run}", hint=_others(plan))
     if engine not in COUNT_ENGINES:
         return
     if all(kind_of(plan, stage) == "cpu" for stage in plan.stages):
@@ -163,15 +160,11 @@ def _way_out(plan: Plan, engine: str) -> str:
 def _others(plan: Plan) -> str:
     """Which engines take the plan as it is."""
     engines = list(MAP_ENGINES) if len(hosts_of(plan)) == 1 else []
-    if _llamarun_runs(plan):
+    if plan.profile.not_run is None:
         engines.append("torchrun")
     return (
         f"as it is, the plan runs with --for {' or '.join(engines)}" if engines else "no other engine takes it as it is"
     )
-
-
-def _llamarun_runs(plan: Plan) -> bool:
-    return plan.profile.model.model_type in SUPPORTED_FAMILIES and plan.profile.model.has_plain_weights
 
 
 def _candidates(plan: Plan, engine: str) -> list[Candidate]:

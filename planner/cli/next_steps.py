@@ -23,15 +23,13 @@ def after_export(plan: "Plan", directory: Path) -> str:
     `SERVING` that takes the plan.
     """
     from plans.checkpoint.units import TOKENIZER_NAMES
-    from plans.config.config import SUPPORTED_FAMILIES
     from plans.export.manifest import PLAN_NAME
 
-    model = plan.profile.model
-    if model.model_type in SUPPORTED_FAMILIES and model.has_plain_weights:
+    why = plan.profile.not_run
+    if why is None:
         if any((directory / name).is_file() for name in TOKENIZER_NAMES):
             return f"llamarun generate {shown(directory)} -p 'Once upon a time'"
         return f"llamarun bench {shown(directory)} (there is no tokenizer: prompts of text need one in the folder)"
-    why = f"{model.quantization} weights" if model.quantization else model.model_type
     engine = _first_engine(plan)
     if engine is None:
         return f"another cut: llamarun does not run {why}, and no other engine takes this one"

@@ -7,6 +7,9 @@ from plans.config.attention import SLIDING, Windows, check_layer_types, rope_lay
 from plans.config.fields import Fields, as_stated
 from plans.config.states import FULL
 
+ONE_MASK = ("mistral", "mixtral", "phi3", "qwen3_moe")
+"""Families whose forward fails on a prompt longer than the window where layers keep different numbers of tokens."""
+
 
 def sliding_windows(fields: Fields, layers: int) -> Windows:
     """Return how many past tokens each layer of an allow-listed family sees, None for all.

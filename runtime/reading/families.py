@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from plans.config.config import without_foreign_code
+from plans.config.windows import ONE_MASK
 from plans.errors import InputError, printable
 from plans.packed.config import Packing, read_packing
 from runtime.reading.placing import place_packed
@@ -44,9 +45,6 @@ _FIELD = re.compile(r"[Ff]ield '(\w+)'")
 
 
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
-
-ONE_MASK = ("mistral", "mixtral", "phi3", "qwen3_moe")
-"""Families whose forward fails on a prompt longer than the window where layers keep different numbers of tokens."""
 
 
 def family_class(model_type: str) -> type[PreTrainedModel]:

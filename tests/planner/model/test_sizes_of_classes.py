@@ -10,8 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from exporter.emit import emit
+from planner import solve_model
+from planner.cli.next_steps import after_export
 from planner.model.profile import build_profile
 from plans.checkpoint.folder import open_checkpoint
+from plans.errors import InputError, UsageError
+from runtime.reading.families import parse_model_config
 from tests.planner.model.test_other_families import write_headers
 
 pytestmark = pytest.mark.row("P2")
@@ -113,3 +118,39 @@ def kept_bytes(layer: Any) -> int:
 def state_bytes(layer: Any) -> int:
     tables = (getattr(layer, name, {}) for name in ("conv_states", "recurrent_states"))
     return sum(tensor.nbytes for table in tables for tensor in table.values() if tensor is not None)
+
+
+NOT_RUN = {
+    "qwen3_moe, a dense layer": ("qwen3_moe", {"head_dim": 16, "mlp_only_layers": [1], **ROUTED}),
+    "qwen3_moe, every second": ("qwen3_moe", {"head_dim": 16, "decoder_sparse_step": 2, **ROUTED}),
+    "mistral, some windows": (
+        "mistral",
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "qwen3, a window of 1": ("qwen3", {"use_sliding_window": True, "sliding_window": 1, "max_window_layers": 2}),
+}
+
+
+@pytest.mark.row("P9")
+@pytest.mark.parametrize("name", NOT_RUN)
+def test_what_the_runtime_refuses_no_hint_and_no_script_names_it_for(name: str, tmp_path: Path) -> None:
+    family, more = NOT_RUN[name]
+    config = AutoConfig.for_model(family, **SHAPE, **more)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    folder = write(tmp_path / "model", config, model)
+    with pytest.raises(InputError):
+        parse_model_config(open_checkpoint(folder).config.raw)
+    plan = solve_model(folder, devices=["cuda:0=1GiB"])
+    assert "emit" in after_export(plan, tmp_path)
+    with pytest.raises(UsageError, match="llamarun, which does not run"):
+        emit(plan, engine="torchrun")
+
+
+@pytest.mark.row("P9")
+@pytest.mark.parametrize("name", ["Bamba", "Falcon-H1", "Jamba", "LFM2"])
+def test_a_device_map_names_all_that_the_class_has(name: str, tmp_path: Path) -> None:
+    config, model = make(name)
+    plan = solve_model(write(tmp_path, config, model), devices=["cuda:0=1GiB"])
+    placed = json.loads(emit(plan, engine="accelerate").files["device_map.json"])
+    owners = tuple(f"{module}." for module in placed)
+    assert [name for name, _ in model.named_parameters() if not name.startswith(owners)] == []
