@@ -63,31 +63,39 @@ def check_scaled(tensors: Mapping[str, TensorEntry], *, where: object) -> None:
 
 
 def check_scales_are_meant(tensors: Mapping[str, TensorEntry], *, where: object) -> None:
-    """Refuse FP8 weights with scales where config.json says nothing of quantisation: read as floats they are others.
+    """Refuse FP8 and NVFP4 weights with scales where config.json says nothing of quantisation.
 
-    Some tools say it in a file of their own, which nothing but their engine reads.
+    transformers reads such FP8 weights as floats, which they are not; engines that know better learn it from a file of
+    their own (`hf_quant_config.json` of NVIDIA's tools).
 
     Args:
         tensors: of a checkpoint without `quantization_config`.
         where: its folder.
 
     Raises:
-        InputError: (E-SCALES) naming the first such weight and its scale.
+        InputError: (E-SCALES) naming the first such weight and its scale, and the table that says what they are.
     """
     for name, entry in tensors.items():
         module, _, part = name.rpartition(".")
-        if part != "weight" or not entry.dtype.startswith("F8_"):
+        if part != "weight" or not (entry.dtype.startswith("F8_") or entry.dtype == "U8"):
             continue
         scale = next((f"{module}.{own}" for own in _FP8_SCALES if f"{module}.{own}" in tensors), None)
-        if scale is not None:
-            raise InputError(
-                f"{printable(name)} is {entry.dtype} with a scale ({printable(scale)}), and config.json has no "
-                "quantization_config: what it means is not said",
-                where=where,
-                expected="a quantization_config with a quant_method such as fp8 or compressed-tensors",
-                hint="take what the folder's hf_quant_config.json says, or the 16-bit original",
-                code="E-SCALES",
-            )
+        if scale is None or (entry.dtype == "U8" and tensors[scale].dtype != "F8_E4M3"):
+            continue
+        is_in_blocks = scale.endswith("_inv")
+        table = (
+            '{"quant_method": "fp8", "weight_block_size": [128, 128]}'
+            if is_in_blocks
+            else (f'{{"quant_method": "modelopt", "quant_algo": "{"NVFP4" if entry.dtype == "U8" else "FP8"}"}}')
+        )
+        raise InputError(
+            f"{printable(name)} is {entry.dtype} with a scale ({printable(scale)}), and config.json has no "
+            "quantization_config: what it means is not said",
+            where=where,
+            expected=f'"quantization_config": {table} in config.json, or what else the weights were quantised by',
+            hint="hf_quant_config.json tells where there is one; analyze and solve size the weights then",
+            code="E-SCALES",
+        )
 
 
 def is_stored(weight: str, names: Iterable[str]) -> bool:

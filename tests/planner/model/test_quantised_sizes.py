@@ -1,6 +1,8 @@
 """Weights in other people's formats: as many as the original has, in the bytes that are stored, or refused by name."""
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -173,17 +175,23 @@ def test_bits_that_contradict_the_scales_are_refused(bits: int, tmp_path: Path) 
         profile_of(tmp_path, OTHER, gptq(4), said("gptq", bits=bits, group_size=GROUP))
 
 
+def fp8_of_a_tensor(_module: str, out: int, in_: int) -> Mapping[str, Row]:
+    return {"weight": ("F8_E4M3", (out, in_)), "weight_scale": ("F32", ())}
+
+
 @pytest.mark.row("P6")
 @pytest.mark.parametrize("family", [KNOWN, OTHER])
-@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv"])
-def test_fp8_weights_with_scales_and_no_word_on_them_are_not_read_as_floats(
-    scale: str, family: str, tmp_path: Path
+@pytest.mark.parametrize("pack", [fp8, fp8_of_a_tensor, nvfp4])
+def test_scaled_weights_and_no_word_on_them_are_refused_with_the_words_that_size_them(
+    pack: Pack, family: str, tmp_path: Path
 ) -> None:
-    def pack(_module: str, out: int, in_: int) -> Mapping[str, Row]:
-        return {"weight": ("F8_E4M3", (out, in_)), scale: ("F32", ())}
-
-    with pytest.raises(InputError, match=rf"q_proj\.weight is F8_E4M3 with a scale .*{scale}.*hf_quant_config\.json"):
-        profile_of(tmp_path, family, pack, None)
+    with pytest.raises(
+        InputError, match=r"q_proj\.weight is (F8_E4M3|U8) with a scale .*hf_quant_config\.json"
+    ) as caught:
+        profile_of(tmp_path / "bare", family, pack, None)
+    table = re.search(r'"quantization_config": (\{.*\}) in', caught.value.expected)
+    assert table is not None
+    assert profile_of(tmp_path / "said", family, pack, json.loads(table[1])).total_parameters == PARAMETERS
 
 
 NOT_UNDERSTOOD: dict[str, tuple[Pack, dict[str, Any]]] = {
