@@ -22,15 +22,22 @@ STORED_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _FILE_PARTS = {part: stored for stored, part in STORED_PARTS.items()}
 
 
+class Unread(nn.Linear):
+    """A linear layer without first numbers, which take half the time of a skeleton of thousands of experts."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights to those who read them."""
+
+
 class Expert(nn.Module):
     """One expert; each of its three matrices is a `PackedLinear` or, where it is not packed, an `nn.Linear`."""
 
     def __init__(self, hidden_size: int, inner_size: int, act_fn: nn.Module) -> None:
         """Make an empty expert (on the meta device)."""
         super().__init__()
-        self.gate_proj: Layer = nn.Linear(hidden_size, inner_size, bias=False, device="meta")
-        self.up_proj: Layer = nn.Linear(hidden_size, inner_size, bias=False, device="meta")
-        self.down_proj: Layer = nn.Linear(inner_size, hidden_size, bias=False, device="meta")
+        self.gate_proj: Layer = Unread(hidden_size, inner_size, bias=False, device="meta")
+        self.up_proj: Layer = Unread(hidden_size, inner_size, bias=False, device="meta")
+        self.down_proj: Layer = Unread(inner_size, hidden_size, bias=False, device="meta")
         self.act_fn = act_fn
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
