@@ -73,7 +73,7 @@ def solve_command(
         asked.profile,
         cluster=offered if calibration is None else calibration.cluster,
         workload=asked.workload,
-        strategy=strategy or ("custom" if cut.layers else "compute"),
+        strategy=strategy or ("compute" if cut.layers is None else "custom"),
         objective=objective,
         weight=weight,
         execution=execution,

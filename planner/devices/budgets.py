@@ -24,6 +24,7 @@ KIND_MARGINS: Mapping[str, Fraction] = {
     "other": Fraction(20, 100),
 }
 """Share of the memory that stays free, by kind of device."""
+KIB = 1024
 _PERCENT = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,9})?")
 
 
@@ -129,7 +130,10 @@ def _check_names(cluster: Cluster, margins: Margins) -> None:
 
 def _parse_margin(text: str) -> Margin:
     if not text.endswith("%"):
-        return Margin(None, parse_bytes(text))
+        size = parse_bytes(text)
+        if 0 < size < KIB and text[-1].isdigit():  # who writes 10 means neither bytes nor, for certain, percent
+            raise UsageError(f"--margin {printable(text, limit=40)} is {size} bytes", expected="a unit: 10%, 2GiB")
+        return Margin(None, size)
     # Not whatever Fraction takes: a power of ten as long as a line would be computed digit by digit.
     share = Fraction(text[:-1]) / 100 if _PERCENT.fullmatch(text[:-1]) else None
     if share is None or share >= 1:

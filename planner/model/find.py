@@ -10,6 +10,9 @@ from plans.errors import InputError, printable
 from plans.gguf.split import SPLIT_NAME
 from plans.reading.files import typed_path
 
+_ADDRESS = re.compile(
+    r"(?i:https?|file|hf|s3|gs)://(?:(?i:(?:www\.)?huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+))?.*", re.DOTALL
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
@@ -26,6 +29,7 @@ def find_model(text: str, *, environment: Mapping[str, str] = os.environ) -> Pat
     path = typed_path(text)
     if _exists(path):
         return find_snapshot(path)
+    _refuse_address(text)
     if not _HUB_NAME.fullmatch(text) or path.suffix == ".gguf":
         return path
     repository = cache_folder(environment) / (REPOSITORY_PREFIX + text.replace("/", "--"))
@@ -37,6 +41,20 @@ def find_model(text: str, *, environment: Mapping[str, str] = os.environ) -> Pat
             code="E-MISSING",
         )
     return find_snapshot(repository)
+
+
+def _refuse_address(text: str) -> None:
+    """Nothing is fetched: an address is refused, of a page of the Hugging Face hub with what fetches it."""
+    address = _ADDRESS.fullmatch(text)
+    if address is not None:
+        name = printable(address[1]) if address[1] else ""
+        raise InputError(
+            "is an address, and nothing is fetched from the network",
+            where=printable(text, limit=200),
+            expected="a folder, a file, or org/name of a model in the Hugging Face cache",
+            hint=f"download it first: hf download {name}, then give {name}" if name else "",
+            code="E-MISSING",
+        )
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:

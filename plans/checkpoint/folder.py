@@ -51,6 +51,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         is_dir, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:
         raise (explain_os_error(error, path) if isinstance(error, OSError) else InputError(str(error))) from None
+    if is_file and path.name == INDEX_NAME:
+        raise InputError(
+            "is the index of a checkpoint", where=path, hint=f"give its folder: {path.parent}", code="E-MISSING"
+        )
     if is_file and path.suffix == ".json":
         return Checkpoint(path, None, read_config(path), (), {}, ())
     if is_file and path.suffix == SUFFIX:

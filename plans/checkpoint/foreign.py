@@ -41,7 +41,7 @@ def foreign_weights(folder: Path, names: Collection[str]) -> InputError | None:
     if others:
         return _foreign(folder, others[0], "which is not safetensors")
     unknown = sorted(name for name in names if name.endswith(".safetensors"))
-    if not unknown or SINGLE_NAME in unknown:
+    if not unknown or not {SINGLE_NAME, INDEX_NAME}.isdisjoint(names):
         return None
     is_part = PART.fullmatch(unknown[0]) is not None
     return InputError(

@@ -102,6 +102,8 @@ MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules")
 """How many layers behind the last one only predict further tokens."""
 CONTEXT_KEY = "max_position_embeddings"
 
+_NO_HEAD = re.compile(r"For(Sequence|Token)Classification$|ForQuestionAnswering$|RewardModel$")
+
 _IMPLEMENTATION_KEYS = (
     "attn_implementation",
     "_attn_implementation",
@@ -355,6 +357,9 @@ def _architecture(fields: Fields) -> str:
     names = fields.raw.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise fields.error("architectures", f"is {as_stated(names)}", expected="a list of names")
+    if names and _NO_HEAD.search(names[0]):
+        what = f"{printable(names[0], limit=60)} judges texts and writes none: it has no head over the vocabulary"
+        raise fields.error("architectures/0", what, expected="a causal language model, such as LlamaForCausalLM")
     return names[0] if names else ""
 
 
@@ -401,6 +406,9 @@ def _check_rope(fields: Fields, table: Mapping[str, Any], path: str) -> str:
 
 def _quantization(fields: Fields) -> str | None:
     table = fields.raw.get("quantization_config")
+    if table is None and fields.raw.get("compression_config") is not None:
+        what = "is what older tools called quantization_config, and transformers reads only that"
+        raise fields.error("compression_config", what, expected="the same table under quantization_config")
     if table is None:
         return None
     method = table.get("quant_method") if isinstance(table, dict) else None

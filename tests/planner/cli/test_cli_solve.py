@@ -42,6 +42,11 @@ def test_json_is_one_document_and_quiet_says_nothing_else(run_command: RunComman
     assert done.err == ""
 
 
+def test_a_cut_of_no_text_is_refused_as_no_cut(run_command: RunCommand, shipped: Path) -> None:
+    done = run_command("llamaplan", "solve", shipped, *DEVICES, "--layers", "")
+    assert (done.code, "--layers '' is not understood; expected 18,10,4" in done.err) == (2, True)
+
+
 def test_every_option_is_understood(run_command: RunCommand, shipped: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     done = run_command(

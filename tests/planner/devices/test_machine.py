@@ -227,11 +227,14 @@ def test_a_stated_budget_is_never_touched() -> None:
 
 @pytest.mark.parametrize("text", ["100%", "-1%", "x%", "%", "1/0%", "nan%", "10", "lots", ""])
 def test_a_margin_that_makes_no_sense_is_refused(text: str) -> None:
-    if text == "10":
-        assert budget([text]) == 10 * GIB - 10
-        return
     with pytest.raises(UsageError):
         parse_margins([text])
+
+
+def test_a_margin_in_bytes_needs_a_unit_where_it_could_be_meant_as_percent() -> None:
+    with pytest.raises(UsageError, match="--margin 10 is 10 bytes; expected a unit: 10%, 2GiB"):
+        parse_margins(["cuda=10"])
+    assert [budget([text]) for text in ("0", "10B", "4096")] == [10 * GIB, 10 * GIB - 10, 10 * GIB - 4096]
 
 
 def test_a_margin_for_a_device_that_is_not_there_is_refused_with_the_list() -> None:

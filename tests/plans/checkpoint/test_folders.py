@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,33 @@ def test_weights_without_a_configuration_are_not_blamed_for_their_name(tmp_path:
     (write_checkpoint(tmp_path / "m", tensors_of()) / "config.json").unlink()
     with pytest.raises(InputError, match=r"no config\.json in the folder"):
         open_checkpoint(tmp_path / "m")
+
+
+def test_shards_with_their_index_and_no_configuration_lack_the_configuration(shipped: Path, tmp_path: Path) -> None:
+    shutil.copytree(shipped, tmp_path / "m")
+    (tmp_path / "m" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"no config\.json in the folder"):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_an_index_in_place_of_its_folder_is_named(shipped: Path) -> None:
+    with pytest.raises(InputError, match=rf"is the index of a checkpoint; give its folder: {shipped}"):
+        open_checkpoint(shipped / "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("https://huggingface.co/org/name/tree/main", r"download it first: hf download org/name, then give org/name$"),
+        ("HTTPS://hf.co/org/name", "hf download org/name"),
+        ("https://example.org/model.gguf", "nothing is fetched from the network"),
+        ("file:///srv/model", "nothing is fetched from the network"),
+    ],
+)
+def test_an_address_is_told_that_nothing_is_fetched(address: str, says: str, run_command: RunCommand) -> None:
+    done = run_command("llamaplan", "analyze", address)
+    assert done.code == 3
+    assert re.search(says, done.err.strip())
 
 
 @pytest.mark.parametrize("name", NO_STRAYS)

@@ -265,3 +265,20 @@ def test_a_null_is_refused_where_the_class_is_known_to_refuse_it() -> None:
 def test_a_tie_that_is_null_is_refused_as_transformers_refuses_it() -> None:
     with pytest.raises(InputError, match="/tie_word_embeddings: is null; expected true or false"):
         parse(tie_word_embeddings=None)
+
+
+@pytest.mark.row("P7")
+@pytest.mark.parametrize(
+    "name", ["LlamaForSequenceClassification", "Qwen2ForTokenClassification", "Qwen2ForRewardModel"]
+)
+def test_a_model_that_judges_texts_is_refused_by_its_class(name: str) -> None:
+    with pytest.raises(InputError, match=f"/architectures/0: {name} judges texts and writes none"):
+        parse(architectures=[name])
+
+
+@pytest.mark.row("P20")
+def test_the_old_name_of_the_quantization_config_is_not_overlooked() -> None:
+    table = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    with pytest.raises(InputError, match=r"/compression_config: .* expected the same table under quantization_config"):
+        parse(compression_config=table)
+    assert parse(compression_config=table, quantization_config=table).quantization == "compressed-tensors"
