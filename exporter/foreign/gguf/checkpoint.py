@@ -18,7 +18,7 @@ from plans.checkpoint.units import Checkpoint, StoredTensor
 from plans.config.config import parse_config
 from plans.errors import InputError
 from plans.gguf.header import GgufTensor
-from plans.gguf.names import LAYER_NAMES
+from plans.gguf.names import LAYER_NAMES, is_scale
 from plans.gguf.split import GgufFile, read_gguf_files
 from plans.packed.config import quantization_config
 from plans.reading.files import open_regular, read_exactly
@@ -137,11 +137,14 @@ def _config(file: _File, found: Becoming) -> dict[str, Any]:
 
 
 def _check_names(tensors: Mapping[str, StoredTensor], *, architecture: str, where: Path) -> None:
-    """Require in every layer what the class has there, no more and no less."""
+    """Require in every layer what the class has there, no more and no less.
+
+    Scales lie beside weights of NVFP4 alone, which are refused by their type.
+    """
     layers: dict[int, set[str]] = {}
     for name in tensors:
         key = unit_of(name)
-        if key is not None and key[0] == "layer":
+        if key is not None and key[0] == "layer" and not is_scale(name):
             layers.setdefault(key[1], set()).add(local_name(name))
     wanted = {f"{part}.weight" for part in LAYER_NAMES[architecture].values()}
     biases = {name for name in layers[0] if name.endswith(".bias")}

@@ -20,6 +20,7 @@ from plans.errors import InputError, IntegrityError
 from plans.gguf.names import model_name
 from plans.reading.sizes import format_bytes
 from tests.conftest import RunCommand
+from tests.gguf_files import config_for, write_gguf
 from tests.gguf_models import all_of, in_pairs, write_model
 
 GgufOf = Callable[[str], Path]
@@ -159,6 +160,15 @@ def test_types_that_are_not_read_are_named(shipped: Path, tmp_path: Path) -> Non
     for form in (None, "bf16", "int8"):
         with pytest.raises(InputError, match=r"TQ1_0 is not read here; llama-quantize --allow-requantize"):
             open_origin(path, form=form)  # type: ignore[arg-type]
+
+
+def test_nvfp4_is_refused_by_its_type_with_scales_too(tmp_path: Path) -> None:
+    def kinds(_name: str, shape: tuple[int, ...]) -> str:
+        return "NVFP4" if len(shape) > 1 else "F32"
+
+    path = write_gguf(tmp_path / "a.gguf", config_for("llama"), kinds=kinds, more={"blk.1.ffn_up.scale": (1,)})
+    with pytest.raises(InputError, match=r"NVFP4 is not read here; llama-quantize --allow-requantize"):
+        open_origin(path, form=None)
 
 
 def test_equal_files_give_equal_bytes(gguf_of: GgufOf, tmp_path: Path) -> None:
