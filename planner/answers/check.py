@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from planner.answers.capacity import chain_of
+from planner.answers.solve import objective_seconds
 from planner.model.profile import build_profile
 from planner.problem.evaluate import violations
 from planner.problem.question import Question
@@ -31,12 +32,23 @@ def recompute(plan: Plan, *, where: object) -> Prediction:
             _compare(getattr(stage, key), getattr(times, key), f"{where}:/stages/{index}/{key}")
     for key in type(prediction).model_fields:
         _compare(getattr(plan.prediction, key), getattr(prediction, key), f"{where}:/prediction/{key}")
+    _check_proof(plan, where)
     if plan.demands is not None and (broken := violations(Question.of(plan).problem(), chain_of(plan))):
         raise IntegrityError(
             f"the plan breaks its own demands: {broken[0]}", where=f"{where}:/demands", hint="solve again",
             code="E-PLAN-DEMANDS",
         )  # fmt: skip
     return prediction
+
+
+def _check_proof(plan: Plan, where: object) -> None:
+    """What is said of the optimum is said of this plan; whether it is one, only solving again tells."""
+    proof, others = plan.proof, {"memory": plan.prediction.max_memory_share, "mixed": plan.proof.objective}
+    value = others.get(plan.strategy, objective_seconds(plan))
+    _compare(proof.objective, value, f"{where}:/proof/objective")
+    bound = value if proof.status in ("optimal", "given") else min(proof.bound, value)
+    _compare(proof.bound, bound, f"{where}:/proof/bound")
+    _compare(proof.gap, (value - bound) / value if value > 0 else 0.0, f"{where}:/proof/gap")
 
 
 def _compare(recorded: float, computed: float, where: str) -> None:
@@ -71,11 +83,12 @@ def _check_sizes(plan: Plan, checkpoint: Checkpoint) -> None:
     profile = plan.profile
     sized = build_profile(checkpoint, dtype=profile.dtype, kv_cache_dtype=profile.kv_cache_dtype, choice=plan.weights)
     for unit, found in zip(profile.units, sized.units, strict=True):
-        if unit.weight_bytes != found.weight_bytes:
-            name = f"layer {unit.index}" if unit.kind == "layer" else f"the {unit.kind}"
-            raise IntegrityError(
-                f"the plan counts {unit.weight_bytes} bytes of weights for {name}, {found.weight_bytes} will be stored",
-                where=checkpoint.path,
-                hint="solve again",
-                code="E-PLAN-MEMORY",
-            )
+        name = f"layer {unit.index}" if unit.kind == "layer" else f"the {unit.kind}"
+        for key in ("weight_bytes", "kv_bytes_per_token", "kv_window_tokens", "state_bytes_per_sequence"):
+            if getattr(unit, key) != getattr(found, key):
+                raise IntegrityError(
+                    f"the plan counts {getattr(unit, key)} {key} for {name}, the model gives {getattr(found, key)}",
+                    where=checkpoint.path,
+                    hint="solve again",
+                    code="E-PLAN-MEMORY",
+                )

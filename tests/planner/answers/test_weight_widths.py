@@ -109,7 +109,7 @@ def test_sizes_that_the_export_would_not_have_are_found_against_the_model(shippe
     plan = solve_question(Question(found.profile, ROOMY, load, weights=found.choice), QUICK)
     assert check_against_model(plan, shipped) == []
     wrong = plain.model_copy(update={"units": (*plain.units[:-1], found.profile.head)})
-    with pytest.raises(IntegrityError, match="of weights for layer 0"):
+    with pytest.raises(IntegrityError, match="weight_bytes for layer 0, the model gives"):
         check_against_model(plan.model_copy(update={"profile": wrong}), shipped)
 
 
