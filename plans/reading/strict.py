@@ -34,6 +34,16 @@ _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NEEDS_CARE = re.compile(rb"[0-9]{19}|[0-9][eE]|\\u")
 
 
+_KINDS = {
+    "a plan": {"stages", "proof", "profile"},
+    "a cluster": {"hosts", "devices"},
+    "a model profile": {"units", "total_parameters"},
+    "the manifest of an export": {"export_id", "files"},
+    "the configuration of a model": {"model_type", "hidden_size"},
+}
+"""Files that people give one in place of another -> keys that tell."""
+
+
 def _stop_at_first(schema: Any) -> None:
     """Mark every list of a validation schema."""
     parts = schema.values() if isinstance(schema, dict) else schema
@@ -68,7 +78,11 @@ class StrictModel(BaseModel):
         Raises:
             InputError: naming the JSON pointer and what was expected there.
         """
-        parse_json(data, where=where, max_keys=MAX_KEYS)
+        document = parse_json(data, where=where, max_keys=MAX_KEYS)
+        for kind, keys in _KINDS.items():
+            if isinstance(document, dict) and keys <= document.keys() and not keys <= cls.model_fields.keys():
+                wanted = ", ".join(name for name, field in cls.model_fields.items() if field.is_required())
+                raise InputError(f"is {kind}", where=where, expected=f"a file with {wanted}", code="E-SCHEMA")
         return validate_json(cls, data, where=where)
 
     @classmethod

@@ -247,3 +247,14 @@ def test_options_about_weights_that_say_nothing_together_are_refused(shipped: Pa
         done = run_command("llamaplan", "solve", shipped, "--device", "cpu=1GiB", *arguments)
         assert done.code == 2
         assert said in done.err
+
+
+@pytest.mark.row("L4")
+def test_a_file_of_another_kind_is_called_what_it_is(run_command: RunCommand, shipped: Path) -> None:
+    plan, cluster = next(EXAMPLES.glob("*plan*.json")), EXAMPLES / "demo.json"
+    refused = run_command("llamaplan", "solve", shipped, "--cluster", plan)
+    assert (refused.code, f"{plan}: is a plan; expected a file with devices" in refused.err) == (3, True), refused.err
+    refused = run_command("llamaplan", "show", cluster)
+    assert (refused.code, f"{cluster}: is a cluster; expected a file with strategy" in refused.err) == (3, True)
+    refused = run_command("llamaplan", "check", shipped / "config.json")
+    assert (refused.code, "config.json: is the configuration of a model; expected" in refused.err) == (3, True)
