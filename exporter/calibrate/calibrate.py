@@ -1,13 +1,13 @@
 """Calibrate all packed layers of a model on a text, first to last: each one sees what the packed ones before make."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from exporter.calibrate.gptq import Calibrated, calibrate, inverse_factor
+from exporter.calibrate.gptq import Calibrated, Curvature, calibrate
 from exporter.calibrate.layers import Inputs, Layers, States, linear_modules
 from exporter.calibrate.text import Text
 from exporter.packing.packer import Squares
@@ -59,35 +59,37 @@ def calibrate_layers(checkpoint: Checkpoint, target: Target, *, text: Text, num_
     tensors = FolderTensors(checkpoint)
     num_layers = checkpoint.config.num_hidden_layers
     with Layers.of(config, tensors, num_threads=num_threads) as layers, torch.inference_mode():
-        states = layers.embed(text.windows)
+        packed = original = layers.embed(text.windows)
         for index in range(num_layers):
-            states = _calibrate_layer(layers, index, target, tensors, states)
+            packed, original = _calibrate_layer(layers, index, target, tensors, packed, original)
             progress(index + 1, num_layers)
 
 
 def _calibrate_layer(
-    layers: Layers, index: int, target: Target, tensors: Mapping[str, torch.Tensor], states: States
-) -> States:
-    """Calibrate one layer and return what it then makes of its inputs."""
+    layers: Layers, index: int, target: Target, tensors: Mapping[str, torch.Tensor], packed: States, original: States
+) -> tuple[States, States]:
+    """Calibrate one layer and return what it makes of its inputs, packed and as it was."""
     stage = layers.load(index)
     modules = linear_modules(stage, index, target.schemes.keys())
-    if modules:
-        for inputs in layers.inputs_of(stage, modules, states):
-            for module, found in _calibrated(layers, inputs, target, tensors):
-                target.keep(module, tensors[f"{module}.weight"], found)
-                _put_in_place(modules[module], found)
-    return layers.run(stage, states)
+    found, outputs = layers.originals_of(stage, modules, original)
+    while found:  # what is done is forgotten
+        own = found.pop(0)
+        inputs = layers.inputs_of(stage, modules[own.modules[0]], packed, own)
+        for module, rounded in _calibrated(layers, own.modules, inputs, target, tensors):
+            target.keep(module, tensors[f"{module}.weight"], rounded)
+            _put_in_place(modules[module], rounded)
+    return layers.run(stage, packed), outputs
 
 
 def _calibrated(
-    layers: Layers, inputs: Inputs, target: Target, tensors: Mapping[str, torch.Tensor]
+    layers: Layers, modules: Sequence[str], inputs: Inputs, target: Target, tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, Calibrated]]:
-    factor = inverse_factor(inputs.hessian, name=inputs.modules[0])
+    curvature = Curvature.of(inputs.hessian, inputs.missing, name=modules[0])
     tasks = [
-        partial(calibrate, tensors[f"{module}.weight"], factor, scheme=target.schemes[module], scale=target.scale)
-        for module in inputs.modules
+        partial(calibrate, tensors[f"{module}.weight"], curvature, scheme=target.schemes[module], scale=target.scale)
+        for module in modules
     ]
-    yield from zip(inputs.modules, layers.map(tasks), strict=True)
+    yield from zip(modules, layers.map(tasks), strict=True)
 
 
 def _put_in_place(module: Any, found: Calibrated) -> None:

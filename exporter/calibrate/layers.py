@@ -9,7 +9,7 @@ Shapes: S tokens of a window, E hidden size, N inputs of a matrix.
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -67,31 +67,62 @@ class Layers:
         """Return the results of tasks that compute on their own."""
         return list(in_order(self.pool, map(partial(partial, _alone), tasks), ahead=self.num_threads))
 
-    def inputs_of(self, stage: Stage, modules: Mapping[str, torch.nn.Module], inputs: States) -> "list[Inputs]":
-        """Return what goes into some modules of a stage, in the order they run; those with one input together."""
-        gathered: list[Inputs] = []
+    def originals_of(
+        self, stage: Stage, modules: Mapping[str, torch.nn.Module], states: States
+    ) -> "tuple[list[Original], States]":
+        """Return what goes into some modules of a stage, in the order they run, and what the stage makes of it.
+
+        Modules with one input are together.
+        """
         with _Recorder.on(modules) as recorder:
-            tasks = (partial(_gather, stage, states, recorder) for states in inputs)
-            for found in in_order(self.pool, tasks, ahead=self.num_threads):
-                gathered = gathered or [
-                    Inputs(names, torch.zeros_like(own, dtype=torch.float64)) for names, own in found
-                ]
-                for total, (names, own) in zip(gathered, found, strict=True):
-                    assert total.modules == names
-                    total.hessian.add_(own)
-        return gathered
+            tasks = (partial(_watch, stage, window, recorder) for window in states)
+            found = list(in_order(self.pool, tasks, ahead=self.num_threads))
+        together = zip(*(seen for seen, _ in found), strict=True)
+        originals = [Original(tuple(seen[0][0]), [value for _, value in seen]) for seen in together]
+        return originals, [output for _, output in found]
+
+    def inputs_of(self, stage: Stage, module: torch.nn.Module, states: States, original: "Original") -> "Inputs":
+        """Return what goes into a module of a stage, some of whose modules before are packed."""
+        total: Inputs | None = None
+        with _Recorder.on({original.modules[0]: module}, is_enough=True) as recorder:
+            tasks = (partial(_gather, stage, *both, recorder) for both in zip(states, original.inputs, strict=True))
+            for own in in_order(self.pool, tasks, ahead=self.num_threads):
+                total = Inputs.none_like(own) if total is None else total
+                total.add(own)
+        assert total is not None
+        return total
 
     def _build(self, spec: StageRange) -> Stage:
         return build_stage(self.config, spec, self.tensors, dtype=COMPUTE_DTYPE, device=CPU)
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """What goes into modules that share an input."""
+class Original:
+    """What goes into modules that share an input, in the model as it was."""
 
     modules: tuple[str, ...]
+    inputs: States
+    """Of every window: [S, N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What goes into a module, X after modules that are packed and Y after those as they were, over all tokens."""
+
     hessian: torch.Tensor
-    """X^T X over all tokens [N, N], fp64."""
+    """X^T X [N, N], fp64."""
+    missing: torch.Tensor
+    """X^T (Y - X) [N, N], fp64."""
+
+    @classmethod
+    def none_like(cls, own: "Inputs") -> "Inputs":
+        """Return zeros."""
+        return cls(*(torch.zeros_like(part, dtype=torch.float64) for part in (own.hessian, own.missing)))
+
+    def add(self, own: "Inputs") -> None:
+        """Add up what went in with more tokens."""
+        self.hessian.add_(own.hessian)
+        self.missing.add_(own.missing)
 
 
 def linear_modules(stage: Stage, index: int, names: Collection[str]) -> dict[str, torch.nn.Module]:
@@ -111,27 +142,42 @@ def _run(stage: Stage, states: torch.Tensor) -> torch.Tensor:
         return stage(states)  # type: ignore[no-any-return]
 
 
-def _gather(stage: Stage, states: torch.Tensor, recorder: "_Recorder") -> list[tuple[tuple[str, ...], torch.Tensor]]:
-    """Return X^T X [N, N] of one window for every input."""
-    with torch.inference_mode(), recorder.recording() as seen:
-        stage(states)
-        rows = [(tuple(names), value.reshape(-1, value.shape[-1])) for names, value in seen]  # [S, N]
-        return [(names, value.t() @ value) for names, value in rows]
-
-
 Seen = list[tuple[list[str], torch.Tensor]]
+"""Modules that share an input [S, N]."""
+
+
+def _watch(stage: Stage, states: torch.Tensor, recorder: "_Recorder") -> tuple[Seen, torch.Tensor]:
+    with torch.inference_mode(), recorder.recording() as seen:
+        output = stage(states)
+        return [(names, value.reshape(-1, value.shape[-1])) for names, value in seen], output
+
+
+def _gather(stage: Stage, states: torch.Tensor, original: torch.Tensor, recorder: "_Recorder") -> Inputs:
+    """Return the sums over one window, in fp32."""
+    with torch.inference_mode(), recorder.recording() as seen:
+        with suppress(_EnoughError):
+            stage(states)
+        ((_, value),) = seen
+        own = value.reshape(original.shape)
+        return Inputs(own.t() @ own, own.t() @ (original - own))
+
+
+class _EnoughError(Exception):
+    """What was wanted has been seen; the rest of the stage need not be computed."""
 
 
 class _Recorder:
     """Remembers, for the thread it is called in, which module was given what."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_enough: bool) -> None:
         self._own = threading.local()
+        self._is_enough = is_enough
 
     @classmethod
     @contextmanager
-    def on(cls, modules: Mapping[str, torch.nn.Module]) -> "Iterator[_Recorder]":
-        recorder = cls()
+    def on(cls, modules: Mapping[str, torch.nn.Module], *, is_enough: bool = False) -> "Iterator[_Recorder]":
+        """Watch some modules; if the first one `is_enough`, it is not computed."""
+        recorder = cls(is_enough=is_enough)
         handles = [module.register_forward_pre_hook(partial(recorder._see, name)) for name, module in modules.items()]
         try:
             yield recorder
@@ -153,3 +199,5 @@ class _Recorder:
             known.append(name)
         else:
             seen.append(([name], arguments[0]))
+        if self._is_enough:
+            raise _EnoughError
