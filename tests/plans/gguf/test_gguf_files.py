@@ -53,7 +53,7 @@ def test_a_rotary_table_is_no_weight(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_the_architecture_does_not_have_is_refused(tmp_path: Path) -> None:
-    for name in ("blk.0.attn_qkv.weight", "blk.0.ffn_up_exps.weight", "blk.0.attn_q.scale", "mm.0.weight"):
+    for name in ("blk.0.attn_qkv.weight", "blk.0.ffn_up_exps.weight", "blk.0.attn_q.scales", "mm.0.weight"):
         path = write_gguf(tmp_path / "a.gguf", config_for("llama"), more={name: (64, 64)})
         with pytest.raises(InputError, match=f"tensor '{name}' is not known of architecture llama"):
             open_checkpoint(path)
