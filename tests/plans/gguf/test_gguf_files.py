@@ -59,6 +59,12 @@ def test_a_tensor_that_the_architecture_does_not_have_is_refused(tmp_path: Path)
             open_checkpoint(path)
 
 
+def test_a_scale_beside_weights_that_need_none_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", config_for("llama"), more={"blk.0.attn_q.scale": (1,)})
+    with pytest.raises(InputError, match=r"blk\.0\.attn_q\.scale is F32 of shape \[1\], beside a weight in Q4_0"):
+        open_checkpoint(path)
+
+
 def test_experts_stored_together_are_apart_in_the_model(tmp_path: Path) -> None:
     found = open_checkpoint(write_gguf(tmp_path / "a.gguf", config_for("mixtral"))).tensors
     experts = [found[f"model.layers.1.block_sparse_moe.experts.{i}.w3.weight"].entry for i in range(4)]
