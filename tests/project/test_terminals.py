@@ -15,7 +15,8 @@ pytestmark = pytest.mark.row("X6")
 
 EXAMPLE = Path(__file__).parents[2] / "plans" / "examples" / "demo.plan.json"
 MODULES = {"llamaplan": "planner.cli", "llamarun": "runtime.cli"}
-PLAIN = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
+KEPT = {name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS", "LLAMAPLAN_PROBE") if name in os.environ}
+PLAIN = {"HOME": "/", **KEPT}
 
 
 def start(command: str, *arguments: object, **settings: str) -> "subprocess.Popen[bytes]":
