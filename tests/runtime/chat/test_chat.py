@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ def session() -> Session:
 def template(session: Session) -> Iterator[ChatTemplate]:
     with ChatTemplate(session.source.folder, vocab_size=session.prepared.vocab_size) as made:
         yield made
+
+
+@pytest.fixture
+def shared_process(template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands render with the process that runs already; to start one takes longer than what they are asked."""
+    monkeypatch.setattr("runtime.chat.template.ChatTemplate", lambda *_, **__: nullcontext(template))
 
 
 @pytest.fixture
@@ -288,6 +295,7 @@ def test_help_names_every_command_and_two_slashes_write_one(session: Session, ta
 # --- what does not fit, and special tokens -------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("shared_process")
 def test_a_conversation_beyond_the_context_is_refused_with_the_numbers(
     shipped: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +307,7 @@ def test_a_conversation_beyond_the_context_is_refused_with_the_numbers(
     assert done.out == ""
 
 
+@pytest.mark.usefixtures("shared_process")
 def test_an_answer_that_the_context_ends_says_so(
     template: ChatTemplate, shipped: Path, run_command: RunCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +455,7 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(shipped: Path) 
 # --- broken input --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("shared_process")
 @pytest.mark.parametrize(
     ("text", "code", "says"),
     [
