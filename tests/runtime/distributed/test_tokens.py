@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +81,35 @@ def test_what_the_checkpoint_asks_of_scores_reaches_the_process_that_chooses(
     assert {tokens[-1] for tokens in found if len(tokens) == 14} <= {9}
 
 
+@pytest.fixture(scope="module")
+def crowd(in_one_process: Start) -> Callable[[int], list[tuple[Request, GeneratedSequence]]]:
+    """Requests, and what each gives that has so many stages in one process to itself."""
+
+    @cache
+    def compute(num_stages: int) -> list[tuple[Request, GeneratedSequence]]:
+        whole = in_one_process(num_stages)
+        limits = replace(LIMITS, prefill_chunk_tokens=4, eos_token_ids=whole.prepared.eos_token_ids)
+        once = requests_of(whole, sampling=SAMPLED, limits=limits)
+        requests = [replace(request, sequence_index=index) for index, request in enumerate(once * 2)]
+        return [(request, alone(whole, request)) for request in requests]
+
+    return compute
+
+
 @pytest.mark.parametrize("num_stages", [2, 3])
 @pytest.mark.parametrize("num_slots", [1, 2, 5, 8])
 def test_tokens_do_not_depend_on_what_else_is_in_flight(
-    in_one_process: Start, in_processes: Start, num_stages: int, num_slots: int
+    crowd: Callable[[int], list[tuple[Request, GeneratedSequence]]],
+    in_processes: Start,
+    num_stages: int,
+    num_slots: int,
 ) -> None:
-    whole = in_one_process(num_stages)
-    limits = replace(LIMITS, prefill_chunk_tokens=4, eos_token_ids=whole.prepared.eos_token_ids)
-    once = requests_of(whole, sampling=SAMPLED, limits=limits)
-    requests = [replace(request, sequence_index=index) for index, request in enumerate(once * 2)]
+    requests, expected = zip(*crowd(num_stages), strict=True)
     engine, heard = Engine(in_processes(num_stages), num_slots=num_slots), [Heard() for _ in requests]
     for request, one in zip(requests, heard, strict=True):
         engine.submit(request, on_event=one)
     engine.run_all()
-    assert [one.sequence() for one in heard] == [alone(whole, request) for request in requests]
+    assert [one.sequence() for one in heard] == list(expected)
 
 
 def alone(session: Session, request: Request) -> GeneratedSequence:
