@@ -261,7 +261,7 @@ class Recorder:
 
 def test_torchrun_starts_the_same_job(exports: Exports, text: bytes) -> None:
     options = ["-p", "def __init__(self, ", "-n", 6, "--temp", 0, "--ignore-eos", "-c", 1024, "-q"]
-    torchrun = ["--standalone", "--nproc-per-node", 3, "-m", "runtime.worker", exports(3)]
+    torchrun = ["--standalone", "--nproc-per-node", 2, "-m", "runtime.worker", exports(2)]
     with started(*torchrun, "generate", *options, module="torch.distributed.run") as job:
         code, out, said = job.end(within=120)
     assert (code, out) == (0, text), said
