@@ -9,6 +9,7 @@ import pytest
 
 from planner.measure.calibrate import calibrate
 from planner.measure.cluster import replace_timings
+from planner.measure.process import Footprint
 from planner.measure.stand_in import Subject, subjects_of, write_stand_in
 from planner.model.profile import build_profile
 from planner.model.widths import measured_as, mixed, narrower_than, uniform
@@ -164,6 +165,13 @@ def small(tmp_path_factory: pytest.TempPathFactory, shipped: Path) -> Path:
     return with_short_context(shipped, tmp_path_factory.mktemp("small") / "model")
 
 
+@pytest.fixture
+def stated_footprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process is started for every width to see what memory it needs: tests of a single width start theirs."""
+    monkeypatch.setattr("planner.measure.cluster.measure_footprint", lambda *_: Footprint(300 << 20, 0))
+
+
+@pytest.mark.usefixtures("stated_footprint")
 def test_one_width_after_another_ends_up_in_one_cluster_file(
     run_command: RunCommand, small: Path, tmp_path: Path
 ) -> None:
@@ -241,8 +249,14 @@ def costing(profile: ModelProfile, int4: tuple[float, ...]) -> Sensitivity:
 
 @pytest.mark.parametrize("kind", ["int4 g64", "mixed"])
 def test_a_packed_checkpoint_is_timed_as_it_is_stored(
-    run_command: RunCommand, packed_shipped: Callable[[str], Path], kind: str, tmp_path: Path
+    run_command: RunCommand,
+    packed_shipped: Callable[[str], Path],
+    kind: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if kind == "mixed":
+        request.getfixturevalue("stated_footprint")
     model = with_short_context(packed_shipped(kind), tmp_path / "model")
     path, plan = tmp_path / "cluster.json", tmp_path / "plan.json"
     done = run_command("llamaplan", "devices", model, "--measure", "--device", "cpu=1GiB", "-o", path)
