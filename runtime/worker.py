@@ -19,6 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 from plans.commands.children import die_with, name_process
+from plans.commands.collector import resting_collector
 from plans.commands.console import Terminated, leave, run_call
 from plans.errors import LlamaplanError, PeerError, UsageError
 from runtime.distributed.control.address import Address, connect, parse_address
@@ -175,10 +176,11 @@ def _join(channel: Channel, arguments: Arguments, identity: Identity) -> Job:
 
 
 def _import_torch() -> None:
-    import torch  # noqa: F401 - whoever needs these finds them imported
-    import transformers
+    with resting_collector():
+        import torch  # noqa: F401 - whoever needs these finds them imported
+        import transformers
 
-    import runtime.distributed.serve  # noqa: F401
+        import runtime.distributed.serve  # noqa: F401
 
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]

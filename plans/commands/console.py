@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from plans.commands.collector import FEWER_COLLECTIONS
 from plans.errors import ExitCode, LlamaplanError, MachineError, printable
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 
 PIPE_WIDTH = 200
-FEWER_COLLECTIONS = (20_000, 50, 50)
-"""Importing torch and transformers makes half a million objects, and all of them stay: looking for garbage among them
-every 700 takes a tenth of the time of a start."""
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plans.commands.children import die_with
+from plans.commands.collector import resting_collector
 from plans.errors import InputError, LlamaplanError, UsageError, printable
 from runtime.chat.template import MAX_BYTES, MAX_OUTPUT_CHARACTERS, broken, special_tokens_in
 from runtime.distributed.control.channel import receive_frame, send_frame
@@ -38,7 +39,8 @@ def _load(folder: Path, *, vocab_size: int) -> "PreTrainedTokenizerBase":
     sys.modules["torch"] = None  # type: ignore[assignment] # seconds and hundreds of MiB, for what tokenizers do not use
     from runtime.reading.tokenizer import load_tokenizer
 
-    return load_tokenizer(folder, vocab_size=vocab_size)
+    with resting_collector():
+        return load_tokenizer(folder, vocab_size=vocab_size)
 
 
 def _bound_memory() -> None:

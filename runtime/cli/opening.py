@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plans.commands.collector import resting_collector
 from plans.commands.console import Output
 from plans.errors import InputError, UsageError
 from runtime.cli.options import LoadingOptions
@@ -50,7 +51,11 @@ def prepare(
 
 def _import_libraries(output: Output, workers: "LocalWorkers | None") -> None:
     end_workers = None if workers is None else workers.end
-    with output.spinner("opening", style="line"), output.leaving_at_once(first=end_workers):
+    with (
+        output.spinner("opening", style="line"),
+        output.leaving_at_once(first=end_workers),
+        resting_collector(),
+    ):
         import transformers
 
         import runtime.prepared
