@@ -24,9 +24,7 @@ from planner.problem.problem import (
     max_layers,
     queue_costs,
 )
-
-Expression = Any
-"""pulp ships no types."""
+from planner.program.goal import Expression, add_goal
 
 
 @dataclass(slots=True)
@@ -50,7 +48,7 @@ class CountsModel:
 
 
 def build_counts_model(problem: Problem, *, unit: float) -> CountsModel:
-    """Write variables and constraints; `ilp_counts_goal.add_counts_goal` adds what is minimised.
+    """Write variables and constraints; `add_counts_goal` adds what is minimised.
 
     `unit` scales ticks to numbers of ordinary size (milliseconds, as a rule).
     """
@@ -267,23 +265,14 @@ def _walk(model: CountsModel) -> list[int]:
 
 def add_counts_goal(model: CountsModel, goal: Goal) -> None:
     """Add the objective, and the limit on the first key where the share is the second."""
-    time = _time(model, goal) if goal.kind != "share" or goal.max_time is not None else pulp.LpAffineExpression()
-    if goal.max_time is not None:
-        # The first key may not get worse; the margin is the solver's own accuracy, the answer is checked exactly.
-        model.lp += time <= goal.max_time * model.unit * (1 + 1e-9)
-    if goal.kind == "time":
-        model.lp.setObjective(time)
-        return
+    add_goal(model.lp, goal, unit=model.unit, time=lambda: _time(model, goal), share=lambda: _largest_share(model))
+
+
+def _largest_share(model: CountsModel) -> Expression:
     # largest used/budget over the stages [1]
     share = model.lp.add_variable("share", least_share(model.problem, model.groups), 1)
     _bound_share(model, share)
-    if goal.kind == "share":
-        model.lp.setObjective(100 * share)
-        return
-    weight = float(goal.weight)
-    time_scale = 100 * weight / (goal.best_time * model.unit) if goal.best_time else 0.0
-    share_scale = 100 * (1 - weight) / float(goal.best_share) if goal.best_share else 0.0
-    model.lp.setObjective(time_scale * time + share_scale * share)
+    return share
 
 
 def _time(model: CountsModel, goal: Goal) -> Expression:

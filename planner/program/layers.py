@@ -25,9 +25,7 @@ from planner.problem.problem import (
     is_pipelined,
     queue_costs,
 )
-
-Expression = Any
-"""pulp ships no types."""
+from planner.program.goal import Expression, add_goal
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,7 @@ class LayersModel:
 
 
 def build_layers_model(problem: Problem, *, unit: float) -> LayersModel:
-    """Write variables and constraints; `ilp_layers_goal.add_layers_goal` adds what is minimised."""
+    """Write variables and constraints; `add_layers_goal` adds what is minimised."""
     model = LayersModel(problem, group_devices(problem), pulp.LpProblem("layers", pulp.LpMinimize), unit)
     _add_variables(model)
     _add_one_path(model)
@@ -177,22 +175,14 @@ def read_layers(model: LayersModel) -> Assignment:
 
 def add_layers_goal(model: LayersModel, goal: Goal) -> None:
     """Add the objective, and the limit on the first key where the share is the second."""
-    time = _time(model, goal) if goal.kind != "share" or goal.max_time is not None else pulp.LpAffineExpression()
-    if goal.max_time is not None:
-        model.lp += time <= goal.max_time * model.unit * (1 + 1e-9)
-    if goal.kind == "time":
-        model.lp.setObjective(time)
-        return
+    add_goal(model.lp, goal, unit=model.unit, time=lambda: _time(model, goal), share=lambda: _largest_share(model))
+
+
+def _largest_share(model: LayersModel) -> Expression:
     # largest used/budget over the stages [1]
     share = model.lp.add_variable("share", 0, 1)
     _bound_stages(model, share, lambda s: _share_of(model, s))
-    if goal.kind == "share":
-        model.lp.setObjective(100 * share)
-        return
-    weight = float(goal.weight)
-    time_scale = 100 * weight / (goal.best_time * model.unit) if goal.best_time else 0.0
-    share_scale = 100 * (1 - weight) / float(goal.best_share) if goal.best_share else 0.0
-    model.lp.setObjective(time_scale * time + share_scale * share)
+    return share
 
 
 def _time(model: LayersModel, goal: Goal) -> Expression:

@@ -141,7 +141,8 @@ class _Run:
             value = wanted - int(self.hops[before, here.device])
             if self._is_first(before, count, state, here.start, value):
                 return (StageChoice(before, 0, here.start), *reversed(chain))
-            start, wanted = self._origin(before, count, state, here.start, value)
+            arriving = self.forward[before].arriving[count, state]
+            start, wanted = self.tables[before].origin(here.start, value, arriving)
             chain.append(StageChoice(before, start, here.start))
 
     def _explains(self, before: int, here: StageChoice, count: int, state: int, wanted: int) -> bool:
@@ -151,16 +152,6 @@ class _Run:
     def _is_first(self, device: int, count: int, state: int, end: int, value: int) -> bool:
         can_be = self.may_be_first(device) and self.back[0][device] == state and not (self.is_counted and count)
         return can_be and int(self.tables[device].first_stage[end]) == value
-
-    def _origin(self, device: int, count: int, state: int, end: int, value: int) -> tuple[int, int]:
-        """Return where a stage that ends at `end` starts, and the time of the chain that arrives there."""
-        table = self.tables[device]
-        low, high = (int(bound[end]) for bound in table.middle_starts)
-        for start in range(max(low, 0), high + 1):
-            arrived = int(self.forward[device].arriving[count, state, start])
-            if arrived < INFINITE and arrived + int(table.prefix[end] - table.prefix[start]) == value:
-                return start, arrived
-        raise AssertionError("the certificate cannot explain its own value")
 
 
 @dataclass(frozen=True, slots=True)

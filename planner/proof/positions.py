@@ -158,18 +158,9 @@ class _Run:
             value, end = int(self.done[state, g, kind, start]), start
             if int(self.counts[state].sum()) == 1:
                 return self._name([(g, 0, end), *reversed(chain)])
-            start, wanted = self._origin(state, g, kind, end, value)
+            arriving = self._arriving(self.done, np.array([state]), g)[0, kind]
+            start, wanted = self.tables[g].origin(end, value, arriving)
             chain.append((g, start, end))
-
-    def _origin(self, state: int, g: int, kind: int, end: int, value: int) -> tuple[int, int]:
-        arriving = self._arriving(self.done, np.array([state]), g)[0, kind]
-        table = self.tables[g]
-        low, high = (int(bound[end]) for bound in table.middle_starts)
-        for start in range(max(low, 0), high + 1):
-            arrived = int(arriving[start])
-            if arrived < INFINITE and arrived + int(table.prefix[end] - table.prefix[start]) == value:
-                return start, arrived
-        raise AssertionError("the certificate cannot explain its own value")
 
     def _name(self, chain: list[tuple[int, int, int]]) -> Assignment:
         free = [list(group.members) for group in self.groups]

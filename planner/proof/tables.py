@@ -157,6 +157,18 @@ class DeviceTable:
         units = self.costs.units[self.device]
         return units.embedding + sum(units.layers) + units.head
 
+    def origin(self, end: int, value: int, arriving: Ints) -> tuple[int, int]:
+        """Return where a middle stage that ends at `end` at the time `value` starts, and when the chain arrives there.
+
+        `arriving` holds the time of the chain at every position.
+        """
+        low, high = (int(bound[end]) for bound in self.middle_starts)
+        for start in range(max(low, 0), high + 1):
+            arrived = int(arriving[start])
+            if arrived < INFINITE and arrived + int(self.prefix[end] - self.prefix[start]) == value:
+                return start, arrived
+        raise AssertionError("the certificate cannot explain its own value")
+
 
 def _first_within(prefix: tuple[int, ...], room: int) -> Ints:
     """For every p the first i with prefix[p] - prefix[i] <= room; p + 1 if not even the empty run is."""
