@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from plans.errors import InputError, LlamaplanError, UsageError, printable
 from plans.reading.files import read_limited
-from plans.reading.strict import MAX_KEYS, StrictModel, parse_json, validate_json
+from plans.reading.strict import StrictModel
 from runtime.chat.conversation import SavedMessage
 from runtime.chat.template import ChatTemplate
 from runtime.generate.limits import Limits, check_prompt
@@ -92,18 +92,13 @@ def read_jobs(path: Path, prepared: Prepared, defaults: Defaults, *, model_id: s
     ]
     if not lines:
         raise InputError("holds no lines", where=path, expected='{"prompt": "..."} on each', code="E-BATCH")
-    parsed = [(f"{path}:{number}", _parse(data, where=f"{path}:{number}")) for number, data in lines]
+    parsed = [(f"{path}:{number}", BatchLine.from_json(data, where=f"{path}:{number}")) for number, data in lines]
     _refuse_same_ids(parsed)
     with ChatTemplate(prepared.source.folder, vocab_size=prepared.vocab_size) as template:
         return [
             _job(index, line, prepared, template, defaults, model_id=model_id, where=where)
             for index, (where, line) in enumerate(parsed)
         ]
-
-
-def _parse(data: bytes, *, where: str) -> BatchLine:
-    parse_json(data, where=where, max_keys=MAX_KEYS)
-    return validate_json(BatchLine, data, where=where)
 
 
 def _refuse_same_ids(lines: Sequence[tuple[str, BatchLine]]) -> None:
