@@ -104,7 +104,4 @@ def all_connected(problem: Problem) -> Problem:
     def connect(matrix: Matrix) -> Matrix:
         return tuple(tuple(cell or 0 if a != b else cell for b, cell in enumerate(r)) for a, r in enumerate(matrix))
 
-    prefill = tuple(connect(matrix) for matrix in problem.prefill_hop)
-    return replace(
-        problem, decode_hop=connect(problem.decode_hop), return_hop=connect(problem.return_hop), prefill_hop=prefill
-    )
+    return problem.with_hops(connect)

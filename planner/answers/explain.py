@@ -201,11 +201,7 @@ def _with_link(case: Case, a: str, b: str) -> Problem:
             for x, row in enumerate(matrix)
         )
 
-    problem = case.problem
-    prefill = tuple(join(matrix) for matrix in problem.prefill_hop)
-    return replace(
-        problem, decode_hop=join(problem.decode_hop), return_hop=join(problem.return_hop), prefill_hop=prefill
-    )
+    return case.problem.with_hops(join)
 
 
 def _one_more_device(case: Case) -> Iterator[str]:

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from planner.problem.evaluate import evaluate
 from planner.problem.goal import Goal, IlpAnswer
-from planner.problem.problem import Assignment, Problem, StageChoice
+from planner.problem.problem import Assignment, Matrix, Problem, StageChoice
 from planner.program.session import SolverSession
 from planner.proof.certificate import Certificate, certify
 from plans.errors import LlamaplanError
@@ -47,17 +47,10 @@ def _orders(problem: Problem) -> list[tuple[int, ...]]:
 def reordered(problem: Problem, order: tuple[int, ...]) -> Problem:
     """Return the problem with its devices in another order, which is then kept."""
 
-    def move(matrix: tuple[tuple[int | None, ...], ...]) -> tuple[tuple[int | None, ...], ...]:
+    def move(matrix: Matrix) -> Matrix:
         return tuple(tuple(matrix[a][b] for b in order) for a in order)
 
-    return replace(
-        problem,
-        devices=tuple(problem.devices[d] for d in order),
-        decode_hop=move(problem.decode_hop),
-        return_hop=move(problem.return_hop),
-        prefill_hop=tuple(move(matrix) for matrix in problem.prefill_hop),
-        keep_order=True,
-    )
+    return replace(problem.with_hops(move), devices=tuple(problem.devices[d] for d in order), keep_order=True)
 
 
 _ACCURACY = Fraction(1, 1_000_000)

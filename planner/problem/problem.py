@@ -189,6 +189,15 @@ class Problem:
         needed = self.stage_bytes(device, start, end, embedding=embedding, head=head)
         return needed <= self.devices[device].limit_bytes
 
+    def with_hops(self, change: Callable[[Matrix], Matrix]) -> "Problem":
+        """Return the problem with all its matrices of hop times changed."""
+        return replace(
+            self,
+            decode_hop=change(self.decode_hop),
+            return_hop=change(self.return_hop),
+            prefill_hop=tuple(map(change, self.prefill_hop)),
+        )
+
     def with_share_limit(self, share: Fraction, *, is_strict: bool = False) -> "Problem":
         """Return the problem in which no stage may use more than `share` of its budget (less than, if strict)."""
         return replace(self, devices=tuple(_limited(d, share, is_strict=is_strict) for d in self.devices))
