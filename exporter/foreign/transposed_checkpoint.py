@@ -21,14 +21,13 @@ from exporter.foreign.transposed import (
 from plans.checkpoint.units import Checkpoint, StoredTensor, require_full
 from plans.config.config import parse_config
 from plans.errors import InputError, printable
-from plans.packed.config import quantization_config
+from plans.packed.config import WHERE, quantization_config
 from plans.packed.scheme import PACKED, SCALE, SHAPE, Scheme, is_linear
 from plans.reading.files import open_regular, read_exactly
 
 METHODS = ("gptq", "awq")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 SETTINGS_NAME = "quantize_config.json"
-_WHERE = "config.json:/quantization_config"
 _CHUNK_BYTES = 4 << 20
 """Columns are read row by row: the more of them at once, the fewer reads."""
 _SCALE_TYPES = ("F16", "BF16")
@@ -115,7 +114,7 @@ def _sides(module: str, parts: Mapping[str, StoredTensor], settings: _Settings) 
             raise InputError(
                 f"{module}.{part} has shape {list(found)}; {out} outputs of {inputs} inputs in groups of {size} need "
                 f"{list(shape)}",
-                where=_WHERE,
+                where=WHERE,
                 code="E-QUANT",
             )
     return out, inputs
@@ -126,7 +125,7 @@ def _matrix(module: str, parts: Mapping[str, StoredTensor], part: str, *dtypes: 
     if stored is None or stored.entry.dtype not in dtypes or len(stored.entry.shape) != 2:
         what = "is missing" if stored is None else f"is {stored.entry.dtype} of shape {list(stored.entry.shape)}"
         raise InputError(
-            f"{module}.{part} {what}", where=_WHERE, expected=f"a matrix of {' or '.join(dtypes)}", code="E-QUANT"
+            f"{module}.{part} {what}", where=WHERE, expected=f"a matrix of {' or '.join(dtypes)}", code="E-QUANT"
         )
     return stored.entry.shape[0], stored.entry.shape[1]
 
@@ -135,7 +134,7 @@ def _check(module: str, parts: Mapping[str, StoredTensor], settings: _Settings, 
     out, inputs = _sides(module, parts, settings)
     scheme = Scheme(4, settings.group_size)
     if not scheme.can_pack(out, inputs):
-        raise InputError(f"{module} of {out} x {inputs} cannot be packed", where=_WHERE, code="E-QUANT")
+        raise InputError(f"{module} of {out} x {inputs} cannot be packed", where=WHERE, code="E-QUANT")
     words = np.frombuffer(_bytes(parts["qzeros"], directory), "<u4").reshape(parts["qzeros"].entry.shape)
     zeros = awq_unpacked(words) if settings.is_awq else gptq_zeros(words, is_less_one=settings.is_less_one)
     if (zeros != MIDDLE).any():
@@ -194,7 +193,7 @@ def refused(key: str, value: object, expected: str) -> InputError:
     """Return the error for a setting that is not understood."""
     return InputError(
         f"quantised weights with {key} {printable(value, limit=60)} are not repacked",
-        where=f"{_WHERE}/{key}",
+        where=f"{WHERE}/{key}",
         expected=expected,
         hint=OTHER_WAYS,
         code="E-QUANT",

@@ -7,10 +7,10 @@ from plans.checkpoint.packed import expert_fault
 from plans.checkpoint.units import Checkpoint
 from plans.errors import InputError, UsageError
 from plans.packed.choice import AS_STORED, SIDE, WeightChoice
+from plans.packed.kernel import ROUNDED_DTYPES
 from plans.packed.scheme import is_linear
 
 _MATRIX = 2
-ROUNDED_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 def check_packable(choice: WeightChoice, *, checkpoint: Checkpoint, dtype: str) -> None:

@@ -18,7 +18,7 @@ from plans.packed.scheme import INT4, INT8, Scheme
 
 # Two roundings, of a product and of a sum, must not become one.
 SOURCE = Source("rounding", "rounding", Path(__file__).with_name("rounding.c"), options=("-ffp-contract=off",))
-_DTYPES = ("BF16", "F16", "F32", "F64")
+ROUNDED_DTYPES = ("BF16", "F16", "F32", "F64")
 """Stored dtypes; their place is their number in `rounding.c`."""
 
 
@@ -57,9 +57,9 @@ class Kernel:
             words=words.ctypes.data,
             scales=scales.ctypes.data,
             num_groups=len(scales),
-            stored=_DTYPES.index(stored),
+            stored=ROUNDED_DTYPES.index(stored),
             bits=scheme.bits,
-            scale=_DTYPES.index(scale),
+            scale=ROUNDED_DTYPES.index(scale),
         )
         self._functions.round_groups(ctypes.byref(run))
         sums = run.squared_error, run.squared

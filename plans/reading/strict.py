@@ -153,11 +153,6 @@ def validate_json(model: type[ModelT], data: bytes, *, where: object) -> ModelT:
         raise _explain(error, where) from None
 
 
-def validate(model: type[ModelT], value: object, *, where: object) -> ModelT:
-    """Validate plain data that already lies in memory."""
-    return validate_json(model, dump_json(value).encode(), where=where)
-
-
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Read a file of at most `max_bytes` and parse it strictly."""
     return parse_json(read_limited(path, max_bytes=max_bytes), where=path)

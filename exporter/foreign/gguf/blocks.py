@@ -15,7 +15,6 @@ from exporter.foreign.numbers import Bytes, Floats
 
 Blocks = NDArray[np.void]
 
-K_WEIGHTS = 256
 _HALF = "<f2"
 
 _Field = tuple[str, str] | tuple[str, str, int | tuple[int, int]]
