@@ -150,10 +150,6 @@ def _llama_cpp_limits(plan: Plan) -> list[str]:
     return limits
 
 
-def _torchrun_limits(plan: Plan) -> list[str]:
-    return _host_limits(plan)
-
-
 _LIMITS: Mapping[str, Callable[[Plan], list[str]]] = {
     "vllm": _vllm_limits,
     "sglang": _sglang_limits,
@@ -161,5 +157,5 @@ _LIMITS: Mapping[str, Callable[[Plan], list[str]]] = {
     "accelerate": _map_limits,
     "transformers": _map_limits,
     "llama.cpp": _llama_cpp_limits,
-    "torchrun": _torchrun_limits,
+    "torchrun": _host_limits,
 }

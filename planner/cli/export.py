@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from planner.cli import options
 from planner.cli.next_steps import after_export, shown
 from plans.commands.console import Output
 from plans.commands.option_groups import ScreenOptions, with_option_groups
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from plans.export.manifest import Manifest
     from plans.plan import Plan
 
-PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan written by 'llamaplan solve'.")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by 'llamaplan export'.")]
 StageOption = Annotated[
     list[int] | None,
@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 @with_option_groups
 def export_command(
-    plan: PlanArgument,
+    plan: options.PlanArgument,
     *,
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help="The checkpoint the plan was made for.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")],
@@ -203,7 +203,7 @@ def compared_words(found: "Verified") -> str:
 
 @with_option_groups
 def emit_command(
-    plan: PlanArgument,
+    plan: options.PlanArgument,
     *,
     engine: Annotated[
         str,

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from plans.workload import Request
 
 DEFAULT_REQUESTS = 100
-MAX_REQUESTS = 100_000
 
 RequestsOption = Annotated[
     int | None,
@@ -129,6 +128,8 @@ def simulate_command(
 
 def _requests(plan: "Plan", asked: ArrivalOptions) -> "tuple[Sequence[Request], str]":
     """Return the requests, and in words what they are."""
+    from plans.workload import MAX_REQUESTS
+
     arrivals, rate = asked.arrivals, asked.rate
     _check_range("--requests", asked.requests, most=MAX_REQUESTS)
     if arrivals not in ("poisson", "uniform"):
