@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from plans.commands.children import python_command
+from plans.commands.collector import resting_collector
 from plans.dtypes import DtypeName
 from plans.errors import MachineError, printable
 from plans.memory import stage_memory
@@ -90,7 +91,8 @@ def _modelled_bytes(profile: ModelProfile, request: Request, *, weight_bytes: in
 
 def main() -> None:
     """Answer one request."""
-    from planner.measure.chain import use_memory
+    with resting_collector():  # as where a run imports them: it takes memory
+        from planner.measure.chain import use_memory
 
     request = Request(**json.loads(sys.stdin.read()))
     used = use_memory(
