@@ -1,7 +1,7 @@
 """A short chain of a model's shape: the embedding, a few distinct layers and the head, with real or random weights."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from plans.dtypes import DtypeName
 from plans.stages import StageRange
 from runtime.reading.capacity import memory_faults
 from runtime.reading.families import PER_LAYER_KEYS, parse_model_config
-from runtime.reading.pages import prefer_huge_pages
 from runtime.reading.tensors import FolderTensors, torch_dtype
 from runtime.reading.weights import TensorSource
 from runtime.stages.chain import Chain
@@ -32,8 +31,8 @@ WEIGHT_SCALE = 0.02
 class RandomTensors(Mapping[str, torch.Tensor]):
     """Random weights for a shape, made when they are looked up; embedding and head share one table.
 
-    They lie in one piece of memory, as a file's do, filled with one block of random values again and again: as slow to
-    read as real weights, and quick to make.
+    Each tensor is memory of its own, filled with one block of random values again and again: as slow to read as real
+    weights, and quick to make.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, num_layers: int, dtype: torch.dtype) -> None:
@@ -44,15 +43,19 @@ class RandomTensors(Mapping[str, torch.Tensor]):
         self._shapes = {name: shape for name, shape in (ends | layers).items() if not _is_tied_head(config, name)}
         generator = torch.Generator().manual_seed(0)
         self._block = (torch.randn(BLOCK_VALUES, generator=generator) * WEIGHT_SCALE).to(dtype)
-        sizes = {name: torch.Size(shape).numel() for name, shape in self._shapes.items() if name != HEAD}
-        memory = torch.empty(sum(sizes.values()), dtype=dtype)
-        prefer_huge_pages(memory.data_ptr(), memory.nbytes)
-        self._places = dict(zip(sizes, torch.split(memory, list(sizes.values())), strict=True))
+        self._table: torch.Tensor | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        flat, shape = self._places[EMBEDDING if name == HEAD else name], self._shapes[name]
+        if name not in (EMBEDDING, HEAD):
+            return self._filled(self._shapes[name])
+        if self._table is None:
+            self._table = self._filled(self._shapes[EMBEDDING])
+        return self._table
+
+    def _filled(self, shape: Sequence[int]) -> torch.Tensor:
         if len(shape) == 1:
-            return flat.fill_(1.0)  # a norm
+            return torch.ones(*shape, dtype=self._block.dtype)  # a norm
+        flat = torch.empty(torch.Size(shape).numel(), dtype=self._block.dtype)
         for part in torch.split(flat, BLOCK_VALUES):
             part.copy_(self._block[: len(part)])
         return flat.view(*shape)

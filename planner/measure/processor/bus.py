@@ -133,12 +133,9 @@ def _reader(reading: Reading) -> Callable[[], int]:
 
     from plans.native.building import Unavailable
     from runtime.fast import native
-    from runtime.reading.pages import prefer_huge_pages
 
     torch.set_num_threads(reading.threads)
-    words = torch.empty(reading.num_bytes // 8, dtype=torch.int64)
-    prefer_huge_pages(words.data_ptr(), words.nbytes)
-    words.fill_(1)
+    words = torch.ones(reading.num_bytes // 8, dtype=torch.int64)
     blocks = itertools.cycle(torch.split(words, BLOCK_BYTES // 8))
     kernels = native.load()
 

@@ -83,11 +83,7 @@ def look() -> Look:
 def _read_rate() -> float:
     import torch
 
-    from runtime.reading.pages import prefer_huge_pages
-
-    words = torch.empty(max(READ_BYTES, 2 * last_cache_bytes()) // 8, dtype=torch.int64)
-    prefer_huge_pages(words.data_ptr(), words.nbytes)
-    words.fill_(1)
+    words = torch.ones(max(READ_BYTES, 2 * last_cache_bytes()) // 8, dtype=torch.int64)
     return words.nbytes / _best_seconds(lambda: words.sum(), at_least=READ_SECONDS)
 
 
