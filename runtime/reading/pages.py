@@ -2,6 +2,31 @@
 
 import ctypes
 import mmap
+import tempfile
+from pathlib import Path
+
+HUGE_BYTES = 2 << 20
+
+
+def files_get_huge_pages(folder: Path) -> bool:
+    """Try whether a new file in a folder is mapped in huge pages here; False where nobody tells."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    try:
+        before = _file_bytes_in_huge_pages()
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(2 * HUGE_BYTES))
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+                mapped[:: mmap.PAGESIZE]  # touches them
+                return _file_bytes_in_huge_pages() > before
+    except (OSError, StopIteration):
+        return False
+
+
+def _file_bytes_in_huge_pages() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("FilePmdMapped:"))
 
 
 def prefer_huge_pages(address: int, size: int) -> None:

@@ -6,8 +6,10 @@ with JSON on stdout.
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 from pydantic import Field
@@ -81,9 +83,15 @@ def look() -> Look:
 
 
 def _read_rate() -> float:
+    """Read memory in such pages as a file of weights has here."""
     import torch
 
-    words = torch.ones(max(READ_BYTES, 2 * last_cache_bytes()) // 8, dtype=torch.int64)
+    from runtime.reading.pages import files_get_huge_pages, prefer_huge_pages
+
+    words = torch.empty(max(READ_BYTES, 2 * last_cache_bytes()) // 8, dtype=torch.int64)
+    if files_get_huge_pages(Path(tempfile.gettempdir())):
+        prefer_huge_pages(words.data_ptr(), words.nbytes)
+    words.fill_(1)
     return words.nbytes / _best_seconds(lambda: words.sum(), at_least=READ_SECONDS)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from plans.checkpoint.folder import open_checkpoint
-from runtime.reading.pages import give_back
+from runtime.reading.pages import files_get_huge_pages, give_back
 from runtime.reading.tensors import FolderTensors
 
 HAS_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
@@ -22,6 +22,20 @@ def test_mapped_weights_ask_for_huge_pages_before_they_are_read(shipped: Path) -
     of_weights = [lines for head, *lines in areas for weight in held[:1] if contains(head, weight.data_ptr())]
     assert of_weights
     assert all(" hg" in flags for lines in of_weights for flags in lines if flags.startswith("VmFlags"))
+
+
+@pytest.mark.parametrize("page", ["FilePmdMapped:   2048 kB", "FilePmdMapped:      0 kB", "Rss:   2048 kB"])
+def test_a_folder_is_tried_with_a_file_that_does_not_stay(
+    tmp_path: Path, page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter(["FilePmdMapped: 0 kB", page])
+    monkeypatch.setattr(Path, "read_text", lambda *_args, **_options: next(told))
+    assert files_get_huge_pages(tmp_path) == (hasattr(mmap, "MADV_HUGEPAGE") and "2048 kB" in page and "File" in page)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_tried_promises_nothing(tmp_path: Path) -> None:
+    assert not files_get_huge_pages(tmp_path / "missing")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory may go back later")
