@@ -34,8 +34,8 @@ def prefer_huge_pages(address: int, size: int) -> None:
 
     A step reads every weight once. In pages of 4 KiB a good part of that time goes into looking up addresses, in a
     virtual machine above all. Mapped files get huge pages where their file system caches in such sizes (ext4 from Linux
-    6.16, XFS, btrfs) and they are not cached in smaller ones already. A mapping is best given whole: each border within
-    it is a border between pages.
+    6.16, for one) and they are not cached in smaller ones already. A mapping is best given whole: each border within it
+    is a border between pages.
     """
     _advise(getattr(mmap, "MADV_HUGEPAGE", None), address, size)
 
