@@ -88,7 +88,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    """A message under way: the step it is, or comes before; what has to stay; and what tells that it was sent."""
+    """A message under way: the step it is, or comes before, and what has to stay until it has arrived."""
 
     step: int
     tensors: Sequence[torch.Tensor]
@@ -134,13 +134,13 @@ class Links:
         """Begin to send a payload, in the thread that computed it: another one would have to get the interpreter first.
 
         The driver sends no step before the answer to the one as many steps ago as there are stages. So a message that
-        is older has arrived, nobody has to wait until it is sent, and never more than these are under way.
+        is older has arrived, and never more than these are under way. Nobody waits for any: gloo forgets to wake
+        whoever waits for a message that it was beginning to send when the connection broke.
         """
         tensor = payload.contiguous() if self._nccl else payload.to("cpu").contiguous()
+        while self._under_way and self._under_way[0].step <= self._num_steps - self._place.num_ranks:
+            self._under_way.popleft()
         try:
-            while self._under_way and self._under_way[0].step <= self._num_steps - self._place.num_ranks:
-                for work in self._under_way.popleft().works:
-                    work.wait()
             self._under_way.append(self._begin(header, parts, tensor))
         except Exception as error:
             self._tell(self._place.next, error)

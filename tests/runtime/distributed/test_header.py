@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -250,6 +251,21 @@ def test_whoever_sends_tells_of_a_connection_that_broke(pair: Pair) -> None:
     for step in range(100):
         answer(pair, step)
     assert not pair.reports.empty()
+
+
+def test_whoever_sends_never_waits_for_a_connection_that_breaks_meanwhile() -> None:
+    for number in range(100):
+        pair = Pair()
+        asked = [torch.zeros(MESSAGE_BYTES, dtype=torch.uint8) for _ in range(MAX_WAITING_MESSAGES)]
+        works = [pair.ends[1].group.recv([buffer], 0, 0) for buffer in asked]
+        sender = threading.Thread(target=lambda pair=pair: [answer(pair, step) for step in range(30)], daemon=True)
+        sender.start()
+        time.sleep(number % 20 * 3e-5)
+        pair.ends[1].shut_down()
+        sender.join(timeout=20)
+        assert not sender.is_alive(), number
+        pair.links.close()
+        works.clear()
 
 
 def test_closing_wakes_a_receive_that_gloo_cannot_cancel(pair: Pair) -> None:
