@@ -256,8 +256,8 @@ def test_whoever_sends_tells_of_a_connection_that_broke(pair: Pair) -> None:
 def test_whoever_sends_never_waits_for_a_connection_that_breaks_meanwhile() -> None:
     for number in range(100):
         pair = Pair()
-        asked = [torch.zeros(MESSAGE_BYTES, dtype=torch.uint8) for _ in range(MAX_WAITING_MESSAGES)]
-        works = [pair.ends[1].group.recv([buffer], 0, 0) for buffer in asked]
+        buffers = [torch.zeros(MESSAGE_BYTES, dtype=torch.uint8) for _ in range(MAX_WAITING_MESSAGES)]
+        asked_for = [pair.ends[1].group.recv([buffer], 0, 0) for buffer in buffers]  # as a receiver does
         sender = threading.Thread(target=lambda pair=pair: [answer(pair, step) for step in range(30)], daemon=True)
         sender.start()
         time.sleep(number % 20 * 3e-5)
@@ -265,7 +265,7 @@ def test_whoever_sends_never_waits_for_a_connection_that_breaks_meanwhile() -> N
         sender.join(timeout=20)
         assert not sender.is_alive(), number
         pair.links.close()
-        works.clear()
+        del asked_for
 
 
 def test_closing_wakes_a_receive_that_gloo_cannot_cancel(pair: Pair) -> None:
